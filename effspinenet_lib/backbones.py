@@ -1,0 +1,176 @@
+"""The scale-permuted backbone, built from a specification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from effspinenet_lib.errors import UserError
+from effspinenet_lib.layers import (
+    MBConv,
+    Resample,
+    SumFusion,
+    WeightedFusion,
+    conv_norm,
+    initialise,
+    make_activation,
+)
+from effspinenet_lib.specs import (
+    MINIMUM_IMAGE_SIZE,
+    STEM_BLOCKS,
+    BackboneSpec,
+    BlockSpec,
+    level_side,
+)
+
+IMAGE_CHANNELS = 3
+STEM_KERNEL = 3
+STEM_LEVEL = 1
+
+
+@dataclass(frozen=True)
+class BackboneOptions:
+    """What Tables 4 and 9 switch.
+
+    Attributes:
+        space_to_depth: resample down by space-to-depth (Figure 2) or by depthwise convolutions.
+        weighted_fusion: Equation 1, or a plain sum.
+        squeeze_excitation: in every MBConv, or in none.
+        activation: `swish` or `relu`.
+        stochastic_depth: drop rate of the last block; it grows linearly with depth. 0.2 is the
+            released config's; the paper names the method only.
+    """
+
+    space_to_depth: bool = True
+    weighted_fusion: bool = True
+    squeeze_excitation: bool = True
+    activation: str = "swish"
+    stochastic_depth: float = 0.2
+
+
+class ScalePermutedBackbone(nn.Module):
+    """Stem, 18 block groups wired as Table 1's topology, and five outputs P3 to P7.
+
+    Args:
+        spec: levels, wiring, feature dimensions and repeats.
+        options: the switches of the ablation tables.
+    """
+
+    def __init__(self, spec: BackboneSpec, options: BackboneOptions | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.options = options or BackboneOptions()
+        activation = self.options.activation
+        self.stem = conv_norm(
+            IMAGE_CHANNELS, spec.stem_dim, STEM_KERNEL, stride=2, activation=activation
+        )
+        self.groups = nn.ModuleList(self._group(block) for block in spec.blocks)
+        self.fusions = nn.ModuleDict(
+            {str(b.index): self._fusion(b) for b in spec.blocks[STEM_BLOCKS:]}
+        )
+        initialise(self)
+
+    @property
+    def feature_dims(self) -> dict[int, int]:
+        """Channels of each output level, P3 first."""
+        return {level: block.feature_dim for level, block in self.spec.outputs.items()}
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """Compute the feature pyramid.
+
+        Args:
+            images: [N, 3, H, W], normalised; any H and W of at least 64.
+
+        Returns:
+            Level to features [N, feature_dims[level], ceil(H / 2**level), ceil(W / 2**level)].
+
+        Raises:
+            UserError: a side is under 64 pixels.
+        """
+        height, width = images.shape[-2:]
+        check_image_size(height, width)
+        features = [self.stem(images)]
+        for block, group in zip(self.spec.blocks, self.groups, strict=True):
+            if block.index <= STEM_BLOCKS:
+                features.append(group(features[block.index - 1]))
+                continue
+            size = (level_side(height, block.level), level_side(width, block.level))
+            fused = self.fusions[str(block.index)](
+                {index: features[index] for index in self._inputs(block)}, size
+            )
+            features.append(group(fused))
+        return {level: features[block.index] for level, block in self.spec.outputs.items()}
+
+    def _inputs(self, block: BlockSpec) -> tuple[int, ...]:
+        return block.inputs + self.spec.extra_inputs.get(block.index, ())
+
+    def _fusion(self, block: BlockSpec) -> BlockFusion:
+        inputs = [self.spec.blocks[index - 1] for index in self._inputs(block)]
+        return BlockFusion(block, inputs, self.options)
+
+    def _group(self, block: BlockSpec) -> nn.Sequential:
+        """Make the MBConv layers of a block; only the stem blocks change level or dimension."""
+        spec, options = self.spec, self.options
+        inputs, stride = block.feature_dim, 1
+        if block.index <= STEM_BLOCKS:
+            before = spec.blocks[block.index - 2] if block.index > 1 else None
+            inputs = before.feature_dim if before else spec.stem_dim
+            stride = 2 ** (block.level - (before.level if before else STEM_LEVEL))
+        return nn.Sequential(
+            *(
+                MBConv(
+                    inputs if repeat == 0 else block.feature_dim,
+                    block.feature_dim,
+                    block.kernel,
+                    stride if repeat == 0 else 1,
+                    spec.expansion_ratio,
+                    spec.squeeze_ratio if options.squeeze_excitation else None,
+                    options.activation,
+                    options.stochastic_depth * block.index / len(spec.blocks),
+                )
+                for repeat in range(block.repeats)
+            )
+        )
+
+
+class BlockFusion(nn.Module):
+    """Resample a block's inputs to its level and dimension, fuse them, activate."""
+
+    def __init__(
+        self, block: BlockSpec, inputs: list[BlockSpec], options: BackboneOptions
+    ) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict(
+            {
+                str(source.index): Resample(
+                    source.feature_dim,
+                    source.level,
+                    block.feature_dim,
+                    block.level,
+                    options.space_to_depth,
+                )
+                for source in inputs
+            }
+        )
+        self.fuse = WeightedFusion(len(inputs)) if options.weighted_fusion else SumFusion()
+        self.activation = make_activation(options.activation)
+
+    def forward(self, features: dict[int, Tensor], size: tuple[int, int]) -> Tensor:
+        """Fuse input features, keyed by block number, into [N, feature_dim, *size]."""
+        return self.activation(
+            self.fuse([self.resample[str(index)](f, size) for index, f in features.items()])
+        )
+
+
+def check_image_size(height: int, width: int) -> None:
+    """Refuse an image too small for P7.
+
+    Raises:
+        UserError: a side is under 64 pixels.
+    """
+    if min(height, width) < MINIMUM_IMAGE_SIZE:
+        raise UserError(
+            f"image size {height}x{width} is too small: P7 has a stride of 128, so each side "
+            f"must be at least {MINIMUM_IMAGE_SIZE} pixels"
+        )

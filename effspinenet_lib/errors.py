@@ -1,0 +1,47 @@
+"""Errors that a user can act on.
+
+Each message is one line that says what is wrong, where, and what to do. The command line
+prints it without a traceback and exits with the class's `exit_code`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+NEAR_NAMES_SHOWN = 4
+
+
+class UserError(Exception):
+    """Something the user can put right: a wrong option, a missing file, an unwritable folder."""
+
+    exit_code = 2
+
+
+class UnknownName(UserError):
+    """A name that is not in a list of known names; the message lists the near ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=NEAR_NAMES_SHOWN, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
+        self.kind, self.name, self.near = kind, name, tuple(near)
+
+
+class DataError(UserError):
+    """An input file that cannot be used; the message names the file and the record."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint or weights file that does not fit what it is loaded into."""
+
+    exit_code = 4
+
+
+class TrainingError(UserError):
+    """Training that cannot go on (a non-finite loss); the state before it is kept on disk."""
+
+    exit_code = 5

@@ -1,0 +1,109 @@
+"""Files that are written whole or not at all, and locks between processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock
+
+from effspinenet_lib.errors import DataError, UserError
+
+
+def ensure_folder(folder: str | os.PathLike[str]) -> Path:
+    """Make `folder` if it is missing and check that files can be written there.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot write in {path}: {reason}; choose another folder or free it"
+        ) from error
+    return path
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path` that takes its place only when the block succeeds.
+
+    A kill, a full disk or an exception leaves the file that was there before. Text is UTF-8
+    with "\\n" line ends on every platform.
+
+    Raises:
+        UserError: the file cannot be written (no space, no permission); `path` is as it was.
+    """
+    path = Path(path)
+    text = "b" not in mode
+    temporary: str | None = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+        )
+        with os.fdopen(
+            descriptor, mode, encoding="utf-8" if text else None, newline="\n" if text else None
+        ) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot write {path}: {reason}; the previous file, if any, is kept"
+        ) from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the lock of `path` (a `.lock` file beside it) against other processes."""
+    path = Path(path)
+    ensure_folder(path.parent)
+    with FileLock(str(path) + ".lock"):
+        yield
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys, whole or not at all."""
+    with atomic_write(path) as handle:
+        json.dump(value, handle, indent=1, sort_keys=True)
+        handle.write("\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: the file is missing or is not JSON; names the file, the line and the column.
+    """
+    try:
+        with open(path, encoding="utf-8") as handle:
+            return json.load(handle)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path}: is a folder, a JSON file was expected") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: is not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
+        ) from error

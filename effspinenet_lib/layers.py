@@ -1,0 +1,241 @@
+"""Building blocks: normalised convolutions, MBConv, resampling, weighted fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
+
+from effspinenet_lib.errors import UnknownName
+
+# Section 5.1.1: batch normalisation momentum 0.99, which PyTorch counts from the other end.
+# Epsilon: released config.
+NORM_MOMENTUM = 1 - 0.99
+NORM_EPSILON = 1e-3
+# Equation 1 prints 0.001 in the denominator.
+FUSION_EPSILON = 1e-3
+DEPTHWISE_KERNEL = 3
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "swish": lambda: nn.SiLU(inplace=True),
+    "relu": lambda: nn.ReLU(inplace=True),
+}
+
+
+def make_activation(name: str) -> nn.Module:
+    """Make an activation module by name: `swish` (the paper's) or `relu` (Table 4).
+
+    Raises:
+        UnknownName: `name` is neither.
+    """
+    if name not in ACTIVATIONS:
+        raise UnknownName("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]()
+
+
+def make_norm(channels: int) -> nn.BatchNorm2d:
+    """Make the batch normalisation used everywhere in the library."""
+    return nn.BatchNorm2d(channels, eps=NORM_EPSILON, momentum=NORM_MOMENTUM)
+
+
+def conv_norm(
+    inputs: int,
+    outputs: int,
+    kernel: int = 1,
+    stride: int = 1,
+    groups: int = 1,
+    activation: str | None = None,
+) -> nn.Sequential:
+    """Make a bias-free convolution with "same" padding, its norm and, if named, its activation.
+
+    A stride of 2 gives ceil(side / 2).
+    """
+    layers: list[nn.Module] = [
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
+        make_norm(outputs),
+    ]
+    if activation is not None:
+        layers.append(make_activation(activation))
+    return nn.Sequential(*layers)
+
+
+class SqueezeExcitation(nn.Module):
+    """Scale channels by a gate computed from their global mean (sigmoid, EfficientNet)."""
+
+    def __init__(self, channels: int, squeezed: int, activation: str) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, squeezed, 1)
+        self.activation = make_activation(activation)
+        self.expand = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features [N, C, H, W] to the same shape."""
+        gate = features.mean((2, 3), keepdim=True)
+        return features * self.expand(self.activation(self.reduce(gate))).sigmoid()
+
+
+class MBConv(nn.Module):
+    """Mobile inverted bottleneck: expand, depthwise, squeeze-and-excitation, project.
+
+    Args:
+        inputs: input channels.
+        outputs: output channels.
+        kernel: side of the depthwise kernel.
+        stride: stride of the depthwise convolution.
+        expansion_ratio: expanded channels over input channels.
+        squeeze_ratio: squeezed channels over *input* channels; None leaves the layer out.
+        activation: `swish` or `relu`.
+        drop_rate: probability of dropping the residual branch for a sample.
+
+    The input is added where shape and stride allow.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int,
+        expansion_ratio: int,
+        squeeze_ratio: float | None,
+        activation: str,
+        drop_rate: float,
+    ) -> None:
+        super().__init__()
+        expanded = inputs * expansion_ratio
+        self.expand = conv_norm(inputs, expanded, activation=activation)
+        self.depthwise = conv_norm(
+            expanded, expanded, kernel, stride, groups=expanded, activation=activation
+        )
+        self.excite = (
+            nn.Identity()
+            if squeeze_ratio is None
+            else SqueezeExcitation(expanded, max(1, int(inputs * squeeze_ratio)), activation)
+        )
+        self.project = conv_norm(expanded, outputs)
+        self.residual = stride == 1 and inputs == outputs
+        self.drop = StochasticDepth(drop_rate, mode="row")
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features [N, inputs, H, W] to [N, outputs, ceil(H/stride), ceil(W/stride)]."""
+        branch = self.project(self.excite(self.depthwise(self.expand(features))))
+        return self.drop(branch) + features if self.residual else branch
+
+
+class SeparableConv(nn.Sequential):
+    """A 3x3 depthwise convolution and a 1x1 pointwise one, without norm or activation."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__(
+            nn.Conv2d(
+                inputs,
+                inputs,
+                DEPTHWISE_KERNEL,
+                padding=DEPTHWISE_KERNEL // 2,
+                groups=inputs,
+                bias=False,
+            ),
+            nn.Conv2d(inputs, outputs, 1, bias=bias),
+        )
+
+
+def pad_to_even(features: Tensor) -> Tensor:
+    """Pad [N, C, H, W] with zeros at the bottom and right to even sides."""
+    height, width = features.shape[-2:]
+    if height % 2 == 0 and width % 2 == 0:
+        return features
+    return F.pad(features, (0, width % 2, 0, height % 2))
+
+
+class SpaceToDepth(nn.Module):
+    """Move each 2x2 patch into channels: [N, C, H, W] to [N, 4C, ceil(H/2), ceil(W/2)]."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Rearrange; an odd side is padded with zeros first."""
+        return F.pixel_unshuffle(pad_to_even(features), 2)
+
+
+class Resample(nn.Module):
+    """Bring features from one level and dimension to another (Figure 2).
+
+    Down, with `space_to_depth`: space-to-depth by 2, stride-2 max pooling for what remains,
+    then a 1x1 convolution. Down, without: a 3x3 stride-2 depthwise convolution a level, then
+    the 1x1. Up: nearest-neighbour to the target's exact sides, then the 1x1. At the same level
+    the 1x1 alone, or nothing where the dimension is the same too. The split between
+    space-to-depth and pooling is recovered from the cost columns; max pooling is our choice
+    (SpineNet's).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        input_level: int,
+        outputs: int,
+        output_level: int,
+        space_to_depth: bool,
+    ) -> None:
+        super().__init__()
+        self.upsample = output_level < input_level
+        steps = max(0, output_level - input_level)
+        layers: list[nn.Module] = []
+        if steps and space_to_depth:
+            layers.append(SpaceToDepth())
+            layers += [nn.MaxPool2d(3, stride=2, padding=1) for _ in range(steps - 1)]
+            inputs *= 4
+        else:
+            layers += [
+                conv_norm(inputs, inputs, DEPTHWISE_KERNEL, stride=2, groups=inputs)
+                for _ in range(steps)
+            ]
+        if input_level != output_level or inputs != outputs:
+            layers.append(conv_norm(inputs, outputs))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """Map features [N, inputs, h, w] to [N, outputs, *size]; `size` is the target's."""
+        if self.upsample:
+            features = F.interpolate(features, size=size, mode="nearest")
+        return self.layers(features)
+
+
+class WeightedFusion(nn.Module):
+    """Fast normalised fusion of Equation 1: sum(w_i B_i) / (sum(w_j) + 0.001).
+
+    The weights start at 1 and are kept non-negative by a ReLU, as in EfficientDet.
+    """
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.ones(inputs))
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Fuse tensors of one shape [N, C, H, W] into one."""
+        weights = self.weights.relu()
+        weights = (weights / (weights.sum() + FUSION_EPSILON)).to(features[0].dtype)
+        fused = features[0] * weights[0]
+        for weight, feature in zip(weights[1:], features[1:], strict=True):
+            fused = fused + feature * weight
+        return fused
+
+
+class SumFusion(nn.Module):
+    """Plain sum of the inputs (Table 9 without weighted fusion)."""
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Add tensors of one shape [N, C, H, W]."""
+        fused = features[0]
+        for feature in features[1:]:
+            fused = fused + feature
+        return fused
+
+
+def initialise(module: nn.Module) -> None:
+    """Initialise convolutions by variance scaling (released config: VarianceScaling, fan in)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.trunc_normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

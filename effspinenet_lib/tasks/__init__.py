@@ -1,0 +1,1 @@
+"""What a backbone is used for: one module a task."""

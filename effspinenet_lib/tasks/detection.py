@@ -1,0 +1,240 @@
+"""RetinaNet with separable heads shared over the levels (section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import batched_nms, clip_boxes_to_image, sigmoid_focal_loss
+
+from effspinenet_lib.layers import (
+    SeparableConv,
+    conv_norm,
+    initialise,
+    make_activation,
+    make_norm,
+)
+from effspinenet_lib.tasks.anchors import (
+    IGNORED,
+    AnchorSettings,
+    decode_boxes,
+    encode_boxes,
+    make_anchors,
+    match_anchors,
+)
+
+BOX_CODE = 4
+# Released RetinaNet head: a location starts with this probability of holding an object; the
+# convolutions start from a normal of this deviation, the last box layer from a smaller one.
+PRIOR_PROBABILITY = 0.01
+HEAD_STD = 0.01
+BOX_PREDICTOR_STD = 1e-5
+
+
+@dataclass(frozen=True)
+class DetectionSettings:
+    """Losses and post-processing.
+
+    Attributes:
+        focal_alpha: weight of the positives (released config; RetinaNet's).
+        focal_gamma: 1.5 in the released SpineNet configs; RetinaNet's paper has 2.
+        huber_delta: in box-code units (released config).
+        box_loss_weight: factor on the box loss (released config).
+        score_threshold: detections below are dropped (released config).
+        nms_iou: class-wise non-maximum suppression (released config).
+        candidates: boxes an image that enter the suppression (released config).
+        detections: boxes an image that leave it (COCO's limit; released config).
+    """
+
+    focal_alpha: float = 0.25
+    focal_gamma: float = 1.5
+    huber_delta: float = 0.1
+    box_loss_weight: float = 50.0
+    score_threshold: float = 0.05
+    nms_iou: float = 0.5
+    candidates: int = 5000
+    detections: int = 100
+
+
+class RetinaHead(nn.Module):
+    """One branch: separable convolutions shared over the levels, a norm for each level.
+
+    The prediction layer is separable too (recovered from the cost columns).
+    """
+
+    def __init__(self, dim: int, layers: int, outputs: int, levels: int, activation: str) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(SeparableConv(dim, dim, bias=False) for _ in range(layers))
+        self.norms = nn.ModuleList(
+            nn.ModuleList(make_norm(dim) for _ in range(layers)) for _ in range(levels)
+        )
+        self.activation = make_activation(activation)
+        self.predict = SeparableConv(dim, outputs, bias=True)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=HEAD_STD)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor, level: int) -> Tensor:
+        """Map [N, dim, H, W] of the level-th output to [N, outputs, H, W]."""
+        for conv, norm in zip(self.convs, self.norms[level], strict=True):
+            features = self.activation(norm(conv(features)))
+        return self.predict(features)
+
+
+class RetinaNet(nn.Module):
+    """A one-stage detector on any backbone with outputs P3 to P7.
+
+    Args:
+        backbone: module with `feature_dims` (level to channels) whose forward maps images to
+            a dict of level to features.
+        num_classes: classes, without background. The cost columns of the paper fit 90, COCO's
+            highest category id.
+        head_dim: channels of the heads (Table 2).
+        head_layers: separable convolutions a branch (Table 2).
+        activation: `swish` or `relu`.
+        anchors: sizes, ratios and matching.
+        settings: losses and post-processing.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        head_dim: int,
+        head_layers: int,
+        activation: str = "swish",
+        anchors: AnchorSettings | None = None,
+        settings: DetectionSettings | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.anchor_settings = anchors or AnchorSettings()
+        self.settings = settings or DetectionSettings()
+        dims: dict[int, int] = backbone.feature_dims
+        self.lateral = nn.ModuleList(
+            conv_norm(dim, head_dim, activation=activation) for dim in dims.values()
+        )
+        initialise(self.lateral)
+        count = self.anchor_settings.per_location
+        self.class_head = RetinaHead(
+            head_dim, head_layers, count * num_classes, len(dims), activation
+        )
+        self.box_head = RetinaHead(head_dim, head_layers, count * BOX_CODE, len(dims), activation)
+        class_bias = self.class_head.predict[-1].bias
+        nn.init.constant_(class_bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+        nn.init.normal_(self.box_head.predict[-1].weight, std=BOX_PREDICTOR_STD)
+        self._anchors: dict[tuple[tuple[int, int], ...], Tensor] = {}
+
+    def forward(
+        self, images: Tensor, targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Compute losses in training, detections in evaluation.
+
+        Args:
+            images: [N, 3, H, W], normalised.
+            targets: for training, one dict an image: `boxes` [M, 4] in input pixels, `labels`
+                int64 [M] from 0, `iscrowd` bool [M].
+
+        Returns:
+            In training `classification` and `box`, scalar losses. In evaluation one dict an
+            image: `boxes` [K, 4] in input pixels, `scores` [K] falling, `labels` int64 [K].
+
+        Raises:
+            ValueError: training without targets.
+        """
+        if self.training and targets is None:
+            raise ValueError("targets are needed in training")
+        logits, codes, anchors = self.predict(images)
+        if self.training and targets is not None:
+            return self.losses(logits, codes, anchors, targets)
+        size = (images.shape[-2], images.shape[-1])
+        return [
+            self.detections(scores, code, anchors, size)
+            for scores, code in zip(logits.float().sigmoid(), codes.float(), strict=True)
+        ]
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the network: class logits [N, A, C], box codes [N, A, 4], anchors [A, 4]."""
+        features = list(self.backbone(images).values())
+        logits, codes = [], []
+        for level, (lateral, feature) in enumerate(zip(self.lateral, features, strict=True)):
+            projected = lateral(feature)
+            logits.append(_by_anchor(self.class_head(projected, level), self.num_classes))
+            codes.append(_by_anchor(self.box_head(projected, level), BOX_CODE))
+        sides = tuple((f.shape[-2], f.shape[-1]) for f in features)
+        return torch.cat(logits, 1), torch.cat(codes, 1), self.anchors(sides, images.device)
+
+    def anchors(self, sides: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+        """Anchors [A, 4] for features of these sides; made once for each size."""
+        if sides not in self._anchors or self._anchors[sides].device != device:
+            self._anchors[sides] = make_anchors(sides, self.anchor_settings, device)
+        return self._anchors[sides]
+
+    def losses(
+        self,
+        logits: Tensor,
+        codes: Tensor,
+        anchors: Tensor,
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Focal and Huber loss over the batch, divided by its positives plus one.
+
+        The normalisation is the released code's.
+        """
+        settings = self.settings
+        matches = torch.stack(
+            [
+                match_anchors(anchors, t["boxes"], t["iscrowd"], self.anchor_settings)
+                for t in targets
+            ]
+        )
+        image, anchor = torch.nonzero(matches >= 0, as_tuple=True)
+        counts = torch.tensor([0] + [len(t["boxes"]) for t in targets], device=matches.device)
+        row = matches[image, anchor] + counts.cumsum(0)[image]
+        labels = torch.cat([t["labels"] for t in targets])[row]
+        boxes = torch.cat([t["boxes"] for t in targets])[row]
+
+        kept = matches != IGNORED
+        expected = torch.zeros_like(logits, dtype=torch.float32)
+        expected[image, anchor, labels] = 1.0
+        focal = sigmoid_focal_loss(
+            logits[kept].float(), expected[kept], settings.focal_alpha, settings.focal_gamma
+        )
+        huber = F.huber_loss(
+            codes[image, anchor].float(),
+            encode_boxes(boxes, anchors[anchor]),
+            reduction="sum",
+            delta=settings.huber_delta,
+        )
+        normaliser = len(image) + 1
+        return {
+            "classification": focal.sum() / normaliser,
+            "box": settings.box_loss_weight * huber / BOX_CODE / normaliser,
+        }
+
+    def detections(
+        self, scores: Tensor, codes: Tensor, anchors: Tensor, size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Decode one image: scores [A, C] and codes [A, 4] to at most 100 boxes."""
+        settings = self.settings
+        confident = torch.nonzero(scores.flatten() > settings.score_threshold).squeeze(1)
+        values = scores.flatten()[confident]
+        values, order = values.topk(min(settings.candidates, len(values)))
+        confident = confident[order]
+        anchor = confident.div(scores.shape[1], rounding_mode="floor")
+        labels = confident % scores.shape[1]
+        boxes = clip_boxes_to_image(decode_boxes(codes[anchor], anchors[anchor]), size)
+        kept = batched_nms(boxes, values, labels, settings.nms_iou)[: settings.detections]
+        return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}
+
+
+def _by_anchor(prediction: Tensor, width: int) -> Tensor:
+    """Reorder [N, K * width, H, W] to [N, H * W * K, width], as the anchors are ordered."""
+    batch = prediction.shape[0]
+    return prediction.permute(0, 2, 3, 1).reshape(batch, -1, width)
