@@ -137,9 +137,7 @@ class ScalePermutedBackbone(nn.Module):
 class BlockFusion(nn.Module):
     """Resample a block's inputs to its level and dimension, fuse them, activate."""
 
-    def __init__(
-        self, block: BlockSpec, inputs: list[BlockSpec], options: BackboneOptions
-    ) -> None:
+    def __init__(self, block: BlockSpec, inputs: list[BlockSpec], options: BackboneOptions) -> None:
         super().__init__()
         self.resample = nn.ModuleDict(
             {

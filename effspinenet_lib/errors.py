@@ -18,7 +18,7 @@ class UserError(Exception):
     exit_code = 2
 
 
-class UnknownName(UserError):
+class UnknownName(UserError):  # noqa: N818 - it says what happened
     """A name that is not in a list of known names; the message lists the near ones."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:

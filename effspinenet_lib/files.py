@@ -39,7 +39,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     """Open a temporary file beside `path` that takes its place only when the block succeeds.
 
     A kill, a full disk or an exception leaves the file that was there before. Text is UTF-8
-    with "\\n" line ends on every platform.
+    with line feeds on every platform.
 
     Raises:
         UserError: the file cannot be written (no space, no permission); `path` is as it was.

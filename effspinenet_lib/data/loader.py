@@ -1,0 +1,256 @@
+"""Batches: the same ones in the same order for a seed, whatever the number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from effspinenet_lib.data.augment import (
+    Augmentation,
+    Placement,
+    Target,
+    draw_placement,
+    evaluation_target,
+    fitting_scale,
+    normalise,
+    place_image,
+    training_target,
+)
+from effspinenet_lib.data.dataset import Dataset
+from effspinenet_lib.errors import UserError
+
+# Words that keep the random streams of order and augmentation apart.
+_ORDER_STREAM, _AUGMENTATION_STREAM = 0, 1
+# Batches that a worker prepares ahead; more costs memory and gains nothing at these sizes.
+_PREFETCH = 2
+
+EpochAndIndex = tuple[int, int]
+
+
+@dataclass
+class Batch:
+    """A batch of network inputs.
+
+    Attributes:
+        images: float32 [N, 3, S, S], normalised, zeros at the bottom and the right.
+        targets: one dictionary an image: boxes float32 [M, 4] (x1 y1 x2 y2, input pixels),
+            labels int64 [M], iscrowd bool [M].
+        image_ids: the images' ids in the annotation file.
+        scales: float32 [N], input pixels per original pixel.
+        sizes: original height and width of every image.
+    """
+
+    images: Tensor
+    targets: list[Target]
+    image_ids: tuple[int, ...]
+    scales: Tensor
+    sizes: list[tuple[int, int]]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with images and targets on `device`."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            targets=[
+                {name: value.to(device, non_blocking=True) for name, value in target.items()}
+                for target in self.targets
+            ],
+        )
+
+    def pin_memory(self) -> Batch:
+        """The batch with its images in page-locked memory (called by torch's `DataLoader`)."""
+        return replace(self, images=self.images.pin_memory())
+
+
+@dataclass
+class _Item:
+    pixels: Tensor
+    target: Target
+    image_id: int
+    scale: float
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Collate:
+    image_size: int
+
+    def __call__(self, items: Sequence[_Item]) -> Batch:
+        images = torch.zeros(len(items), 3, self.image_size, self.image_size)
+        for item, canvas in zip(items, images, strict=True):
+            normalise(item.pixels, canvas)
+        return Batch(
+            images=images,
+            targets=[item.target for item in items],
+            image_ids=tuple(item.image_id for item in items),
+            scales=torch.tensor([item.scale for item in items], dtype=torch.float32),
+            sizes=[item.size for item in items],
+        )
+
+
+@dataclass(frozen=True)
+class _TrainingItems(TorchDataset[_Item]):
+    dataset: Dataset
+    image_size: int
+    augmentation: Augmentation
+    seed: int
+
+    def __getitem__(self, key: EpochAndIndex) -> _Item:
+        epoch, index = key
+        sample = self.dataset.load(index)
+        height, width = sample.image.shape[:2]
+        generator = _generator(_AUGMENTATION_STREAM, self.seed, epoch, index)
+        placement = draw_placement(height, width, self.image_size, self.augmentation, generator)
+        return _Item(
+            pixels=place_image(sample.image, placement, self.image_size),
+            target=training_target(sample, placement, self.image_size),
+            image_id=sample.image_id,
+            scale=placement.scale,
+            size=(height, width),
+        )
+
+
+@dataclass(frozen=True)
+class _EvaluationItems(TorchDataset[_Item]):
+    dataset: Dataset
+    image_size: int
+
+    def __getitem__(self, index: int) -> _Item:
+        sample = self.dataset.load(index)
+        height, width = sample.image.shape[:2]
+        scale = fitting_scale(height, width, self.image_size)
+        return _Item(
+            pixels=place_image(sample.image, Placement(scale), self.image_size),
+            target=evaluation_target(sample, scale),
+            image_id=sample.image_id,
+            scale=scale,
+            size=(height, width),
+        )
+
+
+def _generator(*words: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
+
+
+@dataclass(frozen=True)
+class TrainingOrder(Sampler[list[EpochAndIndex]]):
+    """Which images each step sees; a pure function of its fields and the step.
+
+    An epoch is one permutation of the data set, cut into whole batches. A data set smaller than
+    a batch is run through as often as a batch needs, one permutation after the other.
+    """
+
+    images: int
+    batch_size: int
+    seed: int
+    start_step: int
+    total_steps: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return max(0, self.total_steps - self.start_step)
+
+    def __iter__(self) -> Iterator[list[EpochAndIndex]]:
+        # Whole batches only, except where not even one batch fits into an epoch.
+        used = max(self.images - self.images % self.batch_size, min(self.images, self.batch_size))
+        known: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        for step in range(self.start_step, self.total_steps):
+            batch = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                epoch, place = divmod(position, used)
+                if epoch != known[0]:
+                    known = epoch, self._permutation(epoch)
+                batch.append((epoch, int(known[1][place])))
+            yield batch[self.rank :: self.world_size]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return _generator(_ORDER_STREAM, self.seed, epoch).permutation(self.images)
+
+
+def training_loader(
+    dataset: Dataset,
+    image_size: int,
+    batch_size: int,
+    augmentation: Augmentation,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader[Any]:
+    """The batches of steps `start_step` to `total_steps - 1`.
+
+    The batch of a step is a pure function of the data set, the seed and the step: neither the
+    number of workers nor the step that the loader starts from changes it.
+
+    Args:
+        dataset: what to train on.
+        image_size: side of the square input in pixels.
+        batch_size: images a step over all processes; each of `world_size` processes gets its
+            equal share.
+        augmentation: the random changes.
+        seed: of order and augmentation.
+        start_step: the first step to give, to go on after an interruption.
+        total_steps: steps of the whole run.
+        workers: loading processes; 0 loads in this process.
+        rank: this process among `world_size`.
+        world_size: training processes.
+
+    Raises:
+        UserError: an empty data set, or a batch that `world_size` does not divide.
+    """
+    if len(dataset) == 0:
+        raise UserError(f"{dataset.name} has no images to train on")
+    if batch_size < 1 or batch_size % world_size:
+        raise UserError(
+            f"a batch of {batch_size} images cannot be shared equally by {world_size} processes"
+        )
+    order = TrainingOrder(len(dataset), batch_size, seed, start_step, total_steps, rank, world_size)
+    items = _TrainingItems(dataset, image_size, augmentation, seed)
+    return _loader(items, order, image_size, workers)
+
+
+def evaluation_loader(
+    dataset: Dataset, image_size: int, batch_size: int, workers: int = 0
+) -> DataLoader[Any]:
+    """All images once, in index order, unchanged but for resizing; the last batch may be short."""
+    images = range(len(dataset))
+    order = [
+        list(images[start : start + batch_size]) for start in range(0, len(images), batch_size)
+    ]
+    return _loader(_EvaluationItems(dataset, image_size), order, image_size, workers)
+
+
+def _loader(
+    items: TorchDataset[_Item],
+    order: Sampler[list[EpochAndIndex]] | list[list[int]],
+    image_size: int,
+    workers: int,
+) -> DataLoader[Any]:
+    # A generator of its own keeps the loader from drawing on torch's global one, which would
+    # make a resumed run's random numbers differ. It seeds the workers; the batches draw only on
+    # the seeds of their own.
+    return DataLoader(
+        items,
+        batch_sampler=order,
+        collate_fn=_Collate(image_size),
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        prefetch_factor=_PREFETCH if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def _start_worker(worker: int) -> None:
+    del worker
+    torch.set_num_threads(1)

@@ -1,0 +1,382 @@
+"""ShapeScenes: scenes of textured shapes, made from a seed.
+
+Eight classes, each one shape with one texture, chosen so that every shape and every texture
+occurs in two classes: neither alone tells the class. Colours carry no information. Unlabelled
+distractors show the shapes and textures in the combinations that are no class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from effspinenet_lib.data.dataset import Category
+from effspinenet_lib.data.rendering import (
+    ANGLES,
+    SHAPES,
+    SUBPIXELS,
+    TEXTURES,
+    Colour,
+    Drawn,
+    Draws,
+    Patch,
+    draw,
+    smooth_field,
+)
+
+# Raise it with every change to the drawing below: cached scenes of another version are not used.
+VERSION = 1
+
+CLASSES: tuple[tuple[str, str], ...] = (
+    ("plain", "disc"),
+    ("striped", "disc"),
+    ("striped", "square"),
+    ("checked", "square"),
+    ("checked", "triangle"),
+    ("dotted", "triangle"),
+    ("dotted", "cross"),
+    ("plain", "cross"),
+)
+CATEGORIES = tuple(
+    Category(number, f"{texture} {shape}")
+    for number, (texture, shape) in enumerate(CLASSES, start=1)
+)
+_CLASS_SHAPES = tuple(dict.fromkeys(shape for _, shape in CLASSES))
+_NEAR_CLASSES = tuple(
+    (texture, shape)
+    for texture in TEXTURES
+    for shape in _CLASS_SHAPES
+    if (texture, shape) not in CLASSES
+)
+_OTHER_SHAPES = tuple(shape for shape in SHAPES if shape not in _CLASS_SHAPES)
+
+# Semantic labels: 0 background, then the category ids; pixels of objects too hidden to annotate.
+SEMANTIC_IGNORE = 255
+# Larger canvases overflow the int32 products of the rasteriser.
+MAX_IMAGE_SIZE = 512
+
+
+@dataclass(frozen=True)
+class SceneSettings:
+    """How hard the scenes are. All our choice, tuned on small models.
+
+    Pairs are ranges with both ends included. Lengths in permille are of the image's side; the
+    side of an object is the square root of its area.
+    """
+
+    objects: tuple[int, int] = (1, 6)
+    small_side: tuple[int, int] = (75, 215)
+    medium_side: tuple[int, int] = (225, 500)
+    large_side: tuple[int, int] = (680, 800)
+    size_weights: tuple[int, int, int] = (46, 33, 21)
+    most_large: int = 1
+    distractors: tuple[int, int] = (0, 3)
+    distractor_near_class_permille: int = 600
+    clutter: tuple[int, int] = (3, 10)
+    clutter_side: tuple[int, int] = (20, 120)
+    crowd_permille: int = 40
+    crowd_members: tuple[int, int] = (6, 12)
+    crowd_member_side: tuple[int, int] = (45, 65)
+    crowd_spread: int = 140
+    out_of_order_permille: int = 250
+    placement_tries: int = 4
+    covered_percent: int = 20
+    texture_cycles_tenths: tuple[int, int] = (25, 50)
+    texture_shortest_period: int = 5
+    texture_contrast: tuple[int, int] = (50, 120)
+    object_contrast: tuple[int, int] = (30, 110)
+    background_cells: int = 5
+    background_range: tuple[int, int] = (30, 225)
+    lighting_percent: tuple[int, int] = (60, 115)
+    contrast_percent: tuple[int, int] = (70, 110)
+    noise: tuple[int, int] = (4, 24)
+    visible_percent: int = 25
+    visible_pixels: int = 20
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One annotated object.
+
+    Attributes:
+        label: index into `CATEGORIES`.
+        box: x, y, width, height in pixels, tight around the visible mask.
+        iscrowd: a group of tiny objects of one class.
+        counts: the visible mask as COCO's compressed run-length counts.
+    """
+
+    label: int
+    box: tuple[int, int, int, int]
+    iscrowd: bool
+    counts: str
+
+    @property
+    def area(self) -> int:
+        """The box's area in pixels.
+
+        Not the mask's: in a 128-pixel image a mask larger than 96 x 96 would have to fill most of
+        the image, so that COCO's large objects would hardly occur.
+        """
+        return self.box[2] * self.box[3]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image uint8 [S, S, 3], its objects, and semantic labels uint8 [S, S].
+
+    Semantic labels are 0 for the background, else category ids; 255 marks objects that are too
+    hidden to be annotated.
+    """
+
+    image: NDArray[np.uint8]
+    objects: tuple[SceneObject, ...]
+    semantic: NDArray[np.uint8]
+
+    def masks(self) -> NDArray[np.bool_]:
+        """The visible masks of the objects, [M, S, S]."""
+        size = list(self.semantic.shape)
+        masks = [coco_mask.decode({"size": size, "counts": o.counts}) for o in self.objects]
+        return np.asarray(masks, np.bool_).reshape(-1, *size)
+
+
+@dataclass
+class _Item:
+    """Something to draw: one patch, or many for a crowd. `label` is None where unlabelled."""
+
+    label: int | None
+    texture: str
+    shape: str
+    side: int
+    iscrowd: bool = False
+    drawn: list[Drawn] = field(default_factory=list)
+
+
+def render_scene(settings: SceneSettings, seed: int, split: str, index: int, size: int) -> Scene:
+    """Draw scene `index` of a split; a pure function of its arguments, in bytes too."""
+    draws = Draws(seed, crc32(split.encode()), index)
+    canvas = _background(draws, settings, size)
+    for _ in range(draws.integer(*settings.clutter)):
+        _place(draws, settings, canvas, None, _clutter(draws, settings, size))
+    items = _items(draws, settings, size)
+    owner = np.zeros((size, size), np.uint8)
+    for number, item in enumerate(items, start=1):
+        if item.iscrowd:
+            _draw_crowd(draws, settings, canvas, owner, item, number)
+        else:
+            item.drawn = [_place(draws, settings, canvas, owner, item, number)]
+    objects, semantic = _annotate(settings, items, owner)
+    return Scene(_expose(draws, settings, canvas), objects, semantic)
+
+
+def _pixels(permille: int, size: int) -> int:
+    """A length in permille of the side, in subpixels."""
+    return permille * size * SUBPIXELS // 1000
+
+
+def _background(draws: Draws, settings: SceneSettings, size: int) -> NDArray[np.int16]:
+    low, high = settings.background_range
+    cells = settings.background_cells
+    grid = draws.octets(cells * cells * 3).reshape(cells, cells, 3).astype(np.int32)
+    return smooth_field((low + grid * (high - low) // 255).astype(np.uint8), size)
+
+
+def _clutter(draws: Draws, settings: SceneSettings, size: int) -> _Item:
+    textures = tuple(TEXTURES)
+    return _Item(
+        None,
+        textures[draws.integer(0, len(textures) - 1)],
+        _OTHER_SHAPES[draws.integer(0, len(_OTHER_SHAPES) - 1)],
+        _pixels(draws.integer(*settings.clutter_side), size),
+    )
+
+
+def _side(draws: Draws, settings: SceneSettings, size: int, sizes: int) -> tuple[int, bool]:
+    """Draw a side in subpixels from the first `sizes` size ranges; true if it is a large one."""
+    bucket = draws.choice(sizes, settings.size_weights)
+    ranges = (settings.small_side, settings.medium_side, settings.large_side)
+    return _pixels(draws.integer(*ranges[bucket]), size), bucket == 2
+
+
+def _items(draws: Draws, settings: SceneSettings, size: int) -> list[_Item]:
+    items, large = [], 0
+    for _ in range(draws.integer(*settings.objects)):
+        label = draws.integer(0, len(CLASSES) - 1)
+        side, is_large = _side(draws, settings, size, 3 if large < settings.most_large else 2)
+        large += is_large
+        items.append(_Item(label, *CLASSES[label], side))
+    for _ in range(draws.integer(*settings.distractors)):
+        items.append(_distractor(draws, settings, size))
+    if draws.chance(settings.crowd_permille):
+        label = draws.integer(0, len(CLASSES) - 1)
+        items.append(_Item(label, *CLASSES[label], 0, iscrowd=True))
+    # Large ones behind, with exceptions, so that occlusion happens and small ones survive it.
+    order = []
+    for item in items:
+        later = draws.integer(0, settings.large_side[1])
+        out_of_order = draws.chance(settings.out_of_order_permille)
+        order.append(_pixels(later, size) if out_of_order else item.side)
+    return [items[i] for i in sorted(range(len(items)), key=lambda i: (-order[i], i))]
+
+
+def _distractor(draws: Draws, settings: SceneSettings, size: int) -> _Item:
+    if draws.chance(settings.distractor_near_class_permille):
+        texture, shape = _NEAR_CLASSES[draws.integer(0, len(_NEAR_CLASSES) - 1)]
+    else:
+        texture = tuple(TEXTURES)[draws.integer(0, len(TEXTURES) - 1)]
+        shape = _OTHER_SHAPES[draws.integer(0, len(_OTHER_SHAPES) - 1)]
+    side, _ = _side(draws, settings, size, 2)
+    return _Item(None, texture, shape, side)
+
+
+def _contrasting(draws: Draws, reference: Colour, contrast: tuple[int, int]) -> Colour:
+    """A colour that differs from `reference` by an amount of `contrast` in every channel.
+
+    All channels move the same way where they can, so that the luminance differs too.
+    """
+    brighter = sum(reference) < 3 * 128
+    if 3 * 96 < sum(reference) < 3 * 160:
+        brighter = draws.chance(500)
+    sign = 1 if brighter else -1
+    values = []
+    for value in reference:
+        step = sign * draws.integer(*contrast)
+        values.append(value + step if 0 <= value + step <= 255 else value - step)
+    red, green, blue = (min(255, max(0, value)) for value in values)
+    return red, green, blue
+
+
+def _patch(
+    draws: Draws,
+    settings: SceneSettings,
+    canvas: NDArray[np.int16],
+    item: _Item,
+    side: int,
+    position: tuple[int, int],
+) -> Patch:
+    size = canvas.shape[0]
+    x, y = position
+    row = min(size - 1, max(0, y // SUBPIXELS))
+    column = min(size - 1, max(0, x // SUBPIXELS))
+    red, green, blue = canvas[row, column].tolist()
+    main = _contrasting(draws, (red, green, blue), settings.object_contrast)
+    cycles = draws.integer(*settings.texture_cycles_tenths)
+    shortest = settings.texture_shortest_period * SUBPIXELS
+    return Patch(
+        shape=item.shape,
+        texture=item.texture,
+        side=side,
+        x=x,
+        y=y,
+        angle=draws.integer(0, ANGLES - 1),
+        texture_angle=draws.integer(0, ANGLES - 1),
+        period=max(shortest, 10 * side // cycles),
+        colours=(main, _contrasting(draws, main, settings.texture_contrast)),
+    )
+
+
+def _place(
+    draws: Draws,
+    settings: SceneSettings,
+    canvas: NDArray[np.int16],
+    owner: NDArray[np.uint8] | None,
+    item: _Item,
+    number: int = 0,
+) -> Drawn:
+    """Draw a single item where few others lie, if a few tries find such a place."""
+    size = canvas.shape[0]
+    middle = size * SUBPIXELS // 2
+    # At most about a third of the radius sticks out of the image.
+    margin = min(item.side * 2 // 5, middle - middle // 8)
+    for _ in range(settings.placement_tries):
+        x = draws.integer(margin, 2 * middle - margin)
+        y = draws.integer(margin, 2 * middle - margin)
+        if owner is None:
+            break
+        half = item.side // 2 // SUBPIXELS
+        row, column = y // SUBPIXELS, x // SUBPIXELS
+        near = owner[max(0, row - half) : row + half + 1, max(0, column - half) : column + half + 1]
+        if np.count_nonzero(near) * 100 <= settings.covered_percent * near.size:
+            break
+    drawn = draw(canvas, _patch(draws, settings, canvas, item, item.side, (x, y)))
+    if owner is not None:
+        owner[drawn.rows, drawn.columns][drawn.mask] = number
+    return drawn
+
+
+def _draw_crowd(
+    draws: Draws,
+    settings: SceneSettings,
+    canvas: NDArray[np.int16],
+    owner: NDArray[np.uint8],
+    item: _Item,
+    number: int,
+) -> None:
+    size = canvas.shape[0]
+    spread = _pixels(settings.crowd_spread, size)
+    x = draws.integer(spread, size * SUBPIXELS - spread)
+    y = draws.integer(spread, size * SUBPIXELS - spread)
+    for _ in range(draws.integer(*settings.crowd_members)):
+        position = (x + draws.integer(-spread, spread), y + draws.integer(-spread, spread))
+        side = _pixels(draws.integer(*settings.crowd_member_side), size)
+        drawn = draw(canvas, _patch(draws, settings, canvas, item, side, position))
+        owner[drawn.rows, drawn.columns][drawn.mask] = number
+        item.drawn.append(drawn)
+
+
+def _annotate(
+    settings: SceneSettings, items: list[_Item], owner: NDArray[np.uint8]
+) -> tuple[tuple[SceneObject, ...], NDArray[np.uint8]]:
+    objects: list[SceneObject] = []
+    semantic_of = np.zeros(len(items) + 1, np.uint8)
+    for number, item in enumerate(items, start=1):
+        if item.label is None:
+            continue
+        visible = owner == number
+        pixels = int(np.count_nonzero(visible))
+        # Members of a crowd overlap one another, so that only a single object's share counts.
+        whole = 0 if item.iscrowd else int(np.count_nonzero(item.drawn[0].mask))
+        hidden = pixels * 100 < whole * settings.visible_percent
+        if hidden or pixels < settings.visible_pixels:
+            semantic_of[number] = SEMANTIC_IGNORE
+            continue
+        semantic_of[number] = CATEGORIES[item.label].id
+        rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
+        left, top = int(columns[0]), int(rows[0])
+        box = (left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top)
+        run_lengths = coco_mask.encode(np.asfortranarray(visible, np.uint8))
+        objects.append(SceneObject(item.label, box, item.iscrowd, run_lengths["counts"].decode()))
+    return tuple(objects), semantic_of[owner]
+
+
+def _expose(draws: Draws, settings: SceneSettings, canvas: NDArray[np.int16]) -> NDArray[np.uint8]:
+    """Light the scene unevenly, change its contrast, add sensor noise."""
+    size = canvas.shape[0]
+    corners = [draws.integer(*settings.lighting_percent) for _ in range(4)]
+    light = smooth_field(np.asarray(corners, np.uint8).reshape(2, 2, 1), size).astype(np.int32)
+    contrast = draws.integer(*settings.contrast_percent)
+    lit = (canvas * light // 100 - 128) * contrast // 100 + 128
+    amplitude = draws.integer(*settings.noise)
+    grain = draws.octets(2 * canvas.size).reshape(2, *canvas.shape).astype(np.int32)
+    # The sum of two uniform bytes is close enough to a bell curve.
+    lit += (grain[0] + grain[1] - 255) * amplitude // 256
+    return np.clip(lit, 0, 255).astype(np.uint8)
+
+
+def annotation_record(
+    scene_object: SceneObject, number: int, image_id: int, size: int
+) -> dict[str, Any]:
+    """The COCO annotation of one object, with id `number`."""
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": CATEGORIES[scene_object.label].id,
+        "bbox": list(scene_object.box),
+        "area": scene_object.area,
+        "iscrowd": int(scene_object.iscrowd),
+        "segmentation": {"size": [size, size], "counts": scene_object.counts},
+    }

@@ -1,0 +1,213 @@
+"""Augmentation: pixels and boxes move together, as torchvision moves them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as reference
+
+from effspinenet_lib.data import Augmentation, Sample
+from effspinenet_lib.data.augment import (
+    MEAN,
+    STD,
+    Placement,
+    draw_placement,
+    evaluation_target,
+    fitting_scale,
+    normalise,
+    place_boxes,
+    place_image,
+    resize,
+    training_target,
+)
+from effspinenet_lib.errors import UserError
+
+
+def sample_of(
+    image: np.ndarray, boxes: list[list[float]], iscrowd: list[bool] | None = None
+) -> Sample:
+    count = len(boxes)
+    return Sample(
+        image=image,
+        boxes=np.array(boxes, np.float32).reshape(-1, 4),
+        labels=np.arange(count, dtype=np.int64),
+        iscrowd=np.array(iscrowd or [False] * count, np.bool_),
+        area=np.ones(count, np.float32),
+        image_id=1,
+        file_name="x",
+    )
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def random_boxes(height: int, width: int, count: int = 60) -> list[list[float]]:
+    points = np.random.default_rng(1).uniform(0, 1, (count, 2, 2)) * [width, height]
+    low, high = points.min(axis=1), points.max(axis=1)
+    return np.concatenate([low, high], axis=1).tolist()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    ("height", "width", "scale", "left", "top"),
+    [(480, 640, 0.2, 0, 0), (480, 640, 0.4, 100, 64), (128, 96, 0.5, 0, 0), (64, 128, 2, 90, 0)],
+)
+def test_boxes_move_as_torchvision_moves_them(
+    height: int, width: int, scale: float, left: int, top: int, flip: bool
+) -> None:
+    """At scales where both sides stay whole, so that torchvision uses the same scale."""
+    side = 128
+    sample = sample_of(noise(height, width), random_boxes(height, width))
+    rows, columns = round(height * scale), round(width * scale)
+    shown = (min(side, rows - top), min(side, columns - left))
+    boxes = tv_tensors.BoundingBoxes(
+        torch.from_numpy(sample.boxes), format="XYXY", canvas_size=(height, width)
+    )
+    boxes = reference.resize(boxes, [rows, columns])
+    boxes = reference.clamp_bounding_boxes(reference.crop(boxes, top, left, *shown))
+    image = torch.from_numpy(sample.image).permute(2, 0, 1)
+    image = reference.crop(
+        reference.resize(image, [rows, columns], antialias=True), top, left, *shown
+    )
+    if flip:
+        boxes, image = reference.horizontal_flip(boxes), reference.horizontal_flip(image)
+
+    placement = Placement(scale, left, top, flip)
+    ours, _ = place_boxes(sample, placement, side)
+    assert np.allclose(ours, boxes.numpy(), atol=1e-3)
+    assert torch.equal(place_image(sample.image, placement, side), image)
+
+
+def painted(height: int, width: int, box: list[int]) -> np.ndarray:
+    image = np.zeros((height, width, 3), np.uint8)
+    image[box[1] : box[3], box[0] : box[2]] = 255
+    return image
+
+
+def extent(pixels: torch.Tensor) -> np.ndarray:
+    """Where a painted box is, to a part of a pixel: its edges by how bright they are."""
+    light = pixels[0].numpy().astype(float) / 255
+    ends = []
+    for profile in (light.max(axis=0), light.max(axis=1)):
+        bright = np.flatnonzero(profile >= 0.5)
+        ends.append((bright[0], bright[-1] + 1))
+    return np.array([ends[0][0], ends[1][0], ends[0][1], ends[1][1]])
+
+
+def test_boxes_stay_on_what_they_surround() -> None:
+    generator = np.random.default_rng(4)
+    augmentation = Augmentation((0.4, 2.0), 0.5)
+    seen = flips = crops = 0
+    for _ in range(150):
+        height, width = generator.integers(60, 300, 2).tolist()
+        x, y = generator.integers(0, [width - 30, height - 30]).tolist()
+        wide, high = generator.integers(25, 60, 2).tolist()
+        box = [x, y, min(x + wide, width), min(y + high, height)]
+        sample = sample_of(painted(height, width, box), [box])
+        placement = draw_placement(height, width, 128, augmentation, generator)
+        target = training_target(sample, placement, 128)
+        if not len(target["boxes"]):
+            continue
+        pixels = place_image(sample.image, placement, 128)
+        assert max(pixels.shape) <= 128
+        assert np.abs(extent(pixels) - target["boxes"][0].numpy()).max() <= 1.01
+        seen += 1
+        flips += placement.flip
+        crops += placement.left > 0 or placement.top > 0
+    assert seen > 80
+    assert flips > 20
+    assert crops > 20
+
+
+def test_an_image_that_fits_is_not_touched() -> None:
+    image = noise(128, 128)
+    pixels = place_image(image, Placement(1.0), 128)
+    assert (pixels.permute(1, 2, 0).numpy() == image).all()
+    flipped = place_image(image, Placement(1.0, flip=True), 128)
+    assert (flipped.permute(1, 2, 0).numpy() == image[:, ::-1]).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(427, 640), (500, 333), (3, 1000), (1, 1), (7, 900)])
+@pytest.mark.parametrize("side", [128, 257])
+def test_every_image_fits_the_input(height: int, width: int, side: int) -> None:
+    scale = fitting_scale(height, width, side)
+    pixels = resize(noise(height, width), scale)
+    assert pixels.dtype == torch.uint8
+    assert max(pixels.shape[1:]) == side
+    assert pixels.shape[1:] == (
+        max(1, int(height * side / max(height, width))),
+        max(1, int(width * side / max(height, width))),
+    )
+
+
+def test_resizing_keeps_one_scale_on_both_axes() -> None:
+    """A step edge at 2/3 of the short side stays at exactly scale times its place."""
+    image = np.zeros((100, 640, 3), np.uint8)
+    image[60:] = 255
+    scale = fitting_scale(100, 640, 128 + 3)
+    column = resize(image, scale)[0, :, 5].numpy().astype(float) / 255
+    dark = column.shape[0] - column.sum()
+    assert dark == pytest.approx(60 * scale, abs=0.05)
+
+
+def test_normalisation_is_imagenets_and_padding_is_zero() -> None:
+    pixels = torch.from_numpy(noise(50, 70)).permute(2, 0, 1)
+    canvas = torch.zeros(3, 96, 96)
+    normalise(pixels, canvas)
+    expected = reference.normalize(pixels.float() / 255, list(MEAN), list(STD))
+    assert torch.allclose(canvas[:, :50, :70], expected, atol=1e-5)
+    assert not canvas[:, 50:].any()
+    assert not canvas[:, :, 70:].any()
+
+
+def test_boxes_mostly_cut_off_are_dropped_and_crowds_are_not() -> None:
+    boxes = [[0, 0, 100, 100], [0, 0, 74, 50], [0, 0, 76, 50], [0, 0, 40, 40], [110, 0, 110.5, 9]]
+    sample = sample_of(noise(200, 200), [*boxes, boxes[1]], [False] * 5 + [True])
+    target = training_target(sample, Placement(1.0, left=56), 128)
+    # 44 %, 24.3 %, 26.3 % and nothing are left; the fifth is thinner than a pixel.
+    assert target["labels"].tolist() == [0, 2, 5]
+    assert target["iscrowd"].tolist() == [False, False, True]
+    assert target["boxes"].tolist() == [[0, 0, 44, 100], [0, 0, 20, 50], [0, 0, 18, 50]]
+
+
+def test_evaluation_targets_map_back() -> None:
+    boxes = random_boxes(427, 640)
+    scale = fitting_scale(427, 640, 128)
+    target = evaluation_target(sample_of(noise(427, 640), boxes), scale)
+    assert np.allclose(target["boxes"].numpy() / scale, boxes, atol=1e-3)
+
+
+def test_images_without_boxes_have_empty_targets() -> None:
+    target = training_target(sample_of(noise(9, 9), []), Placement(2.0, flip=True), 16)
+    assert target["boxes"].shape == (0, 4)
+    assert target["boxes"].dtype == torch.float32
+    assert target["labels"].dtype == torch.int64
+    assert target["iscrowd"].dtype == torch.bool
+
+
+def test_placements_are_drawn_from_the_whole_range() -> None:
+    generator = np.random.default_rng(0)
+    drawn = [
+        draw_placement(100, 200, 128, Augmentation((0.5, 2.0), 0.25), generator)
+        for _ in range(2000)
+    ]
+    factors = np.array([placement.scale / fitting_scale(100, 200, 128) for placement in drawn])
+    assert 0.5 <= factors.min() < 0.52
+    assert 1.98 < factors.max() <= 2.0
+    assert factors.mean() == pytest.approx(1.25, abs=0.04)
+    assert np.mean([placement.flip for placement in drawn]) == pytest.approx(0.25, abs=0.04)
+    lefts = [p.left for p in drawn if p.scale * 200 > 250]
+    assert min(lefts) < 10
+    assert max(lefts) > 110
+    assert all(p.left == p.top == 0 for p in drawn if p.scale * 200 <= 128)
+
+
+@pytest.mark.parametrize(
+    "values", [{"scale_jitter": (2, 1)}, {"scale_jitter": (0, 1)}, {"flip_probability": 1.5}]
+)
+def test_impossible_augmentations_are_refused(values: dict) -> None:
+    with pytest.raises(UserError):
+        Augmentation(**values)

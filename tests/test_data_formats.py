@@ -1,0 +1,497 @@
+"""COCO- and VOC-format folders: what is read, and how bad input is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from effspinenet_lib.data import (
+    DataConfig,
+    Dataset,
+    detect_format,
+    open_dataset,
+    require_same_categories,
+)
+from effspinenet_lib.data.formats import DataWarning
+from effspinenet_lib.errors import DataError
+
+WIDTH, HEIGHT = 40, 30
+
+
+def open_folder(root: Path, split: str = "train", images: int | None = None) -> Dataset:
+    config = DataConfig(detect_format(root), str(root), train_split=split, train_images=images)
+    return open_dataset(config, "train")
+
+
+def save_image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((HEIGHT, WIDTH, 3), 90, np.uint8)).save(path)
+
+
+def coco_content() -> dict[str, Any]:
+    """Three images, listed out of id order, and categories with a gap."""
+    return {
+        "images": [
+            {"id": number, "file_name": f"{number}.png", "width": WIDTH, "height": HEIGHT}
+            for number in (30, 10, 20)
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 10, "category_id": 7, "bbox": [1, 2, 10, 5], "area": 44,
+             "iscrowd": 0, "segmentation": [[1, 2, 11, 2, 11, 7]]},
+            {"id": 2, "image_id": 30, "category_id": 3, "bbox": [5, 5, 50, 10], "area": 500},
+            {"id": 3, "image_id": 10, "category_id": 3, "bbox": [0, 0, 30, 30], "iscrowd": 1},
+        ],
+        "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
+    }  # fmt: skip
+
+
+def write_coco(root: Path, content: Any, images: str = "train2017") -> Path:
+    for number in (10, 20, 30):
+        save_image(root / images / f"{number}.png")
+    path = root / "annotations" / "instances_train2017.json"
+    path.parent.mkdir()
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def one_line(caught: pytest.ExceptionInfo[DataError]) -> str:
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# COCO
+
+
+@pytest.mark.parametrize("split", ["train", "val", "train2017"])
+def test_real_coco_reads_as_pycocotools_reads_it(tiny_coco: Path, split: str) -> None:
+    dataset = open_folder(tiny_coco, split)
+    year = split.removesuffix("2017") + "2017"
+    reference = COCO(tiny_coco / "annotations" / f"instances_{year}.json")
+    assert [dataset.image_id(i) for i in range(len(dataset))] == sorted(reference.imgs)
+    crowds = 0
+    for index in range(len(dataset)):
+        sample = dataset.load(index)
+        records = reference.imgToAnns[sample.image_id]
+        image = reference.imgs[sample.image_id]
+        assert sample.image.shape == (image["height"], image["width"], 3)
+        assert sample.file_name == image["file_name"]
+        assert len(records) == len(sample.boxes)
+        for row, record in enumerate(records):
+            x, y, w, h = record["bbox"]
+            assert np.allclose(sample.boxes[row], [x, y, x + w, y + h], atol=1e-3)
+            assert dataset.categories[sample.labels[row]].id == record["category_id"]
+            assert sample.area[row] == pytest.approx(record["area"], rel=1e-6)
+            assert sample.iscrowd[row] == record["iscrowd"]
+            crowds += record["iscrowd"]
+    assert crowds == dataset.describe()["crowds"] > 0
+    names = {category.id: category.name for category in dataset.categories}
+    assert names == {key: value["name"] for key, value in reference.cats.items()}
+
+
+def test_ground_truth_of_real_coco_keeps_ids_and_segmentations(tiny_coco: Path) -> None:
+    truth = open_folder(tiny_coco, "val").ground_truth()
+    reference = json.loads((tiny_coco / "annotations" / "instances_val2017.json").read_text())
+    kept = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")
+    assert truth["annotations"] == [
+        {key: record[key] for key in kept} for record in reference["annotations"]
+    ]
+
+
+def test_the_first_images_in_id_order_are_used(tmp_path: Path) -> None:
+    write_coco(tmp_path, coco_content())
+    dataset = open_folder(tmp_path, images=2)
+    assert [dataset.image_id(i) for i in range(len(dataset))] == [10, 20]
+    assert [record["id"] for record in dataset.ground_truth()["annotations"]] == [1, 3]
+    assert dataset.load(1).boxes.shape == (0, 4)
+    assert dataset.describe()["images_without_boxes"] == 1
+
+
+def test_boxes_are_clipped_but_the_ground_truth_is_as_annotated(tmp_path: Path) -> None:
+    write_coco(tmp_path, coco_content())
+    dataset = open_folder(tmp_path)
+    assert dataset.load(2).boxes.tolist() == [[5, 5, WIDTH, 15]]
+    assert dataset.ground_truth()["annotations"][1]["bbox"] == [5, 5, 50, 10]
+
+
+def test_labels_follow_category_ids_and_missing_fields_have_defaults(tmp_path: Path) -> None:
+    write_coco(tmp_path, coco_content())
+    dataset = open_folder(tmp_path)
+    assert [(c.id, c.name) for c in dataset.categories] == [(3, "dog"), (7, "cat")]
+    sample = dataset.load(0)
+    assert sample.labels.tolist() == [1, 0]
+    assert sample.iscrowd.tolist() == [False, True]
+    assert sample.area.tolist() == [44, 900]
+
+
+@pytest.mark.parametrize(
+    "images", ["train", "train2017", "images/train", "images/train2017", "images", "."]
+)
+def test_images_are_found_in_the_common_places(tmp_path: Path, images: str) -> None:
+    write_coco(tmp_path, coco_content(), images)
+    assert open_folder(tmp_path).load(0).image.shape == (HEIGHT, WIDTH, 3)
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 2), (5, 5, 6), (None, None, None), ("a", "b", "c")])
+def test_unusable_annotation_ids_are_numbered_anew(tmp_path: Path, ids: tuple[Any, ...]) -> None:
+    content = coco_content()
+    for record, number in zip(content["annotations"], ids, strict=True):
+        record["id"] = number
+    write_coco(tmp_path, content)
+    truth = open_folder(tmp_path).ground_truth()
+    assert [record["id"] for record in truth["annotations"]] == [1, 2, 3]
+
+
+def test_degenerate_boxes_are_dropped_with_one_counted_warning(tmp_path: Path) -> None:
+    content = coco_content()
+    bad = ([3, 3, 0, 5], [3, 3, 5, -1], [50, 3, 5, 5], [-9, -9, 9, 9], [1, 1, 1e-4, 5])
+    content["annotations"] += [
+        {"id": 10 + n, "image_id": 20, "category_id": 3, "bbox": bbox, "area": 1, "iscrowd": 0}
+        for n, bbox in enumerate(bad)
+    ]
+    path = write_coco(tmp_path, content)
+    with pytest.warns(DataWarning) as caught:
+        dataset = open_folder(tmp_path)
+    (warning,) = caught
+    assert str(path) in str(warning.message)
+    assert "5 degenerate boxes (first: annotation 10, 20.png)" in str(warning.message)
+    assert dataset.load(1).boxes.shape == (0, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(dataset.ground_truth()["annotations"]) == 3
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    content = coco_content()
+    change(content)
+    return content
+
+
+BAD_COCO: dict[str, tuple[Any, str]] = {
+    "not JSON": ('{"images": [', r"is not JSON \(line 1"),
+    "a list": ("[]", "must be an object"),
+    "no annotations": (changed(lambda c: c.pop("annotations")), "lacks the key 'annotations'"),
+    "images no list": (changed(lambda c: c.update(images={})), "images must be a list"),
+    "no images": (changed(lambda c: c.update(images=[], annotations=[])), "lists no images"),
+    "no categories": (
+        changed(lambda c: c.update(categories=[], annotations=[])),
+        "lists no categories",
+    ),
+    "image without width": (
+        changed(lambda c: c["images"][1].pop("width")),
+        "image 10: lacks the key 'width'",
+    ),
+    "image id twice": (changed(lambda c: c["images"][1].update(id=30)), "image 30: .* twice"),
+    "image without height": (
+        changed(lambda c: c["images"][0].update(height=0)),
+        "image 30: height is 0",
+    ),
+    "image id no number": (changed(lambda c: c["images"][0].update(id="x")), "id is 'x'"),
+    "image no object": (changed(lambda c: c["images"].append(3)), "image number 4: must be"),
+    "no bbox": (
+        changed(lambda c: c["annotations"][0].pop("bbox")),
+        "annotation 1: lacks the key 'bbox'",
+    ),
+    "unlisted category": (
+        changed(lambda c: c["annotations"][1].update(category_id=99)),
+        "annotation 2: category 99 is not listed",
+    ),
+    "unlisted image": (
+        changed(lambda c: c["annotations"][2].update(image_id=99)),
+        "annotation 3: image 99 is not listed",
+    ),
+    "bbox of three": (
+        changed(lambda c: c["annotations"][0].update(bbox=[1, 2, 3])),
+        "annotation 1: bbox is",
+    ),
+    "bbox of text": (
+        changed(lambda c: c["annotations"][0].update(bbox=[1, 2, 3, "4"])),
+        "annotation 1: bbox is",
+    ),
+    "bbox not finite": (
+        changed(lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")])),
+        "annotation 1: bbox is",
+    ),
+    "area of text": (changed(lambda c: c["annotations"][0].update(area="big")), "area is 'big'"),
+    "iscrowd 2": (changed(lambda c: c["annotations"][0].update(iscrowd=2)), "iscrowd is 2"),
+    "missing image": (
+        changed(lambda c: c["images"][0].update(file_name="gone.png")),
+        r"names the image gone.png",
+    ),
+    "traversal": (
+        changed(lambda c: c["images"][0].update(file_name="../../etc/passwd")),
+        "image 30: the file name .* leads out",
+    ),
+    "absolute": (
+        changed(lambda c: c["images"][0].update(file_name="/etc/passwd")),
+        "leads out of the data folder",
+    ),
+    "windows traversal": (
+        changed(lambda c: c["images"][0].update(file_name="..\\x.png")),
+        "leads out of the data folder",
+    ),
+    "name too long for a file": (
+        changed(lambda c: c["images"][0].update(file_name="x" * 5000)),
+        "names the image x",
+    ),
+    "integer too large": (
+        changed(lambda c: c["images"][0].update(id=10**400)),
+        "an integer is needed",
+    ),
+    "bbox too large": (
+        changed(lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 10**400])),
+        "annotation 1: bbox is",
+    ),
+    "empty name": (changed(lambda c: c["images"][0].update(file_name="")), "is not a name"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COCO)
+def test_bad_coco_files_are_refused_in_one_line(tmp_path: Path, case: str) -> None:
+    content, message = BAD_COCO[case]
+    path = write_coco(tmp_path, content)
+    with pytest.raises(DataError, match=message) as caught:
+        open_folder(tmp_path)
+    assert one_line(caught).startswith(str(path))
+
+
+def test_an_unknown_split_lists_those_found(tmp_path: Path) -> None:
+    write_coco(tmp_path, coco_content())
+    with pytest.raises(DataError, match="splits found: train2017"):
+        open_folder(tmp_path, "test")
+
+
+def test_a_folder_of_neither_layout_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"neither a COCO folder .* nor a VOC folder"):
+        detect_format(tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        detect_format(tmp_path / "gone")
+
+
+def test_the_layout_of_real_sets_is_recognised(tiny_coco: Path, bccd: Path) -> None:
+    assert detect_format(tiny_coco) == "coco"
+    assert detect_format(bccd) == "voc"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-60]), "cannot be decoded"),
+        (lambda path: path.write_bytes(path.read_bytes()[:20]), "not an image|cannot be decoded"),
+        (lambda path: path.write_text("<html>"), "is not an image"),
+        (lambda path: path.unlink(), "no such image"),
+        (lambda path: Image.new("RGB", (5, 6)).save(path), "is 5 x 6 pixels, .* say 40 x 30"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_unreadable_images_are_named(
+    tmp_path: Path, spoil: Callable[[Path], Any], message: str, suffix: str
+) -> None:
+    content = coco_content()
+    content["images"][1]["file_name"] = f"10.{suffix}"
+    write_coco(tmp_path, content)
+    picture = tmp_path / "train2017" / f"10.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    Image.fromarray(noise).save(picture)
+    dataset = open_folder(tmp_path)
+    spoil(picture)
+    with pytest.raises(DataError, match=message) as caught:
+        dataset.load(0)
+    assert one_line(caught).startswith(str(picture))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_images_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+    content = coco_content()
+    content["images"][1]["file_name"] = "10.tif"
+    write_coco(tmp_path, content)
+    Image.new("RGB", (WIDTH, HEIGHT), (255, 255, 255)).convert(mode).save(
+        tmp_path / "train2017" / "10.tif"
+    )
+    assert (open_folder(tmp_path).load(0).image == 255).all()
+
+
+def test_different_category_lists_are_noticed(tmp_path: Path) -> None:
+    write_coco(tmp_path / "a", coco_content())
+    write_coco(tmp_path / "b", changed(lambda c: c["categories"][0].update(name="lion")))
+    first, second = open_folder(tmp_path / "a"), open_folder(tmp_path / "b")
+    require_same_categories(first, first)
+    with pytest.raises(DataError, match="a train and b train list different categories"):
+        require_same_categories(first, second)
+
+
+# VOC
+
+
+def voc_object(name: str, box: tuple[Any, Any, Any, Any], extra: str = "") -> str:
+    left, top, right, bottom = box
+    return (
+        f"<object><name>{name}</name>{extra}<bndbox><xmin>{left}</xmin><ymin>{top}</ymin>"
+        f"<xmax>{right}</xmax><ymax>{bottom}</ymax></bndbox></object>"
+    )
+
+
+def voc_xml(objects: str, width: Any = WIDTH) -> str:
+    return (
+        f"<annotation><size><width>{width}</width><height>{HEIGHT}</height></size>"
+        f"{objects}</annotation>"
+    )
+
+
+def write_voc(root: Path, files: dict[str, str], splits: dict[str, str]) -> None:
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True)
+    for stem, text in files.items():
+        (root / "Annotations" / f"{stem}.xml").write_text(text)
+        save_image(root / "JPEGImages" / f"{stem}.jpg")
+    for split, text in splits.items():
+        path = root / "ImageSets" / "Main" / f"{split}.txt"
+        path.write_text(text, errors="surrogateescape")
+
+
+def test_voc_coordinates_are_one_based_and_name_the_last_pixel(tmp_path: Path) -> None:
+    whole = voc_object("cat", (1, 1, WIDTH, HEIGHT))
+    small = voc_object("ant", (3, 5, 4, 9), "<part><bndbox><xmin>9</xmin></bndbox></part>")
+    hard = voc_object("cat", (2.5, 2, 8, 9), "<difficult>1</difficult>")
+    write_voc(tmp_path, {"b": voc_xml(whole + small + hard)}, {"train": "b\n\n"})
+    dataset = open_folder(tmp_path)
+    sample = dataset.load(0)
+    assert sample.boxes.tolist() == [[0, 0, WIDTH, HEIGHT], [2, 4, 4, 9], [1.5, 1, 8, 9]]
+    assert [dataset.categories[label].name for label in sample.labels] == ["cat", "ant", "cat"]
+    assert sample.iscrowd.tolist() == [False, False, True]
+    assert sample.area.tolist() == [WIDTH * HEIGHT, 10, 52]
+
+
+def test_voc_classes_are_those_of_all_splits(tmp_path: Path) -> None:
+    files = {
+        "1": voc_xml(voc_object("zebra", (1, 1, 9, 9))),
+        "2": voc_xml(voc_object("ant", (1, 1, 9, 9)) + voc_object("Cow", (1, 1, 5, 5))),
+    }
+    write_voc(tmp_path, files, {"train": "1  1\n", "test": "2 -1\n"})
+    train, test = open_folder(tmp_path), open_folder(tmp_path, "test")
+    require_same_categories(train, test)
+    assert [(c.id, c.name) for c in train.categories] == [(1, "Cow"), (2, "ant"), (3, "zebra")]
+
+
+def test_real_voc_reads_as_its_text_says(bccd: Path) -> None:
+    """Against a reading by regular expressions; every split warns of its degenerate boxes."""
+    dropped = 0
+    for split in ("train", "val", "test"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            dataset = open_folder(bccd, split)
+        messages = [str(one.message) for one in caught if one.category is DataWarning]
+        assert len(messages) <= 1
+        dropped += sum("dropped 1 degenerate box " in message for message in messages)
+        assert [category.name for category in dataset.categories] == ["Platelets", "RBC", "WBC"]
+        stems = sorted((bccd / "ImageSets" / "Main" / f"{split}.txt").read_text().split())
+        assert len(stems) == len(dataset)
+        for index, stem in enumerate(stems):
+            text = (bccd / "Annotations" / f"{stem}.xml").read_text()
+            names = re.findall(r"<object>\s*<name>(\w+)</name>", text)
+            numbers = [
+                [int(n) for n in re.findall(rf"<{side}>(\d+)</{side}>", text)]
+                for side in ("xmin", "ymin", "xmax", "ymax")
+            ]
+            expected = [
+                (name, (x1 - 1, y1 - 1, x2, y2))
+                for name, x1, y1, x2, y2 in zip(names, *numbers, strict=True)
+                if x2 > x1 and y2 > y1
+            ]
+            rows = dataset.annotations.rows(index)
+            table = dataset.annotations
+            read = [
+                (dataset.categories[label].name, tuple(box))
+                for label, box in zip(table.labels[rows], table.boxes[rows].tolist(), strict=True)
+            ]
+            assert read == expected
+        assert dataset.load(0).image.shape == (480, 640, 3)
+    assert dropped == 2
+
+
+def test_voc_ground_truth_evaluates(bccd: Path) -> None:
+    dataset = open_folder(bccd, "test", images=5)
+    truth = dataset.ground_truth()
+    index = COCO()
+    index.dataset = truth
+    index.createIndex()
+    counts = Counter(record["image_id"] for record in truth["annotations"])
+    assert [counts[dataset.image_id(i)] for i in range(5)] == [
+        len(dataset.load(i).boxes) for i in range(5)
+    ]
+
+
+ENTITIES = "".join(
+    f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">' if n else '<!ENTITY a0 "ha">' for n in range(12)
+)
+BAD_VOC: dict[str, tuple[str, str]] = {
+    "not XML": ("<annotation><size>", "is not XML"),
+    "empty": ("", "is not XML"),
+    "bomb": (
+        f"<!DOCTYPE x [{ENTITIES}]><annotation>&a11;</annotation>",
+        "declares a document type",
+    ),
+    "no size": ("<annotation></annotation>", "lacks size/width"),
+    "width of text": (voc_xml("", "wide"), "size/width is 'wide'"),
+    "width of nan": (voc_xml("", "nan"), "size/width is 'nan'"),
+    "width zero": (voc_xml("", 0), "size/width is 0"),
+    "no name": (voc_xml("<object></object>"), "object 1: lacks name"),
+    "no box": (voc_xml("<object><name>a</name></object>"), "object 1: lacks bndbox"),
+    "no corner": (
+        voc_xml("<object><name>a</name><bndbox><xmin>1</xmin></bndbox></object>"),
+        "object 1: bndbox: lacks ymin",
+    ),
+    "corner of text": (voc_xml(voc_object("a", (1, "x", 3, 4))), "ymin is 'x'"),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("case", BAD_VOC)
+def test_bad_voc_files_are_refused_in_one_line(tmp_path: Path, case: str, encoding: str) -> None:
+    text, message = BAD_VOC[case]
+    good = voc_xml(voc_object("a", (1, 1, 5, 5)))
+    write_voc(tmp_path, {"1": good, "2": good}, {"train": "1\n2\n"})
+    path = tmp_path / "Annotations" / "2.xml"
+    path.write_bytes(text.encode(encoding))
+    began = time.monotonic()
+    with pytest.raises(DataError, match=message) as caught:
+        open_folder(tmp_path)
+    assert time.monotonic() - began < 5
+    assert one_line(caught).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"val": "1\n"}, "train.txt: no such split; splits found: val"),
+        ({"train": "1\nmissing\n"}, "line 2 names missing, but Annotations has no missing.xml"),
+        ({"train": "\n"}, "lists no images"),
+        ({"train": "x" * 5000}, "names x+, but"),
+        ({"train": "\udcff\n"}, "but Annotations has no"),
+        ({"train": "../1\n"}, "line 1: .* leads out"),
+    ],
+)
+def test_bad_voc_splits_are_refused(tmp_path: Path, splits: dict[str, str], message: str) -> None:
+    write_voc(tmp_path, {"1": voc_xml(voc_object("a", (1, 1, 5, 5)))}, splits)
+    with pytest.raises(DataError, match=message) as caught:
+        open_folder(tmp_path)
+    one_line(caught)
+
+
+def test_a_missing_voc_image_is_named_with_its_split(tmp_path: Path) -> None:
+    named = voc_xml("<filename>1.jpg</filename>" + voc_object("a", (1, 1, 5, 5)))
+    write_voc(tmp_path, {"1": named}, {"train": "1\n"})
+    (tmp_path / "JPEGImages" / "1.jpg").unlink()
+    with pytest.raises(DataError, match=r"train.txt: names the image 1.jpg, not found in"):
+        open_folder(tmp_path)

@@ -1,0 +1,384 @@
+"""ShapeScenes: the same bytes everywhere, and annotations that fit the pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.path import Path as Polygon
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from effspinenet_lib.data import DataConfig, ShapeScenes, export_coco, open_dataset
+from effspinenet_lib.data.rendering import (
+    ANGLES,
+    SHAPES,
+    SUBPIXELS,
+    TEXTURES,
+    Draws,
+    Patch,
+    draw,
+    smooth_field,
+)
+from effspinenet_lib.data.shapes import (
+    CATEGORIES,
+    CLASSES,
+    MAX_IMAGE_SIZE,
+    SEMANTIC_IGNORE,
+    SceneSettings,
+    render_scene,
+)
+from effspinenet_lib.errors import UnknownName, UserError
+
+SIZE = 128
+SETTINGS = SceneSettings()
+# What the rasteriser drew when this test was written; NumPy, processor and operating system must
+# not change it. A change of the drawing code does, and then needs a new VERSION in shapes.py.
+RASTER_DIGEST = "1da40613b5c02faa"
+
+MAKE_AND_HASH = """
+import hashlib, sys
+from effspinenet_lib.data import ShapeScenes
+scenes = ShapeScenes("train", 24, 128, seed=5)
+digest = hashlib.sha256()
+for name in ("images.npy", "annotations.json"):
+    digest.update((scenes.folder / name).read_bytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of this module's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EFFSPINENET_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def scenes() -> ShapeScenes:
+    return ShapeScenes("train", 200, SIZE, seed=3)
+
+
+def start_making(cache: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", MAKE_AND_HASH],
+        env={**os.environ, "EFFSPINENET_CACHE": str(cache), **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return output.strip()
+
+
+def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
+    makers = [
+        start_making(tmp_path / "a", PYTHONHASHSEED="1", OMP_NUM_THREADS="1"),
+        start_making(tmp_path / "b", PYTHONHASHSEED="2", OMP_NUM_THREADS="2"),
+        # These two want the same split at the same time.
+        start_making(tmp_path / "c"),
+        start_making(tmp_path / "c"),
+    ]
+    assert len({finish(maker) for maker in makers}) == 1
+    assert len(list((tmp_path / "c" / "shapescenes").glob("*/images.npy"))) == 1
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def all_patches() -> list[Patch]:
+    return [
+        Patch(shape, texture, 30 * SUBPIXELS, 1000 + 700 * i, 1500 + 900 * j, 37 * i, 11 * j, 400,
+              ((200, 30, 90), (20, 180, 250)))
+        for i, shape in enumerate(SHAPES)
+        for j, texture in enumerate(TEXTURES)
+    ]  # fmt: skip
+
+
+def test_the_rasteriser_draws_what_it_always_drew() -> None:
+    canvas = smooth_field(Draws(1, 2, 3).octets(75).reshape(5, 5, 3), SIZE)
+    for patch in all_patches():
+        draw(canvas, patch)
+    assert hashlib.sha256(canvas.astype("<i2").tobytes()).hexdigest()[:16] == RASTER_DIGEST
+
+
+def polygon(shape: str, side: float) -> np.ndarray:
+    """Corners of a shape of area side², from textbook formulas."""
+
+    def circle(radius: float, count: int, start: float) -> np.ndarray:
+        turns = start + 2 * math.pi * np.arange(count) / count
+        return radius * np.stack([np.cos(turns), np.sin(turns)], axis=1)
+
+    if shape == "disc":
+        return circle(side / math.sqrt(math.pi), 720, 0)
+    if shape == "square":
+        return circle(side / math.sqrt(2), 4, math.pi / 4)
+    if shape == "triangle":
+        # The normals point to 90 degrees and on, the corners lie opposite.
+        return circle(2 * side / 27**0.25, 3, -math.pi / 2)
+    arm, long = 0.42, side / (2 * math.sqrt(1 - 0.58**2))
+    quarter = np.array([[1, -arm], [1, arm], [arm, arm]]) * long
+    turned = [quarter]
+    for _ in range(3):
+        turned.append(turned[-1] @ np.array([[0, 1], [-1, 0]]))
+    return np.concatenate(turned)
+
+
+@pytest.mark.parametrize("shape", ["disc", "square", "triangle", "cross"])
+@pytest.mark.parametrize("angle", [0, 23, 200])
+@pytest.mark.parametrize(("size", "side"), [(128, 12), (128, 60), (MAX_IMAGE_SIZE, 400)])
+def test_masks_are_the_shapes_they_are_called(shape: str, angle: int, size: int, side: int) -> None:
+    half = size // 2
+    patch = Patch(shape, "plain", side * SUBPIXELS, half * SUBPIXELS + 17, half * SUBPIXELS, angle,
+                  0, 400, ((255, 255, 255),) * 2)  # fmt: skip
+    drawn = draw(np.zeros((size, size, 3), np.int16), patch)
+    mask = np.zeros((size, size), bool)
+    mask[drawn.rows, drawn.columns] = drawn.mask
+    turn = 2 * math.pi * angle / ANGLES
+    rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+    corners = polygon(shape, side) @ rotation + [half + 17 / SUBPIXELS, half]
+    y, x = np.mgrid[:size, :size] + 0.5
+    expected = Polygon(corners).contains_points(np.stack([x.ravel(), y.ravel()], 1))
+    disagreeing = np.count_nonzero(mask.ravel() != expected)
+    assert disagreeing <= 0.03 * side * side + 3
+    assert expected.sum() > 0.8 * side * side
+
+
+def test_textures_are_half_or_less_of_the_second_colour_and_differ() -> None:
+    u, v = np.meshgrid(
+        np.arange(0, 12800, 64, dtype=np.int32), np.arange(0, 12800, 64, dtype=np.int32)
+    )
+    share = {
+        name: mix(u, v, 800).mean() / SUBPIXELS for name, mix in TEXTURES.items() if mix is not None
+    }
+    assert share["striped"] == pytest.approx(0.5, abs=0.02)
+    assert share["checked"] == pytest.approx(0.5, abs=0.02)
+    # Discs of radius 5/16 of the period.
+    assert share["dotted"] == pytest.approx(math.pi * (5 / 16) ** 2, abs=0.02)
+    rows = {name: mix(u, v, 800) for name, mix in TEXTURES.items() if mix is not None}
+    assert (rows["striped"] == rows["striped"][0]).all()
+    assert not (rows["checked"] == rows["checked"][0]).all()
+
+
+def test_draws_are_uniform_over_both_ends() -> None:
+    draws = Draws(9)
+    counts = np.bincount([draws.integer(2, 6) for _ in range(20000)], minlength=7)
+    assert counts[:2].sum() == 0
+    assert (abs(counts[2:] - 4000) < 300).all()
+    weighted = np.bincount([draws.choice(3, (50, 30, 20)) for _ in range(20000)])
+    assert (abs(weighted / 200 - [50, 30, 20]) < 1.5).all()
+
+
+def test_neither_shape_nor_texture_tells_the_class() -> None:
+    textures, shapes = zip(*CLASSES, strict=True)
+    assert all(textures.count(texture) == 2 for texture in textures)
+    assert all(shapes.count(shape) == 2 for shape in shapes)
+    assert len(set(CLASSES)) == len(CATEGORIES) == 8
+
+
+def test_splits_and_seeds_differ_and_longer_splits_begin_alike(scenes: ShapeScenes) -> None:
+    longer, other_seed = ShapeScenes("train", 4, SIZE, seed=3), ShapeScenes("train", 4, SIZE, 4)
+    validation = ShapeScenes("val", 4, SIZE, seed=3)
+    for index in range(4):
+        image = scenes.load_image(index)
+        assert (image == longer.load_image(index)).all()
+        assert (image != other_seed.load_image(index)).mean() > 0.5
+        assert (image != validation.load_image(index)).mean() > 0.5
+
+
+def test_boxes_are_tight_around_disjoint_masks(scenes: ShapeScenes) -> None:
+    truth = scenes.ground_truth()
+    by_image: dict[int, list[dict]] = {image["id"]: [] for image in truth["images"]}
+    for record in truth["annotations"]:
+        by_image[record["image_id"]].append(record)
+    for index in range(60):
+        owned = np.zeros((SIZE, SIZE), int)
+        sample, scene = scenes.load(index), scenes.scene(index)
+        records = by_image[scenes.image_id(index)]
+        masks = scene.masks()
+        assert len(records) == len(sample.boxes) == len(masks)
+        for row, record in enumerate(records):
+            mask = coco_mask.decode(record["segmentation"])
+            assert (mask == masks[row]).all()
+            assert coco_mask.area(record["segmentation"]) == mask.sum()
+            y, x = np.nonzero(mask)
+            box = [x.min(), y.min(), x.max() + 1 - x.min(), y.max() + 1 - y.min()]
+            assert record["bbox"] == box
+            assert coco_mask.toBbox(record["segmentation"]).tolist() == box
+            assert record["area"] == box[2] * box[3] == sample.area[row]
+            assert sample.boxes[row].tolist() == [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+            assert CATEGORIES[sample.labels[row]].id == record["category_id"]
+            assert (scene.semantic[mask == 1] == record["category_id"]).all()
+            owned += mask
+        assert owned.max(initial=0) <= 1
+        assert set(np.unique(scene.semantic[owned == 0])) <= {0, SEMANTIC_IGNORE}
+        assert (scene.image == sample.image).all()
+
+
+def test_objects_are_drawn_where_the_annotations_say() -> None:
+    """Without clutter, light and noise, objects are all that differs from the background."""
+    bare = replace(
+        SETTINGS, objects=(2, 4), distractors=(0, 0), clutter=(0, 0), crowd_permille=0,
+        lighting_percent=(100, 100), contrast_percent=(100, 100), noise=(0, 0),
+        visible_percent=0, visible_pixels=1, background_range=(10, 10), object_contrast=(60, 90),
+    )  # fmt: skip
+    for index in range(20):
+        scene = render_scene(bare, 0, "train", index, SIZE)
+        changed = (scene.image != 10).any(axis=2)
+        masks = scene.masks().any(axis=0)
+        assert (changed | ~masks).all()
+        # Antialiased edges are all that lies outside the masks.
+        assert (changed & ~masks).mean() < 0.04
+
+
+def test_hidden_objects_are_left_out_and_ignored() -> None:
+    everything = replace(SETTINGS, visible_percent=0, visible_pixels=1, objects=(5, 6))
+    hidden = 0
+    for index in range(80):
+        full = render_scene(everything, 1, "train", index, SIZE)
+        scene = render_scene(
+            replace(everything, visible_percent=25, visible_pixels=20), 1, "train", index, SIZE
+        )
+        assert (full.image == scene.image).all()
+        assert set(scene.objects) <= set(full.objects)
+        left_out = [
+            mask for one, mask in zip(full.objects, full.masks(), strict=True)
+            if one not in scene.objects
+        ]  # fmt: skip
+        for mask in left_out:
+            assert (scene.semantic[mask] == SEMANTIC_IGNORE).all()
+        hidden += len(left_out)
+    assert hidden > 3
+
+
+def test_sizes_spread_over_all_of_coco(scenes: ShapeScenes) -> None:
+    counts = scenes.describe()
+    share = {name: count / counts["objects"] for name, count in counts["sizes"].items()}
+    assert 0.3 < share["small"] < 0.6
+    assert 0.25 < share["medium"] < 0.55
+    assert 0.08 < share["large"] < 0.25
+    per_class = [sum(sizes.values()) for sizes in counts["classes"].values()]
+    assert min(per_class) > 0.5 * max(per_class)
+    assert counts["objects"] + counts["crowds"] == len(scenes.annotations.boxes)
+    areas = scenes.annotations.area[~scenes.annotations.iscrowd]
+    assert counts["sizes"]["small"] == sum(a <= 32 * 32 for a in areas)
+    assert counts["sizes"]["large"] == sum(a > 96 * 96 for a in areas)
+
+
+def test_a_few_images_have_crowds() -> None:
+    sample = [render_scene(SETTINGS, 0, "train", index, SIZE) for index in range(150)]
+    crowds = [one for scene in sample for one in scene.objects if one.iscrowd]
+    assert 1 <= len(crowds) <= 20
+    always = replace(SETTINGS, crowd_permille=1000, objects=(1, 1), distractors=(0, 0))
+    for index in range(10):
+        scene = render_scene(always, 0, "train", index, SIZE)
+        (crowd,) = (one for one in scene.objects if one.iscrowd)
+        # A group is wider than any of its members.
+        assert max(crowd.box[2:]) > 2 * SETTINGS.crowd_member_side[1] * SIZE // 1000
+
+
+def test_crops_show_single_objects(scenes: ShapeScenes) -> None:
+    crops, table = scenes.crops(), scenes.annotations
+    assert len(crops) == np.count_nonzero(~table.iscrowd)
+    rows = np.flatnonzero(~table.iscrowd)
+    for index in range(0, len(crops), 17):
+        pixels, label = crops.load(index)
+        x1, y1, x2, y2 = table.boxes[rows[index]].astype(int)
+        owner = int(np.searchsorted(table.starts, rows[index], side="right")) - 1
+        inside = scenes.load_image(owner)[y1:y2, x1:x2]
+        assert pixels.shape[0] == pixels.shape[1] >= max(x2 - x1, y2 - y1)
+        assert label == table.labels[rows[index]]
+        # The object's own pixels are in the crop, unchanged.
+        top = pixels.shape[0] // 2 - ((y1 + y2) // 2 - y1)
+        left = pixels.shape[1] // 2 - ((x1 + x2) // 2 - x1)
+        assert (pixels[top : top + y2 - y1, left : left + x2 - x1] == inside).all()
+
+
+def test_workers_get_the_file_not_a_copy_of_the_images(scenes: ShapeScenes) -> None:
+    image = scenes.load_image(7)
+    packed = pickle.dumps(scenes)
+    assert len(packed) < len(scenes) * image.nbytes / 20
+    assert (pickle.loads(packed).load_image(7) == image).all()
+
+
+def test_an_interrupted_making_is_made_again() -> None:
+    made = ShapeScenes("train", 6, 64, seed=8)
+    image = made.load_image(5)
+    (made.folder / "annotations.json").unlink()
+    (made.folder / "images.npy").write_bytes(b"cut short")
+    (made.folder / ".images.npy.x.tmp").write_bytes(b"left behind")
+    again = ShapeScenes("train", 6, 64, seed=8)
+    assert (again.load_image(5) == image).all()
+    assert not list(again.folder.glob(".*.tmp"))
+
+
+def test_an_unwritable_cache_is_an_error_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EFFSPINENET_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot write in") as caught:
+        ShapeScenes("train", 2, 64)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_exported_folder_is_the_same_data_set(tmp_path: Path) -> None:
+    config = DataConfig("shapescenes", train_images=5, eval_images=3, seed=2, image_size=96)
+    files = export_coco(config, tmp_path)
+    assert [path.name for path in files] == ["instances_train.json", "instances_val.json"]
+    folder = DataConfig("coco", root=str(tmp_path))
+    for part in ("train", "eval"):
+        ours, theirs = open_dataset(config, part), open_dataset(folder, part)
+        assert len(ours) == len(theirs)
+        assert ours.categories == theirs.categories
+        for index in range(len(ours)):
+            one, two = ours.load(index), theirs.load(index)
+            assert (one.image == two.image).all()
+            assert (one.boxes == two.boxes).all()
+            assert (one.labels == two.labels).all()
+            assert one.file_name == two.file_name
+    index = COCO(files[0])
+    assert index.annToMask(index.loadAnns([1])[0]).shape == (96, 96)
+
+
+def test_only_shapescenes_can_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only ShapeScenes"):
+        export_coco(DataConfig("coco", root="x"), tmp_path)
+
+
+def test_run_keys_change_with_everything_that_decides_the_data() -> None:
+    base = DataConfig("shapescenes")
+    filled = DataConfig("shapescenes", train_images=8000, eval_images=1000, image_size=128)
+    assert base.to_dict() == filled.to_dict()
+    assert base.to_dict() != replace(base, seed=1).to_dict()
+    assert "generator" in base.to_dict()
+    assert DataConfig.from_dict(base.to_dict()).to_dict() == base.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"format": "shapescene"}, UnknownName, "did you mean shapescenes"),
+        ({"format": "coco"}, UserError, "needs a folder"),
+        ({"train_images": 0}, UserError, "train_images is 0"),
+        ({"image_size": 4000}, UserError, "from 32 to 512"),
+        ({"seed": -1}, UserError, "seed is -1"),
+    ],
+)
+def test_bad_configurations_are_refused(
+    changes: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        DataConfig(**{"format": "shapescenes", **changes})
