@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.layers import (
     MBConv,
+    PyramidBackbone,
     Resample,
     SumFusion,
     WeightedFusion,
@@ -49,7 +50,7 @@ class BackboneOptions:
     stochastic_depth: float = 0.2
 
 
-class ScalePermutedBackbone(nn.Module):
+class ScalePermutedBackbone(PyramidBackbone):
     """Stem, 18 block groups wired as Table 1's topology, and five outputs P3 to P7.
 
     Args:
@@ -61,6 +62,7 @@ class ScalePermutedBackbone(nn.Module):
         super().__init__()
         self.spec = spec
         self.options = options or BackboneOptions()
+        self.feature_dims = {level: block.feature_dim for level, block in spec.outputs.items()}
         activation = self.options.activation
         self.stem = conv_norm(
             IMAGE_CHANNELS, spec.stem_dim, STEM_KERNEL, stride=2, activation=activation
@@ -70,11 +72,6 @@ class ScalePermutedBackbone(nn.Module):
             {str(b.index): self._fusion(b) for b in spec.blocks[STEM_BLOCKS:]}
         )
         initialise(self)
-
-    @property
-    def feature_dims(self) -> dict[int, int]:
-        """Channels of each output level, P3 first."""
-        return {level: block.feature_dim for level, block in self.spec.outputs.items()}
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """Compute the feature pyramid.

@@ -125,21 +125,20 @@ class MBConv(nn.Module):
         return self.drop(branch) + features if self.residual else branch
 
 
-class SeparableConv(nn.Sequential):
+class SeparableConv(nn.Module):
     """A 3x3 depthwise convolution and a 1x1 pointwise one, without norm or activation."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
-        super().__init__(
-            nn.Conv2d(
-                inputs,
-                inputs,
-                DEPTHWISE_KERNEL,
-                padding=DEPTHWISE_KERNEL // 2,
-                groups=inputs,
-                bias=False,
-            ),
-            nn.Conv2d(inputs, outputs, 1, bias=bias),
+        super().__init__()
+        padding = DEPTHWISE_KERNEL // 2
+        self.depthwise = nn.Conv2d(
+            inputs, inputs, DEPTHWISE_KERNEL, padding=padding, groups=inputs, bias=False
         )
+        self.pointwise = nn.Conv2d(inputs, outputs, 1, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features [N, inputs, H, W] to [N, outputs, H, W]."""
+        return self.pointwise(self.depthwise(features))
 
 
 def pad_to_even(features: Tensor) -> Tensor:
@@ -230,6 +229,12 @@ class SumFusion(nn.Module):
         for feature in features[1:]:
             fused = fused + feature
         return fused
+
+
+class PyramidBackbone(nn.Module):
+    """A backbone whose forward maps images to features by level, P3 to P7."""
+
+    feature_dims: dict[int, int]  # level to channels, P3 first
 
 
 def initialise(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -209,11 +210,13 @@ def require_same_categories(first: Dataset, second: Dataset) -> None:
     """
     if first.categories == second.categories:
         return
-    differing = sorted(
-        set(first.categories) ^ set(second.categories), key=lambda category: category.id
-    )
-    example = differing[0]
+    pairs = zip_longest(first.categories, second.categories)
+    here, there = next(pair for pair in pairs if pair[0] != pair[1])
     raise DataError(
-        f"{first.name} and {second.name} list different categories "
-        f"(for example id {example.id} {example.name!r}); give both the same list"
+        f"{first.name} and {second.name} do not list the same categories in the same order "
+        f"({_name(here)} against {_name(there)}); give both the same list"
     )
+
+
+def _name(category: Category | None) -> str:
+    return f"id {category.id} {category.name!r}" if category else "none"

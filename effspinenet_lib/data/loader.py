@@ -246,7 +246,7 @@ def _loader(
         num_workers=workers,
         worker_init_fn=_start_worker,
         prefetch_factor=_PREFETCH if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.accelerator.is_available(),
         generator=torch.Generator().manual_seed(0),
     )
 

@@ -62,6 +62,14 @@ class ResultsStore:
         """
         return to_frame(self._rows(self.folder / RUNS_FILE, RUN), RUN)
 
+    def run(self, run_key: str) -> Row:
+        """Read one run's row.
+
+        Raises:
+            KeyError: there is no such run.
+        """
+        return {row["run"]: row for row in self._rows(self.folder / RUNS_FILE, RUN)}[run_key]
+
     def add_measurements(self, item: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add measurements, each replacing the one of the same row, model, metric, source, seed.
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, clip_boxes_to_image, sigmoid_focal_loss
 
 from effspinenet_lib.layers import (
+    PyramidBackbone,
     SeparableConv,
     conv_norm,
     initialise,
@@ -68,17 +69,17 @@ class RetinaHead(nn.Module):
     def __init__(self, dim: int, layers: int, outputs: int, levels: int, activation: str) -> None:
         super().__init__()
         self.convs = nn.ModuleList(SeparableConv(dim, dim, bias=False) for _ in range(layers))
-        self.norms = nn.ModuleList(
-            nn.ModuleList(make_norm(dim) for _ in range(layers)) for _ in range(levels)
-        )
+        self.layers = layers
+        self.norms = nn.ModuleList(make_norm(dim) for _ in range(levels * layers))
         self.activation = make_activation(activation)
         self.predict = SeparableConv(dim, outputs, bias=True)
         initialise(self)
-        nn.init.normal_(self.predict[-1].weight, std=PREDICTOR_STD)
+        nn.init.normal_(self.predict.pointwise.weight, std=PREDICTOR_STD)
 
     def forward(self, features: Tensor, level: int) -> Tensor:
         """Map [N, dim, H, W] of the level-th output to [N, outputs, H, W]."""
-        for conv, norm in zip(self.convs, self.norms[level], strict=True):
+        for layer, conv in enumerate(self.convs):
+            norm = self.norms[level * self.layers + layer]
             features = self.activation(norm(conv(features)))
         return self.predict(features)
 
@@ -87,8 +88,7 @@ class RetinaNet(nn.Module):
     """A one-stage detector on any backbone with outputs P3 to P7.
 
     Args:
-        backbone: module with `feature_dims` (level to channels) whose forward maps images to
-            a dict of level to features.
+        backbone: computes the outputs P3 to P7.
         num_classes: classes, without background. The cost columns of the paper fit 90, COCO's
             highest category id.
         head_dim: channels of the heads (Table 2).
@@ -100,7 +100,7 @@ class RetinaNet(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PyramidBackbone,
         num_classes: int,
         head_dim: int,
         head_layers: int,
@@ -113,7 +113,7 @@ class RetinaNet(nn.Module):
         self.num_classes = num_classes
         self.anchor_settings = anchors or AnchorSettings()
         self.settings = settings or DetectionSettings()
-        dims: dict[int, int] = backbone.feature_dims
+        dims = backbone.feature_dims
         self.lateral = nn.ModuleList(
             conv_norm(dim, head_dim, activation=activation) for dim in dims.values()
         )
@@ -123,7 +123,8 @@ class RetinaNet(nn.Module):
             head_dim, head_layers, count * num_classes, len(dims), activation
         )
         self.box_head = RetinaHead(head_dim, head_layers, count * BOX_CODE, len(dims), activation)
-        class_bias = self.class_head.predict[-1].bias
+        class_bias = self.class_head.predict.pointwise.bias
+        assert class_bias is not None
         nn.init.constant_(class_bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
         self._anchors: dict[tuple[tuple[int, int], ...], Tensor] = {}
 

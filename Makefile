@@ -1,0 +1,83 @@
+# make reproduce   rebuild the tables and figures at the smallest profile, then the book
+# make test        run the tests
+# Both install what they need into .venv first. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+PROFILE ?= smoke
+ITEMS ?= all
+
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.effspinenet-installed
+BOOK = _build/book/html/index.html
+
+.PHONY: help setup reproduce book test bench lint lint-format lint-code lint-types lint-imports \
+        lint-notebooks format clean
+
+help:
+	@echo "make setup       install the library and its tools into $(VENV)"
+	@echo "make reproduce   run ITEMS=$(ITEMS) at PROFILE=$(PROFILE), then build the book"
+	@echo "make book        build the book from the results that are there"
+	@echo "make test        run the tests"
+	@echo "make lint        check format, code, types, imports and notebooks"
+	@echo "make format      put the code in format"
+	@echo "make bench       measure speed against peers"
+	@echo "make clean       remove the book, smoke results and caches (results that are kept stay)"
+
+setup: $(INSTALLED)
+	@echo "Installed in $(VENV); the command is $(BIN)/effspinenet"
+
+# Installed anew whenever pyproject.toml is newer than the last installation.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer \
+	is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.11")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing packages into $(VENV) (PyTorch included: several minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+reproduce: $(INSTALLED)
+	$(BIN)/effspinenet reproduce $(ITEMS) --profile $(PROFILE)
+	$(BIN)/effspinenet book --profile $(PROFILE)
+	@echo "Results: results/ (CSV files, one folder a profile; README.md there explains them)"
+	@echo "Book:    $(BOOK)"
+
+book: $(INSTALLED)
+	$(BIN)/effspinenet book --profile $(PROFILE)
+	@echo "Book: $(BOOK)"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+	@echo "Tests: tests/ (one file: $(BIN)/python -m pytest tests/test_cli.py)"
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+	@echo "Benchmarks: benchmarks/"
+
+lint: lint-format lint-code lint-types lint-imports lint-notebooks
+	@echo "Lint: all checks passed (settings: pyproject.toml)"
+
+lint-format: $(INSTALLED)
+	$(BIN)/ruff format --check .
+
+lint-code: $(INSTALLED)
+	$(BIN)/ruff check .
+
+lint-types: $(INSTALLED)
+	$(BIN)/mypy
+
+lint-imports: $(INSTALLED)
+	$(BIN)/lint-imports
+
+lint-notebooks: $(INSTALLED)
+	$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
+	@echo "Formatted: effspinenet_lib/ tests/ benchmarks/ notebooks/"
+
+clean:
+	rm -rf _build runs results/smoke .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	@echo "Removed: _build/ runs/ results/smoke/ and caches; kept: $(VENV) and all other results"

@@ -1,0 +1,77 @@
+"""The command `effspinenet`.
+
+Each module beside this one holds the commands of one subject. They import the library's heavy
+modules inside the commands, so that `--help` is fast.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from effspinenet_lib import __version__
+from effspinenet_lib.cli import data, detect, experiments, models, train
+from effspinenet_lib.cli.console import set_up_messages
+from effspinenet_lib.errors import UserError
+
+INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
+
+app = typer.Typer(
+    name="effspinenet",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"effspinenet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    """Efficient scale-permuted backbones: their models, their training, their results.
+
+    Start here:
+
+    - `effspinenet models` lists the models
+    - `effspinenet cost eff_spinenet_d0` counts one's multi-adds and parameters
+    - `effspinenet reproduce all --profile smoke` runs every table and figure once, small
+    - `effspinenet book` builds the book from the results
+
+    Exit codes: 0 done, 1 a check found problems, 2 a wrong name or option, 3 an input file that
+    cannot be used, 4 weights that do not fit, 5 training that cannot go on, 130 interrupted.
+    """
+    set_up_messages()
+
+
+models.add_commands(app)
+train.add_commands(app)
+detect.add_commands(app)
+experiments.add_commands(app)
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Run the command line; errors that the user can act on end in one line on stderr."""
+    try:
+        app(prog_name="effspinenet")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        raise

@@ -1,0 +1,79 @@
+"""What the commands share: tables on the terminal, messages, `key=value` options."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from effspinenet_lib.errors import UserError
+
+FAILED_CHECK = 1  # exit code of a check that found problems
+PIPED_WIDTH = 160  # columns where the output is no terminal, so that no cell is folded
+
+
+def set_up_messages() -> None:
+    """Send the library's log messages and its warnings to stderr, one line each."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("effspinenet_lib").setLevel(logging.INFO)
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], *_where: Any, **_more: Any
+) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows as a table on stdout; columns of numbers stand to the right."""
+    texts = [[_cell(value) for value in row] for row in rows]
+    table = Table()
+    for index, column in enumerate(columns):
+        numeric = bool(texts) and all(_is_number(row[index]) for row in texts)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in texts:
+        table.add_row(*row)
+    console = Console(
+        width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False
+    )
+    console.print(title)
+    console.print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "–" if value != value else f"{value:.1f}"
+    return str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text in ("", "–")
+    return True
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Read `key=value` texts; values are YAML scalars (`true`, `0.2`, `relu`).
+
+    Raises:
+        UserError: a text has no `=`, or its value is not one word or number.
+    """
+    parsed: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"option {text!r} is not of the form key=value")
+        try:
+            parsed[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"option {text!r}: the value {value!r} cannot be read") from error
+    return parsed

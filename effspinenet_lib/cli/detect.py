@@ -1,0 +1,101 @@
+"""`effspinenet detect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from effspinenet_lib.cli.console import print_table
+from effspinenet_lib.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add this module's commands to `app`."""
+    app.command()(detect)
+
+
+def detect(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture to look at.")],
+    weights: Annotated[Path, typer.Option(metavar="FILE", help="As `train` writes them.")],
+    output: Annotated[Path, typer.Option(metavar="OUT.png", help="The picture with boxes.")] = Path(
+        "detections.png"
+    ),
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Boxes with a lower score are left out.")
+    ] = 0.3,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="[default: as the model was trained]")
+    ] = None,
+) -> None:
+    """Find objects in a picture; draw their boxes and list them.
+
+    Example: `effspinenet detect street.jpg --weights model.safetensors --output found.png`
+    """
+    from effspinenet_lib.cli.drawing import draw_boxes, save_picture
+    from effspinenet_lib.training.checkpoint import create_from_weights, load_weights
+
+    _, facts = load_weights(weights)
+    model = create_from_weights(weights)
+    pixels = read_picture(image)
+    found = detections(model, pixels, image_size or facts["image_size"])
+    kept = found["scores"] >= threshold
+    boxes, scores, labels = (found[name][kept] for name in ("boxes", "scores", "labels"))
+    names = [facts["categories"][label]["name"] for label in labels.tolist()]
+    texts = [f"{name} {score:.2f}" for name, score in zip(names, scores.tolist(), strict=True)]
+    save_picture(draw_boxes(pixels, boxes.numpy(), labels.tolist(), texts), output)
+    rows = [
+        (name, f"{score:.2f}", *(f"{value:.0f}" for value in box))
+        for name, score, box in zip(names, scores.tolist(), boxes.tolist(), strict=True)
+    ]
+    print_table(str(image), ("class", "score", "left", "top", "right", "bottom"), rows)
+    typer.echo(f"{len(rows)} objects with a score of at least {threshold}; wrote {output}")
+
+
+def read_picture(path: Path) -> NDArray[np.uint8]:
+    """Read a picture as uint8 [H, W, 3], RGB, turned as its EXIF record says.
+
+    Raises:
+        DataError: the file is missing or cannot be decoded.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as picture:
+            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be decoded ({error}); save the picture again") from error
+
+
+def detections(model: nn.Module, picture: NDArray[np.uint8], image_size: int) -> dict[str, Tensor]:
+    """Run a detector in evaluation mode on one picture.
+
+    Args:
+        model: as `create_model` gives it.
+        picture: uint8 [H, W, 3].
+        image_size: side of the square input; the picture's long side is resized to it.
+
+    Returns:
+        `boxes` [K, 4] in pixels of the picture, `scores` [K] falling, `labels` int64 [K].
+    """
+    import torch
+
+    from effspinenet_lib.data.augment import Placement, fitting_scale, normalise, place_image
+
+    height, width = picture.shape[:2]
+    scale = fitting_scale(height, width, image_size)
+    canvas = torch.zeros(3, image_size, image_size)
+    normalise(place_image(picture, Placement(scale), image_size), canvas)
+    with torch.inference_mode():
+        found: dict[str, Tensor] = model(canvas[None])[0]
+    limits = torch.tensor([width, height, width, height], dtype=torch.float32)
+    return {**found, "boxes": torch.minimum(found["boxes"] / scale, limits)}

@@ -1,0 +1,178 @@
+"""`effspinenet train` and `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from effspinenet_lib.cli.console import parse_settings, print_table
+from effspinenet_lib.cli.data import Data, data_config
+from effspinenet_lib.errors import DataError
+
+if TYPE_CHECKING:
+    from effspinenet_lib.data import Dataset
+    from effspinenet_lib.recipes import Recipe
+
+EVALUATION_BATCH = 16
+
+Workers = Annotated[
+    int, typer.Option(min=0, help="Processes that load images; 0: none but the trainer itself.")
+]
+EvalSplit = Annotated[str, typer.Option(help="Part of the data to evaluate on.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add this module's commands to `app`."""
+    app.command()(train)
+    app.command()(evaluate)
+
+
+def train(
+    data: Data,
+    model: Annotated[
+        str, typer.Option(help="A name that `effspinenet models` lists.")
+    ] = "eff_spinenet_m0",
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side in pixels. [default: the model's own]")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="Training settings by name; the options below change them.")
+    ] = "small_data_detection",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps; the schedule keeps its shape.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0, help="Rate after the warmup.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and augmentation.")] = 0,
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Each run gets a folder of its own in it.")
+    ] = Path("runs"),
+    workers: Workers = 0,
+    train_split: Annotated[str, typer.Option(help="Part of the data to train on.")] = "train",
+    eval_split: EvalSplit = "val",
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first so many of each part.")
+    ] = None,
+    overfit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Train and evaluate on the first N images of the training part, without "
+            "augmentation: a check that the model can learn them by heart.",
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A setting of the model, as for `cost`."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Train a finished run anew.")] = False,
+) -> None:
+    """Train a detector, evaluate it, keep its weights.
+
+    The same command given again goes on with a run that was stopped, and does not train a
+    finished one again.
+
+    For example:
+
+    - `effspinenet train --data shapescenes --image-size 128 --steps 500`
+    - `effspinenet train --data my_pictures --image-size 256 --eval-split test`
+    - `effspinenet train --data my_pictures --overfit 8 --steps 300`
+    """
+    from effspinenet_lib.recipes import get_recipe
+    from effspinenet_lib.training.run import RunConfig, train_run
+    from effspinenet_lib.zoo import default_image_size
+
+    size = image_size or default_image_size(model)
+    settings = _changed(get_recipe(recipe), steps, batch_size, learning_rate)
+    if overfit is not None:
+        settings, eval_split, images = _without_augmentation(settings), train_split, overfit
+    config = RunConfig(
+        model=model,
+        task="detection",
+        image_size=size,
+        data=data_config(data, train_split, eval_split, images, size),
+        recipe=settings,
+        seed=seed,
+        model_options=parse_settings(option or []),
+    )
+    result = train_run(config, output, force=force, workers=workers)
+    _print_metrics(f"{model} on {data}", result.metrics)
+    typer.echo(
+        f"{result.steps} steps, {result.images} images, {result.wall_seconds:.0f} s, "
+        f"{result.images_per_second:.1f} images/s in training"
+    )
+    typer.echo(f"Run:     {result.folder}")
+    typer.echo(f"Weights: {result.folder / 'model.safetensors'}")
+
+
+def _print_metrics(title: str, metrics: dict[str, float]) -> None:
+    """Print the COCO metrics; one without any object to measure shows as a dash."""
+    from effspinenet_lib.training.evaluate import METRICS
+
+    rows = [(name, metrics[name]) for name in METRICS]
+    print_table(title, ("metric", "value (%)"), rows)
+
+
+def _changed(
+    recipe: Recipe, steps: int | None, batch_size: int | None, learning_rate: float | None
+) -> Recipe:
+    """The recipe with the settings that were given."""
+    changes: dict[str, Any] = {"batch_size": batch_size, "learning_rate": learning_rate}
+    recipe = recipe if steps is None else recipe.scaled_to(steps)
+    return recipe.with_(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _without_augmentation(recipe: Recipe) -> Recipe:
+    return recipe.with_(scale_jitter=(1.0, 1.0), flip_probability=0.0, stochastic_depth=0.0)
+
+
+def evaluate(
+    weights: Annotated[Path, typer.Option(metavar="FILE", help="As `train` writes them.")],
+    data: Data,
+    eval_split: EvalSplit = "val",
+    images: Annotated[int | None, typer.Option(min=1, help="Use only the first so many.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="[default: as the model was trained]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = EVALUATION_BATCH,
+    workers: Workers = 0,
+) -> None:
+    """Measure a trained detector: the 12 COCO metrics.
+
+    Example: `effspinenet evaluate --weights runs/0123456789ab/model.safetensors --data my_pictures`
+    """
+    from effspinenet_lib.data import open_dataset
+    from effspinenet_lib.training.checkpoint import create_from_weights, load_weights
+    from effspinenet_lib.training.evaluate import evaluate_detection
+
+    _, facts = load_weights(weights)
+    size = image_size or facts["image_size"]
+    dataset = open_dataset(
+        data_config(data, eval_split=eval_split, images=images, image_size=size), "eval"
+    )
+    _check_categories(weights, facts["categories"], dataset)
+    evaluation = evaluate_detection(
+        create_from_weights(weights), dataset, size, batch_size, workers=workers
+    )
+    _print_metrics(f"{facts['model']} on {dataset.name}", evaluation.metrics)
+
+
+def _check_categories(weights: Path, categories: list[dict[str, Any]], dataset: Dataset) -> None:
+    """Check that the labels of the weights mean the same in the data.
+
+    Raises:
+        DataError: they do not.
+    """
+    known = [category["name"] for category in categories]
+    found = [category.name for category in dataset.categories]
+    if known != found:
+        differing = sorted(set(known) ^ set(found)) or ["their order"]
+        raise DataError(
+            f"{weights} was trained on other categories than {dataset.name} has: "
+            f"{', '.join(differing[:5])}; evaluate on data with the same list"
+        )

@@ -1,0 +1,196 @@
+"""Many runs at once, each in a process of its own.
+
+A process that dies takes no other with it, and its run goes on from its last checkpoint when
+it is asked for again. Run as a program with the path of a configuration's JSON and the runs
+folder, this module is one such process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from effspinenet_lib.errors import UserError
+from effspinenet_lib.files import ensure_folder, read_json, write_json
+from effspinenet_lib.training.logs import CURVE
+from effspinenet_lib.training.run import RunConfig, RunResult, read_result, train_run
+
+POLL_SECONDS = 0.5
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass
+class _Worker:
+    """A process and what it runs."""
+
+    config: RunConfig
+    folder: Path
+    log: Path
+    process: subprocess.Popen[bytes]
+
+
+def run_all(
+    configs: Sequence[RunConfig],
+    runs_dir: str | os.PathLike[str],
+    processes: int,
+    accelerator: str = "auto",
+    force: bool = False,
+    progress: bool = True,
+) -> Iterator[RunResult]:
+    """Run configurations, `processes` at a time, and yield each result as it is finished.
+
+    On a CPU the cores are shared out: with as many processes as cores each computes on one
+    thread, which trains more in all than one process on every core.
+
+    Args:
+        configs: what to run, each once.
+        runs_dir: one folder a run is made in it; `worker.log` in it holds what the run said.
+        processes: at a time.
+        accelerator: `auto`, `cpu`, `cuda` or `tpu`.
+        force: run anew what is finished.
+        progress: show one bar over the steps of all runs.
+
+    Raises:
+        UserError: runs failed; those that did not were yielded first. Names each log.
+    """
+    waiting, failed = list(configs), []
+    threads = max(1, (os.cpu_count() or 1) // max(1, min(processes, len(waiting))))
+    with _workers() as running, _bar(configs, progress) as bar:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                config = waiting.pop(0)
+                running.append(_start(config, Path(runs_dir), threads, accelerator, force))
+            time.sleep(POLL_SECONDS)
+            for worker in [w for w in running if w.process.poll() is not None]:
+                running.remove(worker)
+                result = read_result(worker.folder) if worker.process.returncode == 0 else None
+                if result is None:
+                    failed.append(worker)
+                else:
+                    bar.finished += worker.config.recipe.steps
+                    yield result
+            bar.show(sum(_last_step(worker.folder / CURVE) for worker in running))
+    if failed:
+        first = failed[0]
+        raise UserError(
+            f"{len(failed)} of {len(configs)} runs failed; the first, {first.config.model} seed "
+            f"{first.config.seed}, said {_last_line(first.log)!r} (log: {first.log}); run the "
+            "same again to go on from the checkpoints"
+        )
+
+
+def _start(
+    config: RunConfig, runs_dir: Path, threads: int, accelerator: str, force: bool
+) -> _Worker:
+    folder = ensure_folder(runs_dir / config.key)
+    request, log = folder / "request.json", folder / "worker.log"
+    write_json(request, config.to_dict())
+    environment = dict(os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)))
+    if accelerator == "cpu":
+        environment["ACCELERATE_USE_CPU"] = "true"
+    command = [
+        sys.executable,
+        "-m",
+        "effspinenet_lib.experiments.fanout",
+        str(request),
+        str(runs_dir),
+    ]
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            [*command, "force"] if force else command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+    return _Worker(config, folder, log, process)
+
+
+@contextmanager
+def _workers() -> Iterator[list[_Worker]]:
+    """A list of workers; whatever still runs when the block is left is stopped."""
+    running: list[_Worker] = []
+    try:
+        yield running
+    finally:
+        for worker in running:
+            worker.process.terminate()
+        for worker in running:
+            worker.process.wait()
+
+
+class _Bar:
+    """One progress bar over the steps of all runs."""
+
+    def __init__(self, configs: Sequence[RunConfig], progress: bool) -> None:
+        self.finished = 0
+        self._bar = tqdm(
+            total=sum(config.recipe.steps for config in configs),
+            desc=f"{len(configs)} runs",
+            unit="step",
+            disable=None if progress and configs else True,
+        )
+
+    def show(self, running: int) -> None:
+        """Set the bar to the steps done, of finished and running runs."""
+        self._bar.n = self.finished + running
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+@contextmanager
+def _bar(configs: Sequence[RunConfig], progress: bool) -> Iterator[_Bar]:
+    bar = _Bar(configs, progress)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def _last_step(curve: Path) -> int:
+    """The step of the last whole row of a training curve; 0 before the first."""
+    if not curve.exists():
+        return 0
+    lines = curve.read_text(encoding="utf-8").split("\n")[:-1]
+    return int(lines[-1].split(",")[0]) if len(lines) > 1 else 0
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "nothing"
+
+
+def _stop_with_parent() -> None:
+    """End this process when the one that started it is gone, so that no run is left behind."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one configuration: the path of its JSON, the runs folder, optionally `force`."""
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    config = RunConfig.from_dict(read_json(arguments[0]))
+    try:
+        train_run(config, arguments[1], force="force" in arguments[2:], progress=False)
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""The parameters that every notebook takes, checked before any work starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from effspinenet_lib.errors import UnknownName, UserError
+from effspinenet_lib.experiments.items import PROFILES, Profile
+from effspinenet_lib.files import ensure_folder
+from effspinenet_lib.results import ResultsStore
+
+ACCELERATORS = ("auto", "cpu", "cuda", "tpu")
+ENGINES = ("local",)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a notebook, checked and resolved."""
+
+    profile: Profile
+    data_root: Path | None
+    results_dir: Path
+    accelerator: str
+    devices: int
+    seeds: tuple[int, ...]
+    engine: str
+    force: bool
+
+
+def default_results_dir() -> Path:
+    """`results` of the checkout that the library is installed from, else of the current folder."""
+    checkout = Path(__file__).resolve().parents[2]
+    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "results"
+
+
+def check_parameters(
+    profile: str = "smoke",
+    data_root: str | os.PathLike[str] | None = None,
+    results_dir: str | os.PathLike[str] | None = None,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    seeds: str | Sequence[int] | None = None,
+    engine: str = "local",
+    force: bool = False,
+) -> Parameters:
+    """Check a notebook's parameters before any work starts; "" and None take the default.
+
+    Args:
+        profile: `smoke`, `proxy` or `paper`.
+        data_root: COCO 2017 folder; only the `paper` profile reads it.
+        results_dir: where the CSVs and runs go.
+        accelerator: `auto`, `cpu`, `cuda` or `tpu`.
+        devices: processes at once; `auto` is one for each processor core on a CPU, else one.
+        seeds: such as "0,1,2" or a list; default the profile's own.
+        engine: `local`.
+        force: run again what is finished.
+
+    Raises:
+        UnknownName: an unknown profile, accelerator or engine.
+        UserError: a seed or a number of devices that is none, a missing data root, a folder
+            that cannot be written.
+    """
+    if profile not in PROFILES:
+        raise UnknownName("profile", str(profile), PROFILES)
+    if accelerator not in ACCELERATORS:
+        raise UnknownName("accelerator", str(accelerator), ACCELERATORS)
+    if engine not in ENGINES:
+        raise UnknownName("engine", str(engine), ENGINES)
+    if not isinstance(force, bool):
+        raise UserError(f"force is {force!r}; write True or False")
+    chosen = PROFILES[profile]
+    root = Path(data_root) if data_root else None
+    if chosen.data is None and (root is None or not root.is_dir()):
+        raise UserError(
+            f"the profile {profile!r} trains on COCO 2017: set data_root to its folder"
+            + (f" ({root} is none)" if root else "")
+        )
+    folder = Path(results_dir) if results_dir else default_results_dir()
+    ensure_folder(ResultsStore(folder, profile).folder)
+    return Parameters(
+        chosen,
+        root.resolve() if root else None,
+        folder.resolve(),
+        accelerator,
+        _device_count(devices, accelerator),
+        _seed_list(seeds) or chosen.seeds,
+        engine,
+        force,
+    )
+
+
+def _device_count(devices: int | str, accelerator: str) -> int:
+    if devices in ("auto", ""):
+        return len(os.sched_getaffinity(0)) if accelerator in ("auto", "cpu") else 1
+    try:
+        count = int(devices)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise UserError(f"devices is {devices!r}; give a positive number or 'auto'")
+    return count
+
+
+def _seed_list(seeds: str | Sequence[int] | None) -> tuple[int, ...]:
+    values = seeds.split(",") if isinstance(seeds, str) else list(seeds or ())
+    try:
+        numbers = tuple(int(value) for value in values if str(value).strip())
+    except ValueError:
+        numbers = (-1,)
+    if any(number < 0 for number in numbers):
+        raise UserError(f"seeds is {seeds!r}; give numbers from 0 up, such as '0,1,2'")
+    return tuple(dict.fromkeys(numbers))

@@ -1,0 +1,185 @@
+"""Which runs an item needs, and running those that are missing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from effspinenet_lib.cost import measure_cost
+from effspinenet_lib.data import DataConfig
+from effspinenet_lib.experiments.fanout import run_all
+from effspinenet_lib.experiments.items import ITEMS, PROFILES, Item, Row, get_item
+from effspinenet_lib.experiments.parameters import Parameters, default_results_dir
+from effspinenet_lib.paper import paper_values
+from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.training.run import RunConfig
+from effspinenet_lib.zoo import create_model, default_image_size
+
+RUNS_FOLDER = "runs"
+MULTI_ADDS_UNIT, PARAMETERS_UNIT = 1e9, 1e6
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that a row of an item needs."""
+
+    row: Row
+    config: RunConfig
+
+
+def planned_runs(item: Item, parameters: Parameters) -> list[PlannedRun]:
+    """Runs that an item needs under a profile, by row and seed; rows may share a run."""
+    profile = parameters.profile
+    small = profile.data is not None
+    data = profile.data or DataConfig(
+        "coco", root=str(parameters.data_root), train_split="train2017", eval_split="val2017"
+    )
+    return [
+        PlannedRun(
+            row,
+            RunConfig(
+                model=row.proxy_model if small else row.model,
+                task="detection",
+                image_size=profile.image_size or default_image_size(row.model),
+                data=data,
+                recipe=get_recipe(profile.recipe),
+                seed=seed,
+                model_options=dict(row.options),
+            ),
+        )
+        for row in item.rows
+        for seed in parameters.seeds
+    ]
+
+
+def reproduce(name: str, parameters: Parameters, progress: bool = True) -> ResultsStore:
+    """Measure an item's costs and run what is missing of its runs; record both.
+
+    A finished run is not run again unless `force`; an interrupted one goes on from its last
+    checkpoint. So after an interruption the same call is simply made again.
+
+    Args:
+        name: an item's id.
+        parameters: from `check_parameters`.
+        progress: show a bar in terminals and notebooks.
+
+    Returns:
+        The store with the item's measurements.
+
+    Raises:
+        UnknownName: no such item.
+        UserError: a run failed; the message names its log.
+    """
+    item = get_item(name)
+    store = ResultsStore(parameters.results_dir, parameters.profile.name)
+    store.add_measurements(item.id, _cost_rows(item))
+    planned = planned_runs(item, parameters)
+    finished = {
+        run.config.key for run in planned if not parameters.force and store.finished(run.config.key)
+    }
+    for run in planned:
+        if run.config.key in finished:
+            metrics = store.metrics_of(run.config.key)
+            record = store.run(run.config.key)
+            store.add_measurements(item.id, _run_rows(item, run, metrics, record))
+    missing = {run.config.key: run.config for run in planned if run.config.key not in finished}
+    for result in run_all(
+        list(missing.values()),
+        store.folder / RUNS_FOLDER,
+        processes=parameters.devices,
+        accelerator=parameters.accelerator,
+        force=parameters.force,
+        progress=progress,
+    ):
+        # The run is recorded last: one that is killed between the two is recorded anew.
+        for run in planned:
+            if run.config.key == result.key:
+                rows = _run_rows(item, run, result.metrics, result.record)
+                store.add_measurements(item.id, rows)
+        store.add_run({**result.record, "profile": parameters.profile.name})
+    return store
+
+
+def _cost_rows(item: Item) -> list[dict[str, Any]]:
+    """Measure each row's model at the paper's image size and number of classes."""
+    rows = []
+    for row in item.rows:
+        size = default_image_size(row.model)
+        cost = measure_cost(create_model(row.model, **row.options), size)
+        common = {
+            **_common(row, row.model, f"zeros, 90 classes, {size}x{size}"),
+            "source": "cost",
+        }
+        for metric, value, unit in (
+            ("multi_adds", cost.multi_adds / MULTI_ADDS_UNIT, "B"),
+            ("parameters", cost.parameters / PARAMETERS_UNIT, "M"),
+        ):
+            rows.append({**common, "metric": metric, "value": value, "unit": unit})
+    return rows
+
+
+def _run_rows(
+    item: Item, run: PlannedRun, metrics: Mapping[str, float], record: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows of an item for a finished run, dated and marked by the run's own record."""
+    config = run.config
+    options = ", ".join(f"{name}={value}" for name, value in run.row.options.items())
+    common = {
+        **_common(run.row, config.model, describe_data(config)),
+        "seed": config.seed,
+        "run": config.key,
+        "commit": record["commit"],
+        "date": record["date"],
+        "note": options,
+    }
+    return [
+        {**common, "metric": metric, "value": value, "unit": "%"}
+        for metric, value in metrics.items()
+    ]
+
+
+def describe_data(config: RunConfig) -> str:
+    """What a run trained and was evaluated on, in a few words for the `data` column."""
+    data = config.data
+    parts = [data.format, f"{data.train_split}/{data.eval_split}"]
+    if data.train_images is not None:
+        parts.append(f"{data.train_images}/{data.eval_images} images")
+    return ", ".join([*parts, f"{config.image_size}x{config.image_size}"])
+
+
+def _common(row: Row, model: str, data: str) -> dict[str, Any]:
+    return {"row": row.label, "model": model, "task": "detection", "data": data}
+
+
+def item_status(results_dir: str | os.PathLike[str] | None = None) -> pd.DataFrame:
+    """One row an item: what of it is rebuilt, computed from the items and the CSVs.
+
+    Columns: `item`, `title`, `notebook`, `paper_values`, `cost_rows`, `proxy_rows`,
+    `paper_scale_rows` (numbers of rows).
+    """
+    folder = Path(results_dir) if results_dir else default_results_dir()
+    stores = [ResultsStore(folder, profile) for profile in PROFILES]
+    rows = []
+    for item in ITEMS.values():
+        measured = pd.concat([store.measurements(item.id) for store in stores])
+        unique = measured.drop_duplicates(["row", "metric", "source", "seed"])
+        counts = unique["source"].value_counts()
+        rows.append(
+            {
+                "item": item.id,
+                "title": item.title,
+                "notebook": item.notebook or "",
+                "paper_values": len(paper_values(item.id)) if item.id.startswith("table") else 0,
+                **{
+                    f"{source}_rows": int(counts.get(source, 0))
+                    for source in ("cost", "proxy", "paper_scale")
+                },
+            }
+        )
+    return pd.DataFrame(rows)

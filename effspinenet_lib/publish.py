@@ -1,0 +1,231 @@
+"""The book: execute its pages with papermill, then build it with Jupyter Book.
+
+Pages are executed in a copy, so that neither `book/` nor `notebooks/` ever holds outputs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+from myst_nb.core.read import (
+    is_myst_markdown_notebook,
+    read_myst_markdown_notebook,
+)
+from papermill.exceptions import PapermillExecutionError
+from tqdm.auto import tqdm
+from traitlets.config import Config
+
+from effspinenet_lib import experiments
+from effspinenet_lib.errors import UserError
+from effspinenet_lib.files import atomic_write, ensure_folder
+from effspinenet_lib.report.provenance import BOOK_FILES_VARIABLE, REPOSITORY_VARIABLE
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks")
+PAGE_SUFFIXES = (".ipynb", ".md")
+KERNEL = "python3"
+# Where there are Unix sockets, kernels listen on them rather than on unencrypted TCP ports.
+KERNEL_CONFIG = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})
+FILES = "files"  # folder of the built book with its copies of notebooks and CSVs
+PAGE_TO_FILES = f"../{FILES}"  # every executed page lies one folder deep
+# The command by way of this Python, whatever the PATH; the package cannot be run with -m.
+JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
+SHOWN_PROBLEMS = 5
+
+
+def build_book(
+    profile: str = "smoke",
+    results_dir: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    data_root: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Path:
+    """Execute every page and build the book; what is not run yet is run by its page.
+
+    The book that was there stays until the new one is complete.
+
+    Args:
+        profile: `smoke`, `proxy` or `paper`.
+        results_dir: results folder; default the checkout's.
+        output: folder for the book; default `_build/book` of the checkout.
+        data_root: COCO 2017 folder; only the `paper` profile reads it.
+        progress: show a bar in terminals.
+
+    Returns:
+        Path of the book's `index.html`.
+
+    Raises:
+        UserError: the library is not installed from a checkout, a page fails, or the book has
+            warnings; the message names the page or the log.
+    """
+    parameters = experiments.check_parameters(profile, data_root, results_dir)
+    folder = ensure_folder(output or CHECKOUT / "_build" / "book").resolve()
+    source = _stage(folder / "source")
+    arguments = {
+        "profile": profile,
+        "results_dir": str(parameters.results_dir),
+        "data_root": str(parameters.data_root or ""),
+    }
+    pages = [page for page in _pages(source) if _is_notebook(page)]
+    with _environment({BOOK_FILES_VARIABLE: PAGE_TO_FILES, "JUPYTER_PREFER_ENV_PATH": "1"}):
+        for page in tqdm(pages, unit="page", disable=None if progress else True):
+            _execute(page, arguments)
+    built = _run_jupyter_book(source, folder)
+    _copy_files(built / FILES, parameters.results_dir)
+    return _replace(folder / "html", built) / "index.html"
+
+
+def _stage(source: Path) -> Path:
+    """Copy the book's sources to a fresh folder."""
+    missing = [name for name in SOURCES if not (CHECKOUT / name).exists()]
+    if missing:
+        raise UserError(
+            f"{CHECKOUT} has no {', '.join(missing)}: the book is built from a checkout; clone "
+            "the repository and install it with `pip install -e .`"
+        )
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir(parents=True)
+    for name in SOURCES:
+        origin = CHECKOUT / name
+        if origin.is_dir():
+            ignored = shutil.ignore_patterns(".ipynb_checkpoints")
+            shutil.copytree(origin, source / name, ignore=ignored)
+        else:
+            shutil.copy2(origin, source / name)
+    _configure(source)
+    return source
+
+
+def _configure(source: Path) -> None:
+    """Give the staged book the repository's address, and its own stylesheet folder."""
+    shutil.copytree(source / "book" / "_static", source / "_static")
+    url = os.environ.get(REPOSITORY_VARIABLE, "").rstrip("/")
+    if not url:
+        return
+    path = source / "_config.yml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["repository"] = {"url": url}
+    config.setdefault("html", {})["use_repository_button"] = True
+    with atomic_write(path) as handle:
+        yaml.safe_dump(config, handle, sort_keys=False)
+
+
+def _pages(source: Path) -> list[Path]:
+    """Files of the table of contents, in its order."""
+    contents = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf-8"))
+    pages = []
+    for name in _entries(contents):
+        found = [source / f"{name}{suffix}" for suffix in PAGE_SUFFIXES]
+        existing = [path for path in found if path.is_file()]
+        if not existing:
+            raise UserError(f"_toc.yml lists {name}, which is neither {name}.ipynb nor {name}.md")
+        pages.append(existing[0])
+    return pages
+
+
+def _entries(node: Any) -> Iterator[str]:
+    if isinstance(node, list):
+        for child in node:
+            yield from _entries(child)
+    elif isinstance(node, dict):
+        for key, child in node.items():
+            if key in ("root", "file"):
+                yield child
+            else:
+                yield from _entries(child)
+
+
+def _is_notebook(page: Path) -> bool:
+    return page.suffix == ".ipynb" or is_myst_markdown_notebook(page.read_text(encoding="utf-8"))
+
+
+def _execute(page: Path, arguments: Mapping[str, str]) -> None:
+    """Execute a staged page; it takes those of the arguments that it has a parameter for."""
+    target = page.with_suffix(".ipynb")
+    if page.suffix != target.suffix:
+        notebook = read_myst_markdown_notebook(page.read_text(encoding="utf-8"), path=page)
+        notebook.metadata["language_info"] = {"name": "python"}
+        nbformat.write(notebook, target)
+        page.unlink()
+    known = papermill.inspect_notebook(target)
+    try:
+        executed = papermill.execute_notebook(
+            target,
+            target,
+            {name: value for name, value in arguments.items() if name in known},
+            kernel_name=KERNEL,
+            progress_bar=False,
+            cwd=target.parent,
+            config=KERNEL_CONFIG,
+        )
+    except PapermillExecutionError as error:
+        raise UserError(f"{page.name}: a cell failed with {error.ename}: {error.evalue}") from error
+    for cell in executed.cells:
+        tags = cell.metadata.get("tags", [])
+        if "injected-parameters" in tags:
+            cell.metadata["tags"] = [*tags, "remove-cell"]
+    nbformat.write(executed, target)
+
+
+def _run_jupyter_book(source: Path, folder: Path) -> Path:
+    """Build the staged book with warnings as errors; the folder of its HTML."""
+    work = folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    log = folder / "build.log"
+    command = [sys.executable, "-c", JUPYTER_BOOK, "build", str(source)]
+    command += ["--path-output", str(work), "--warningiserror", "--keep-going"]
+    with open(log, "w", encoding="utf-8") as handle:
+        status = subprocess.run(
+            command,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "NO_COLOR": "1"},
+        ).returncode
+    if status:
+        lines = log.read_text(encoding="utf-8").splitlines()
+        problems = [line.strip() for line in lines if "WARNING" in line or "ERROR" in line]
+        shown = "; ".join((problems or lines[-1:])[:SHOWN_PROBLEMS])
+        raise UserError(f"the book was not built, see {log}: {shown}")
+    return work / "_build" / "html"
+
+
+def _copy_files(target: Path, results_dir: Path) -> None:
+    """Put the notebooks and CSVs that pages link to into the built book."""
+    shutil.copytree(CHECKOUT / "notebooks", target / "notebooks")
+    for folder in (experiments.default_results_dir(), results_dir):
+        for path in sorted(folder.glob("*/*.csv")):
+            copy = target / "results" / path.parent.name / path.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
+
+
+def _replace(target: Path, built: Path) -> Path:
+    """Put the built book in the place of the one before."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.move(built, target)
+    return target
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the kernels that are started in the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

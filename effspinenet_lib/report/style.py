@@ -1,0 +1,183 @@
+"""Colours, drawing defaults and pictures that carry alternative text.
+
+Pictures are inline SVG. Their ink is the colour of the surrounding text and their background is
+transparent, so that they read in light and in dark mode.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib as mpl
+import seaborn as sns
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which readers with any common colour blindness can tell apart.
+FAMILY_COLOURS = {
+    "Eff-SpineNet": "#0072B2",
+    "SP-EfficientNet": "#E69F00",
+    "EfficientNet": "#009E73",
+    "EfficientDet": "#CC79A7",
+    "SpineNet": "#56B4E9",
+    "ResNet": "#D55E00",
+    "MobileNet": "#B8A900",  # the palette's yellow, darkened to read on white
+}
+# After the viridis map, its ends drawn in so that each reads on white and on black. A level is
+# always named as well, never told by colour alone.
+LEVEL_COLOURS = {
+    1: "#8250A5",
+    2: "#5A66B5",
+    3: "#3A83B5",
+    4: "#2A9A90",
+    5: "#4CB36B",
+    6: "#93C13D",
+    7: "#DDB91E",
+}
+LEVEL_TEXT = {level: "#FFFFFF" if level <= 4 else "#1A1A1A" for level in LEVEL_COLOURS}
+
+# Stands for "the colour of the text" until the SVG is written; a grey that reads on both
+# backgrounds where a viewer does not know currentColor.
+INK = "#767676"
+GROUND = "#EEEEEF"  # stands for the page's background in the same way
+FONT_SIZE = 10.0
+PIXELS_PER_INCH = 96  # of CSS
+LEAST_SCALE = 0.8  # a picture scrolls sideways rather than shrink below this share of its size
+
+_RC: Any = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "font.size": FONT_SIZE,
+    "axes.titlesize": FONT_SIZE + 1,
+    "axes.labelsize": FONT_SIZE,
+    "xtick.labelsize": FONT_SIZE - 1,
+    "ytick.labelsize": FONT_SIZE - 1,
+    "legend.fontsize": FONT_SIZE - 1,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.25,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing with its alternative text; shows itself in notebooks and in the book.
+
+    Attributes:
+        svg: the inline SVG element.
+        alt: what the drawing shows, in words, for readers who cannot see it.
+    """
+
+    svg: str
+    alt: str
+
+    def _repr_html_(self) -> str:
+        return f'<figure class="esn-picture" style="margin:0;overflow-x:auto">{self.svg}</figure>'
+
+    def __repr__(self) -> str:
+        return f"Picture: {self.alt}"
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures side by side where there is room, below each other on a narrow screen."""
+
+    pictures: tuple[Picture, ...]
+
+    def _repr_html_(self) -> str:
+        boxes = "".join(
+            f'<div style="flex:1 1 22rem;min-width:0">{picture._repr_html_()}</div>'
+            for picture in self.pictures
+        )
+        return (
+            f'<div class="esn-gallery" style="display:flex;flex-wrap:wrap;gap:1rem">{boxes}</div>'
+        )
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.pictures))
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Drawing defaults for the block: transparent ground, text-coloured ink, small grids."""
+    with sns.axes_style("whitegrid", rc=_RC), mpl.rc_context(_RC):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A Matplotlib figure of `width` x `height` inches that no global state holds on to."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def to_picture(figure: Figure, alt: str) -> Picture:
+    """Turn a Matplotlib figure into an inline SVG that carries `alt`.
+
+    The same figure gives the same bytes.
+
+    Raises:
+        ValueError: `alt` is empty; a picture without it is lost on some readers.
+    """
+    if not alt.strip():
+        raise ValueError("a picture needs alternative text")
+    buffer = io.StringIO()
+    with mpl.rc_context({**_RC, "svg.hashsalt": alt}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    width, _ = figure.get_size_inches()
+    return Picture(_inline(buffer.getvalue(), alt, float(width)), alt)
+
+
+def _inline(svg: str, alt: str, width: float) -> str:
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    opening, rest = body.split(">", 1)
+    opening = re.sub(r'\s(width|height)="[^"]*"', "", opening)
+    pixels = width * PIXELS_PER_INCH
+    style = f"width:100%;max-width:{pixels:.0f}px;min-width:{LEAST_SCALE * pixels:.0f}px"
+    attributes = f' role="img" aria-label="{escape(alt)}" style="{style};height:auto"'
+    # Markdown ends an HTML block at an empty line.
+    lines = [line for line in rest.splitlines() if line.strip()]
+    drawn = opening + attributes + ">" + "\n".join(lines)
+    drawn = drawn.replace(INK.lower(), "currentColor")
+    return drawn.replace(GROUND.lower(), "var(--pst-color-background, #eeeeef)")
+
+
+def family_of(name: str) -> str:
+    """The model family of a printed or library name; "" where it has no colour of its own.
+
+    Table 9's "model 1" and "model 2" are Eff-SpineNet-D0 without one or two of its parts.
+    """
+    plain = re.sub(r"[\s_-]", "", name.lower())
+    if re.match(r"model[12](\D|$)", plain):
+        return "Eff-SpineNet"
+    for family in sorted(FAMILY_COLOURS, key=len, reverse=True):
+        if plain.startswith(family.lower().replace("-", "")):
+            return family
+    return ""
+
+
+def family_colour(name: str) -> str:
+    """The fixed colour of a model's family; the text's colour for a family without one."""
+    return FAMILY_COLOURS.get(family_of(name), INK)
+
+
+def words(items: Iterable[str]) -> str:
+    """Join names as in a sentence: "a", "a and b", "a, b and c"."""
+    *head, last = list(items)
+    return f"{', '.join(head)} and {last}" if head else last

@@ -1,0 +1,71 @@
+"""SGD over two parameter groups, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from effspinenet_lib.recipes import Recipe
+
+
+def learning_rate_at(recipe: Recipe, step: int) -> float:
+    """The learning rate of 0-based step `step`: linear warmup, then step or cosine.
+
+    The warmup ends at the rate that the schedule has there, so that the two meet.
+    """
+    if step >= recipe.warmup_steps:
+        return _scheduled_rate(recipe, step)
+    target = _scheduled_rate(recipe, recipe.warmup_steps)
+    share = step / recipe.warmup_steps
+    return recipe.warmup_start + (target - recipe.warmup_start) * share
+
+
+def _scheduled_rate(recipe: Recipe, step: int) -> float:
+    if recipe.schedule == "cosine":
+        return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+    passed = [f for before_end, f in recipe.lr_drops if step >= recipe.steps - before_end]
+    return recipe.learning_rate * (passed[-1] if passed else 1.0)
+
+
+def decayed_parameters(model: nn.Module, recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Names of the trainable parameters with and without weight decay.
+
+    Without are the parameters of at most one dimension: affine norms, biases and the weights
+    of the block fusions (unless `recipe.decay_norms_and_biases`).
+    """
+    decayed: list[str] = []
+    kept: list[str] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim > 1 or recipe.decay_norms_and_biases
+            (decayed if plain else kept).append(name)
+    return decayed, kept
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """SGD with momentum; two parameter groups, with and without weight decay.
+
+    The decay is coupled (L2): it is added to the gradient before the momentum, as in the
+    released config. PyTorch's momentum multiplies the rate in last, so that a drop of the rate
+    acts at once on the whole step.
+    """
+    parameters = dict(model.named_parameters())
+    decayed, kept = decayed_parameters(model, recipe)
+    groups = [
+        {"params": [parameters[name] for name in decayed], "weight_decay": recipe.weight_decay},
+        {"params": [parameters[name] for name in kept], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=learning_rate_at(recipe, 0),
+        momentum=recipe.momentum,
+        foreach=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the learning rate `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,363 @@
+"""One training run: a folder named by its configuration, trained, evaluated, never run twice.
+
+`<runs_dir>/<key>/` holds config.json, data.json, curve.csv, tb/ and checkpoints while it trains,
+then model.safetensors, detections.json, metrics.json and, last of all, run.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from torch import nn
+
+from effspinenet_lib import zoo
+from effspinenet_lib.data import (
+    Augmentation,
+    Dataset,
+    open_dataset,
+    require_same_categories,
+    training_loader,
+)
+from effspinenet_lib.errors import DataError, UserError
+from effspinenet_lib.files import ensure_folder, read_json, write_json
+from effspinenet_lib.results import current_commit, today
+from effspinenet_lib.training.checkpoint import (
+    Checkpoint,
+    load_into,
+    load_latest,
+    save_checkpoint,
+    save_weights,
+)
+from effspinenet_lib.training.config import RunConfig, describe_data
+from effspinenet_lib.training.evaluate import evaluate_detection, write_detections
+from effspinenet_lib.training.logs import Curve
+from effspinenet_lib.training.loop import (
+    Step,
+    describe_hardware,
+    prepare_model,
+    resolve_precision,
+    seed_everything,
+    train_steps,
+)
+from effspinenet_lib.training.optim import build_optimizer
+
+__all__ = ["RunConfig", "RunResult", "read_result", "train_run"]
+
+CHECKPOINT_SECONDS = 60.0  # our choice: what a kill can cost at most
+EVALUATION_BATCH = 16  # our choice; the same for every model, so that metrics compare
+FINISHED, PARTIAL = "finished", "partial"
+CONFIG, DATA, RECORD, METRICS = "config.json", "data.json", "run.json", "metrics.json"
+DETECTIONS, WEIGHTS, LOCK = "detections.json", "model.safetensors", "run.lock"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        key: of the configuration.
+        metrics: name -> value in percent; NaN where it is not defined.
+        steps: steps trained.
+        images: images trained on, repeats counted.
+        wall_seconds: training over all interruptions, and the evaluation.
+        images_per_second: of the training.
+        folder: where its files are.
+        record: its row of runs.csv, without the profile.
+    """
+
+    key: str
+    metrics: dict[str, float]
+    steps: int
+    images: int
+    wall_seconds: float
+    images_per_second: float
+    folder: Path
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run and the ways of running it that do not change its result."""
+
+    config: RunConfig
+    folder: Path
+    target: int
+    workers: int
+    progress: bool
+    checkpoint_seconds: float
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A model, the steps it was trained for and the time they took over all interruptions."""
+
+    model: nn.Module
+    steps: int
+    seconds: float
+
+
+def train_run(
+    config: RunConfig,
+    runs_dir: str | os.PathLike[str],
+    force: bool = False,
+    workers: int = 0,
+    max_steps: int | None = None,
+    progress: bool = True,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> RunResult:
+    """Train and evaluate a configuration, or go on with it, or return what it gave before.
+
+    Args:
+        config: what to run.
+        runs_dir: the run's folder is made in it.
+        force: drop what the folder holds and run anew.
+        workers: processes that load images; 0: none beside this one.
+        max_steps: stop after that many steps of the unchanged schedule; a later call goes on.
+        progress: show bars where stderr is a terminal.
+        checkpoint_seconds: time between checkpoints.
+
+    Raises:
+        UserError: a setting is wrong, the folder cannot be written, or another process runs it.
+        DataError: the data cannot be used.
+        CheckpointError: the folder holds a checkpoint of another run.
+        TrainingError: a loss is not finite.
+    """
+    steps = config.recipe.steps
+    target = steps if max_steps is None else min(max_steps, steps)
+    if target < 1:
+        raise UserError(f"max_steps is {max_steps}; at least one step is needed")
+    # the loop opens its own autocast: accelerate fixes one precision for the whole process
+    accelerator = Accelerator(mixed_precision="no")
+    folder = ensure_folder(Path(runs_dir) / config.key)
+    job = _Job(config, folder, target, workers, progress, checkpoint_seconds)
+    with _alone_in(folder, accelerator):
+        if force and accelerator.is_main_process:
+            _empty(folder)
+        accelerator.wait_for_everyone()
+        done = read_result(folder)
+        if done is None or done.steps < target:
+            done = _train_and_evaluate(job, accelerator)
+        elif read_json(folder / CONFIG)["data"]["root"] != config.data.root:
+            _check_same_data(job, _open_data(config))
+    return done
+
+
+def read_result(folder: Path) -> RunResult | None:
+    """What the run in `folder` gave, or None where it has not been evaluated yet."""
+    if not all((folder / name).exists() for name in (RECORD, METRICS, WEIGHTS)):
+        return None
+    record = read_json(folder / RECORD)
+    metrics = read_json(folder / METRICS)
+    return RunResult(
+        key=record["run"],
+        metrics={name: math.nan if value is None else value for name, value in metrics.items()},
+        steps=record["steps"],
+        images=record["images"],
+        wall_seconds=record["wall_seconds"],
+        images_per_second=record["images_per_second"],
+        folder=folder,
+        record=record,
+    )
+
+
+@contextmanager
+def _alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the run folder against other runs; the processes of one run hold it together."""
+    if not accelerator.is_main_process:
+        yield
+        return
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(
+            f"{folder}: another process is running this configuration; wait for it or stop it"
+        ) from error
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _train_and_evaluate(job: _Job, accelerator: Accelerator) -> RunResult:
+    data = _open_data(job.config)
+    _check_same_data(job, data)
+    if accelerator.is_main_process:
+        write_json(job.folder / CONFIG, job.config.to_dict())
+        write_json(job.folder / DATA, {part: describe_data(data[part]) for part in data})
+    trained = _train(job, accelerator, data["train"])
+    if accelerator.is_main_process:
+        _evaluate(job, accelerator, trained, data["eval"])
+    accelerator.wait_for_everyone()
+    result = read_result(job.folder)
+    assert result is not None
+    return result
+
+
+def _open_data(config: RunConfig) -> dict[str, Dataset]:
+    data = {
+        "train": open_dataset(config.data, "train"),
+        "eval": open_dataset(config.data, "eval"),
+    }
+    require_same_categories(data["train"], data["eval"])
+    return data
+
+
+def _check_same_data(job: _Job, data: Mapping[str, Dataset]) -> None:
+    """Refuse a folder that holds a run on other data: where data lies is no part of the key."""
+    path = job.folder / DATA
+    if not path.exists():
+        return
+    for part, known in read_json(path).items():
+        if describe_data(data[part])["digest"] != known["digest"]:
+            raise DataError(
+                f"{job.folder}: holds a run on other data than {data[part].name} is now; choose "
+                "another output folder, or force the run anew"
+            )
+
+
+def _train(job: _Job, accelerator: Accelerator, dataset: Dataset) -> _Trained:
+    """Train from the last checkpoint, or from the start, to the job's target."""
+    config = job.config
+    seed_everything(config.seed)
+    plain = zoo.create_model(
+        config.model, task=config.task, num_classes=len(dataset.categories), **config.options
+    )
+    model = prepare_model(plain, config.recipe, accelerator)
+    optimizer = accelerator.prepare_optimizer(build_optimizer(model, config.recipe))
+    latest = load_latest(job.folder, config.key, config.model)
+    start = 0
+    if latest is not None:
+        load_into(accelerator.unwrap_model(model), latest.model_state, str(job.folder))
+        optimizer.load_state_dict(latest.optimizer_state)
+        start = latest.step
+    batches = training_loader(
+        dataset,
+        config.image_size,
+        config.recipe.batch_size,
+        Augmentation(config.recipe.scale_jitter, config.recipe.flip_probability),
+        config.seed,
+        start,
+        job.target,
+        workers=job.workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    steps = train_steps(model, optimizer, batches, config.recipe, accelerator, config.seed, start)
+    seconds = latest.wall_seconds if latest else 0.0
+    if start < job.target and accelerator.is_main_process:
+        seconds = _follow(job, steps, latest, accelerator.unwrap_model(model), optimizer)
+    else:
+        deque(steps, maxlen=0)
+    return _Trained(accelerator.unwrap_model(model), max(start, job.target), seconds)
+
+
+def _follow(
+    job: _Job,
+    steps: Iterable[Step],
+    latest: Checkpoint | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> float:
+    """Run the steps; write the curve and the checkpoints. The time trained, in all."""
+    config = job.config
+    start, spent, curve_state = 0, 0.0, {}
+    if latest is not None:
+        start, spent, curve_state = latest.step, latest.wall_seconds, latest.curve_state
+    began = saved = time.monotonic()
+    with Curve(job.folder, start, config.recipe.steps, curve_state, job.progress) as curve:
+        for step in steps:
+            curve.add(step)
+            now = time.monotonic()
+            if now - saved < job.checkpoint_seconds and step.step < job.target:
+                continue
+            state = Checkpoint(
+                run=config.key,
+                model=config.model,
+                step=step.step,
+                model_state=model.state_dict(),
+                optimizer_state=optimizer.state_dict(),
+                curve_state=curve.state(),
+                wall_seconds=spent + now - began,
+            )
+            save_checkpoint(job.folder, state)
+            saved = time.monotonic()
+    return spent + time.monotonic() - began
+
+
+def _evaluate(job: _Job, accelerator: Accelerator, trained: _Trained, dataset: Dataset) -> None:
+    """Evaluate the model and write the files that a run leaves, run.json last."""
+    config, folder = job.config, job.folder
+    began = time.monotonic()
+    evaluation = evaluate_detection(
+        trained.model, dataset, config.image_size, EVALUATION_BATCH, job.workers, job.progress
+    )
+    metrics = {
+        name: None if math.isnan(value) else value for name, value in evaluation.metrics.items()
+    }
+    save_weights(
+        folder / WEIGHTS,
+        trained.model.state_dict(),
+        {
+            "model": config.model,
+            "task": config.task,
+            "num_classes": len(dataset.categories),
+            "options": config.options,
+            "categories": [{"id": c.id, "name": c.name} for c in dataset.categories],
+            "image_size": config.image_size,
+            "run": config.key,
+            "steps": trained.steps,
+            "metrics": metrics,
+        },
+    )
+    write_detections(folder / DETECTIONS, evaluation.detections)
+    write_json(folder / METRICS, metrics)
+    record = _record(config, accelerator, trained, time.monotonic() - began)
+    write_json(folder / RECORD, record)
+
+
+def _record(
+    config: RunConfig, accelerator: Accelerator, trained: _Trained, evaluation_seconds: float
+) -> dict[str, Any]:
+    """The run's row of runs.csv; the caller knows the profile."""
+    images = trained.steps * config.recipe.batch_size
+    return {
+        "run": config.key,
+        "state": FINISHED if trained.steps == config.recipe.steps else PARTIAL,
+        "model": config.model,
+        "task": config.task,
+        "profile": "",
+        "seed": config.seed,
+        "steps": trained.steps,
+        "images": images,
+        "wall_seconds": round(trained.seconds + evaluation_seconds, 2),
+        "images_per_second": round(images / max(trained.seconds, 1e-9), 2),
+        "precision": resolve_precision(config.recipe, accelerator.device),
+        "threads": torch.get_num_threads(),
+        "hardware": describe_hardware(accelerator),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "config": json.dumps(config.to_dict(), sort_keys=True),
+        "commit": current_commit(),
+        "date": today(),
+    }

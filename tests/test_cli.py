@@ -1,0 +1,423 @@
+"""The command line: what it prints, its exit codes, and that errors are one line."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from effspinenet_lib import __version__, cli, experiments, publish
+from effspinenet_lib.cli.detect import detections
+from effspinenet_lib.cli.drawing import COLOURS, draw_boxes, sheet
+from effspinenet_lib.errors import CheckpointError, DataError, TrainingError, UserError
+
+COMMANDS = ("models", "cost", "train", "evaluate", "detect", "reproduce", "book", "data", "results")
+TINY = ("--image-size", "64", "--batch-size", "2")
+
+
+class Result:
+    """Exit code and output of a command."""
+
+    def __init__(self, code, output):
+        self.code, self.out, self.err = code, output.out, output.err
+
+    @property
+    def error(self):
+        """The one line on stderr that says what was wrong."""
+        lines = [line for line in self.err.splitlines() if not line.startswith("warning: ")]
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    def run_command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["effspinenet", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return Result(stop.value.code or 0, capsys.readouterr())
+
+    return run_command
+
+
+def table_rows(text):
+    """The cells of the tables that a command printed."""
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """ShapeScenes as a COCO folder: 3 images to train on, 2 to evaluate on."""
+    folder = tmp_path_factory.mktemp("scenes")
+    command = ["data", "make", "shapescenes", str(folder), "--train-images", "3"]
+    cli.app([*command, "--eval-images", "2", "--image-size", "64"], standalone_mode=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(scenes, tmp_path_factory):
+    """Weights that two steps of training left."""
+    runs = tmp_path_factory.mktemp("runs")
+    command = ["train", "--data", str(scenes), "--output", str(runs), "--steps", "2", *TINY]
+    cli.app(command, standalone_mode=False)
+    return next(runs.glob("*/model.safetensors"))
+
+
+def test_help_names_every_command_and_loads_nothing_heavy():
+    code = (
+        "import sys; from effspinenet_lib.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'pandas', 'matplotlib', 'numpy'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
+    assert set(COMMANDS) <= set(re.findall(r"│ ([a-z]+) ", output))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(run, command):
+    result = run(command, "--help")
+    assert result.code == 0
+    assert f"Usage: effspinenet {command}" in result.out
+
+
+def test_the_version_is_the_packages(run):
+    assert run("--version").out == f"effspinenet {__version__}\n"
+
+
+def test_models_lists_each_model_with_its_input_size_and_tables(run):
+    rows = {row[0]: row for row in table_rows(run("models").out)}
+    assert rows["eff_spinenet_m0"][1:] == ["256", "table-02, table-07"]
+    assert rows["eff_spinenet_d2"][1] == "768"
+    assert rows["sp_efficientnet_m0"][2] == "not in the paper"
+
+
+def test_cost_prints_the_papers_columns_for_d0(run):
+    # Table 3 prints 2.5 B and 3.6 M; this fits the recovered choices to two decimals.
+    assert run("cost", "eff_spinenet_d0").out == (
+        "2.51 B multi-adds, 3.68 M parameters at 512x512\n"
+    )
+
+
+def test_cost_takes_model_options_and_an_image_size(run):
+    # Table 9, model 1: 3.3 M parameters without space-to-depth.
+    plain = run("cost", "eff_spinenet_d0", "--option", "space_to_depth=false").out
+    assert re.fullmatch(r"2\.4\d B multi-adds, 3\.29 M parameters at 512x512\n", plain)
+    small = run("cost", "eff_spinenet_m0", "--image-size", "128", "--num-classes", "3").out
+    assert small.endswith("at 128x128\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("cost eff_spinenet_d00", 2, "unknown model 'eff_spinenet_d00'; did you mean eff_spin"),
+        ("cost eff_spinenet_m0 --task detektion", 2, "unknown task 'detektion'; did you mean det"),
+        ("cost eff_spinenet_m0 --option activatoin=relu", 2, "did you mean activation"),
+        ("cost eff_spinenet_m0 --option activation", 2, "not of the form key=value"),
+        ("cost eff_spinenet_m0 --option activation=[", 2, "cannot be read"),
+        ("cost eff_spinenet_m0 --image-size 32", 2, "at least 64"),
+        ("train --data shapescenes --model resnet51", 2, "unknown model 'resnet51'"),
+        (
+            "train --data shapescenes --recipe papier",
+            2,
+            "unknown recipe 'papier'; did you mean pap",
+        ),
+        ("train --data no_such_folder", 2, "no_such_folder: no such folder"),
+        ("reproduce table-8", 2, "unknown item 'table-8'; did you mean table-08"),
+        ("reproduce table-03", 2, "table-03 is not rebuilt yet; these are: table-01, table-02"),
+        ("reproduce table-08 --profile smok", 2, "unknown profile 'smok'; did you mean smoke?"),
+        ("data make shapes out", 2, "did you mean shapescenes?"),
+        ("data check no_such_folder", 3, "no_such_folder: no such folder"),
+        ("evaluate --weights no.safetensors --data shapescenes", 4, "no such weights file"),
+        ("detect picture.png --weights no.safetensors", 4, "no such weights file"),
+        ("results validate --results-dir no_such_folder", 2, "no_such_folder: no such folder"),
+    ],
+)
+def test_a_wrong_name_or_file_is_one_line_and_an_exit_code(
+    run, tmp_path, monkeypatch, command, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    result = run(*command.split())
+    assert message in result.error
+    assert result.code == code
+    assert result.out == ""
+
+
+@pytest.mark.parametrize("command", ["cots", "train", "cost eff_spinenet_m0 --imagesize 64"])
+def test_a_wrong_command_line_is_exit_code_2(run, command):
+    result = run(*command.split())
+    assert result.code == 2
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (UserError("what, where"), 2),
+        (DataError("what, where"), 3),
+        (CheckpointError("what, where"), 4),
+        (TrainingError("what, where"), 5),
+    ],
+)
+def test_each_kind_of_error_has_its_exit_code(run, monkeypatch, raised, code):
+    def fail(**_):
+        raise raised
+
+    monkeypatch.setattr(publish, "build_book", fail)
+    result = run("book")
+    assert result.error == "error: what, where"
+    assert result.code == code
+
+
+def test_an_interruption_is_130_without_a_traceback(run, monkeypatch):
+    def interrupt(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publish, "build_book", interrupt)
+    result = run("book")
+    assert result.code == 130
+    assert result.err == "interrupted; the same command goes on where this one stopped\n"
+
+
+def test_made_scenes_are_a_coco_folder_and_the_same_bytes_for_a_seed(run, scenes, tmp_path):
+    coco = COCO(scenes / "annotations" / "instances_train.json")
+    assert len(coco.imgs) == 3
+    size = ("--train-images", 3, "--eval-images", 2, "--image-size", 64)
+    assert run("data", "make", "shapescenes", tmp_path / "same", *size).code == 0
+    assert run("data", "make", "shapescenes", tmp_path / "other", *size, "--seed", 1).code == 0
+    names = [path.relative_to(scenes) for path in sorted(scenes.rglob("*.*"))]
+    assert len(names) == 7
+    for name in names:
+        assert (tmp_path / "same" / name).read_bytes() == (scenes / name).read_bytes()
+    first = Path("train/000000.png")
+    assert (tmp_path / "other" / first).read_bytes() != (scenes / first).read_bytes()
+
+
+def test_data_check_counts_what_the_annotations_hold(run, scenes):
+    result = run("data", "check", scenes)
+    assert result.code == 0
+    expected = []
+    for split in ("train", "val"):
+        content = json.loads((scenes / "annotations" / f"instances_{split}.json").read_text())
+        expected.append(sum(not record["iscrowd"] for record in content["annotations"]))
+    assert [int(row[-1]) for row in table_rows(result.out) if row[0] == "all"] == expected
+
+
+def test_data_check_names_a_truncated_picture_and_a_broken_split(run, scenes, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(scenes, folder)
+    picture = folder / "train" / "000001.png"
+    picture.write_bytes(picture.read_bytes()[:200])
+    (folder / "annotations" / "instances_val.json").write_text('{"images": [')
+    result = run("data", "check", folder)
+    assert result.code == 1
+    problems = result.err.splitlines()
+    assert [line.split(":")[0] for line in problems] == ["problem", "problem"]
+    assert str(picture) in problems[0]
+    assert "instances_val.json: is not JSON" in problems[1]
+
+
+def test_data_check_warns_of_the_degenerate_boxes_of_a_real_set(run, bccd):
+    result = run("data", "check", bccd, "--no-pictures")
+    assert result.code == 0
+    assert "dropped 2 degenerate boxes" in result.err
+    assert "train: 205 images" in result.out
+
+
+def test_a_sheet_holds_as_many_pictures_as_asked(run, scenes, tmp_path):
+    output = tmp_path / "new" / "sheet.png"
+    options = ("--data", scenes, "--count", 3, "--columns", 2)
+    assert "3 images" in run("data", "sheet", output, *options).out
+    drawn = np.asarray(Image.open(output))
+    assert (drawn[: len(drawn) // 2, : drawn.shape[1] // 2] != 255).any()
+    assert (drawn[len(drawn) // 2 + 8 :, drawn.shape[1] // 2 + 8 :] == 255).all()
+
+
+def test_a_picture_of_an_unknown_format_is_refused(run, scenes, tmp_path):
+    result = run("data", "sheet", tmp_path / "sheet.text", "--data", scenes)
+    assert "unknown picture format '.text'" in result.error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_leaves_weights_that_evaluate_to_the_same_metrics(run, scenes, weights):
+    runs = weights.parent.parent
+    before = weights.stat().st_mtime_ns
+    trained = run("train", "--data", scenes, "--output", runs, "--steps", 2, *TINY)
+    assert trained.code == 0
+    assert str(weights) in trained.out
+    assert weights.stat().st_mtime_ns == before
+    evaluated = run("evaluate", "--weights", weights, "--data", scenes)
+    assert len(table_rows(evaluated.out)) == 12
+    assert table_rows(evaluated.out) == table_rows(trained.out)
+
+
+def test_overfitting_evaluates_on_the_images_that_it_trains_on(run, scenes, tmp_path):
+    options = ("--steps", 1, "--overfit", 2, *TINY)
+    assert run("train", "--data", scenes, "--output", tmp_path, *options).code == 0
+    config = json.loads(next(tmp_path.glob("*/config.json")).read_text())
+    assert config["data"]["eval_split"] == config["data"]["train_split"] == "train"
+    assert config["data"]["eval_images"] == config["data"]["train_images"] == 2
+    assert config["recipe"]["scale_jitter"] == [1.0, 1.0]
+    assert config["recipe"]["flip_probability"] == 0
+
+
+def test_an_output_folder_that_cannot_be_written_is_an_error(run, scenes, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("train", "--data", scenes, "--output", tmp_path / "file" / "runs", *TINY)
+    assert f"cannot write in {tmp_path / 'file' / 'runs'}" in result.error
+    assert result.code == 2
+
+
+def test_weights_are_not_evaluated_on_other_categories(run, weights, scenes, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(scenes, folder)
+    path = folder / "annotations" / "instances_val.json"
+    path.write_text(path.read_text().replace("plain disc", "full moon"))
+    result = run("evaluate", "--weights", weights, "--data", folder)
+    assert "trained on other categories" in result.error
+    assert "full moon, plain disc" in result.error
+    assert result.code == 3
+
+
+def test_weights_that_are_cut_short_are_an_error(run, weights, scenes, tmp_path):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(weights.read_bytes()[:5000])
+    result = run("evaluate", "--weights", cut, "--data", scenes)
+    assert str(cut) in result.error
+    assert result.code == 4
+
+
+def test_detect_writes_the_picture_with_its_boxes(run, weights, scenes, tmp_path):
+    output = tmp_path / "found.png"
+    picture = scenes / "val" / "000000.png"
+    result = run("detect", picture, "--weights", weights, "--output", output)
+    assert result.code == 0
+    assert f"wrote {output}" in result.out
+    assert Image.open(output).size[0] % Image.open(picture).size[0] == 0
+
+
+def test_detect_names_a_picture_that_cannot_be_decoded(run, weights, scenes, tmp_path):
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((scenes / "val" / "000000.png").read_bytes()[:200])
+    result = run("detect", cut, "--weights", weights)
+    assert str(cut) in result.error
+    assert result.code == 3
+
+
+class FixedDetector(torch.nn.Module):
+    """Finds one box, at the same place of the input in every image."""
+
+    def __init__(self, box):
+        super().__init__()
+        self.box, self.seen = torch.tensor([box]), None
+
+    def forward(self, images):
+        self.seen = images
+        return [{"boxes": self.box, "scores": torch.ones(1), "labels": torch.zeros(1).long()}]
+
+
+def test_detections_are_in_pixels_of_the_picture():
+    # A picture of 100 x 200 (height, width) on an input of 64: scale 0.32, rows 32 and up empty.
+    picture = np.full((100, 200, 3), 255, np.uint8)
+    model = FixedDetector([16.0, 8.0, 32.0, 64.0])
+    found = detections(model, picture, 64)
+    assert found["boxes"].tolist() == [[50.0, 25.0, 100.0, 100.0]]
+    assert model.seen.shape == (1, 3, 64, 64)
+    assert (model.seen[:, :, 32:] == 0).all()
+    assert (model.seen[:, :, :32] > 0).all()
+
+
+def test_boxes_are_drawn_where_they_are_and_in_the_colour_of_their_class():
+    picture = draw_boxes(
+        np.zeros((480, 640, 3), np.uint8), np.array([[100, 200, 300, 400]], np.float32), [1], ["x"]
+    )
+    drawn = np.asarray(picture)
+    colour = tuple(int(COLOURS[1][place : place + 2], 16) for place in (1, 3, 5))
+    assert tuple(drawn[300, 100]) == tuple(drawn[300, 300]) == colour
+    assert tuple(drawn[400, 200]) == colour
+    assert not drawn[220:380, 120:280].any()
+    assert not drawn[:, 310:].any()
+    assert not drawn[410:].any()
+
+
+def test_a_small_picture_is_enlarged_with_its_boxes():
+    pixels = np.zeros((48, 48, 3), np.uint8)
+    picture = draw_boxes(pixels, np.array([[10, 10, 20, 20]], np.float32), [0], [""])
+    assert picture.size == (480, 480)
+    assert np.asarray(picture)[200, 150].any()
+
+
+def test_a_sheet_has_a_row_for_the_last_pictures():
+    white = Image.new("RGB", (10, 10), "white")
+    one, three = sheet([white], 2), sheet([white] * 3, 2)
+    assert one.width == three.width
+    assert three.height > one.height
+
+
+def test_results_lists_every_item_and_validates_what_is_committed(run, repository):
+    listed = {row[0] for row in table_rows(run("results").out)}
+    assert set(experiments.ITEMS) <= listed
+    result = run("results", "validate", "--results-dir", repository / "results")
+    assert result.err == ""
+    assert result.code == 0
+
+
+def test_results_validate_names_the_file_of_a_broken_row(run, repository, tmp_path):
+    folder = tmp_path / "results"
+    for name in ("paper", "datapackage.json"):
+        source = repository / "results" / name
+        shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder)
+    path = folder / "paper" / "table-08.csv"
+    path.write_text(path.read_text().replace("table-08", "table-8", 1))
+    result = run("results", "validate", "--results-dir", folder)
+    assert result.code == 1
+    assert "problem: paper/table-08.csv" in result.err
+
+
+def test_reproduce_all_runs_each_item_that_needs_runs_once(run, monkeypatch, tmp_path):
+    asked = []
+
+    def record(name, parameters):
+        asked.append((name, parameters.profile.name, parameters.seeds, parameters.force))
+        return real(name, parameters)
+
+    def real(name, parameters):
+        from effspinenet_lib.results import ResultsStore
+
+        return ResultsStore(parameters.results_dir, parameters.profile.name)
+
+    monkeypatch.setattr(experiments, "reproduce", record)
+    options = ("--results-dir", tmp_path, "--seeds", "3,4", "--force")
+    result = run("reproduce", "table-08", "all", *options)
+    assert result.code == 0
+    with_rows = [item.id for item in experiments.ITEMS.values() if item.notebook and item.rows]
+    assert sorted(name for name, *_ in asked) == sorted(with_rows)
+    assert {tuple(rest) for _, *rest in asked} == {("smoke", (3, 4), True)}
+    listed = [row[0] for row in table_rows(result.out)]
+    rebuilt = [item.id for item in experiments.ITEMS.values() if item.notebook]
+    assert sorted(listed) == sorted(rebuilt)
+
+
+def test_book_says_where_it_is(run, monkeypatch, tmp_path):
+    given = {}
+
+    def build(**arguments):
+        given.update(arguments)
+        return tmp_path / "html" / "index.html"
+
+    monkeypatch.setattr(publish, "build_book", build)
+    result = run("book", "--profile", "proxy", "--output", tmp_path)
+    assert result.out == f"Book: {tmp_path / 'html' / 'index.html'}\n"
+    assert (given["profile"], given["output"]) == ("proxy", tmp_path)

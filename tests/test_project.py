@@ -1,0 +1,191 @@
+"""The project's files agree with each other and with what the code imports."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+import typer
+import yaml
+from packaging.requirements import Requirement
+
+from effspinenet_lib import cli
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LIBRARY = REPOSITORY / "effspinenet_lib"
+MODULES = sorted(LIBRARY.rglob("*.py"))
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+CONDA_NAMES = {"torch": "pytorch"}
+CONDA_ONLY = {"python", "pip"}
+PARAMETERS = {
+    "profile",
+    "data_root",
+    "results_dir",
+    "accelerator",
+    "devices",
+    "seeds",
+    "engine",
+    "force",
+}
+MODULE_LINES = 400
+
+
+def _requirements(lines: list[str]) -> dict[str, str]:
+    """Package name in lower case -> version range."""
+    parsed = [Requirement(line) for line in lines]
+    return {requirement.name.lower(): str(requirement.specifier) for requirement in parsed}
+
+
+def _project() -> dict:
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+def _environment() -> dict:
+    return yaml.safe_load((REPOSITORY / "environment.yml").read_text())
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def test_environment_and_pyproject_hold_the_same_packages_and_ranges():
+    project = _project()
+    pypi = _requirements(project["dependencies"] + project["optional-dependencies"]["dev"])
+    expected = {CONDA_NAMES.get(name, name): versions for name, versions in pypi.items()}
+    lines = [line for line in _environment()["dependencies"] if isinstance(line, str)]
+    conda = _requirements(lines)
+    assert {name: v for name, v in conda.items() if name not in CONDA_ONLY} == expected
+    assert conda["python"] == project["requires-python"]
+
+
+def test_environment_installs_this_repository():
+    pip_lines = [line["pip"] for line in _environment()["dependencies"] if isinstance(line, dict)]
+    assert pip_lines == [["--editable ."]]
+
+
+def test_every_imported_package_is_a_core_dependency():
+    core = set(_requirements(_project()["dependencies"]))
+    homes = packages_distributions()
+    missing = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            else:
+                continue
+            for name in {name.split(".")[0] for name in names}:
+                if name in sys.stdlib_module_names or name in ("effspinenet_lib", "__future__"):
+                    continue
+                distributions = {found.lower() for found in homes.get(name, [name])}
+                if not distributions & core:
+                    missing.add((_relative(path), name))
+    assert missing == set()
+
+
+def test_importing_the_library_loads_neither_torch_nor_pandas():
+    code = (
+        "import sys, effspinenet_lib; effspinenet_lib.__version__; dir(effspinenet_lib); "
+        "heavy = {'torch', 'torchvision', 'pandas', 'numpy', 'matplotlib'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_an_unknown_attribute_of_the_library_is_an_attribute_error():
+    import effspinenet_lib
+
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = effspinenet_lib.no_such_name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_relative)
+def test_every_module_has_a_docstring_and_one_screenful_of_ideas(path: Path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) <= MODULE_LINES
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_without_outputs(path: Path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code
+    assert [cell.outputs for cell in code] == [[]] * len(code)
+    assert {cell.execution_count for cell in code} == {None}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_take_the_same_parameters_and_document_each(path: Path):
+    notebook = nbformat.read(path, as_version=4)
+    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(cells) == 1
+    tree = ast.parse(cells[0].source)
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    assert names == PARAMETERS
+    for name in names:
+        assert re.search(rf"(?m)^{name}\b.*#|^#.*\b{name}\b", cells[0].source), name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_open_with_the_papermill_command(path: Path):
+    notebook = nbformat.read(path, as_version=4)
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown"
+    assert f"papermill notebooks/{path.name}" in first.source
+
+
+def test_the_readme_opens_with_the_two_commands_and_names_targets_that_exist():
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.findall(r"(?m)^([a-z-]+):", makefile))
+    named = re.findall(r"(?m)^make ([a-z-]+)", _read_guides())
+    assert named[:2] == ["reproduce", "test"]
+    assert set(named) <= targets
+
+
+def _read_guides() -> str:
+    return "\n".join((REPOSITORY / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+
+
+def test_commands_in_the_guides_are_accepted_by_the_command_line():
+    lines = re.findall(r"(?m)^(?:\.venv/bin/)?effspinenet (.*?)\s*(?:#.*)?$", _read_guides())
+    assert len(lines) >= 10
+    for line in lines:
+        command, words = typer.main.get_command(cli.app), shlex.split(line)
+        context = command.make_context("effspinenet", words[:], resilient_parsing=True)
+        while words and hasattr(command, "resolve_command"):
+            name, command, words = command.resolve_command(context, words)
+            # An unknown option, a value of the wrong type or a missing argument raises here.
+            context = command.make_context(name, words[:], parent=context)
+
+
+def test_the_library_example_of_the_readme_runs():
+    (code,) = re.findall(r"(?s)```python\n(.*?)```", (REPOSITORY / "README.md").read_text())
+    boxes = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
+    target = {"boxes": boxes, "labels": torch.tensor([3]), "iscrowd": torch.tensor([False])}
+    names = {"images": torch.zeros(2, 3, 64, 64), "targets": [target, target]}
+    exec(code, names)
+    assert set(names["losses"]) == {"classification", "box"}
+    assert len(names["found"]) == 2
