@@ -6,11 +6,13 @@ Pages are executed in a copy, so that neither `book/` nor `notebooks/` ever hold
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ from myst_nb.core.read import (
 )
 from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
-from traitlets.config import Config
 
 from effspinenet_lib import experiments
 from effspinenet_lib.errors import UserError
@@ -34,12 +35,14 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks")
 PAGE_SUFFIXES = (".ipynb", ".md")
 KERNEL = "python3"
-# Where there are Unix sockets, kernels listen on them rather than on unencrypted TCP ports.
-KERNEL_CONFIG = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})
+# Kernels report every start and every end on the terminal otherwise; errors of cells are raised.
+KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=CRITICAL"]
 FILES = "files"  # folder of the built book with its copies of notebooks and CSVs
 PAGE_TO_FILES = f"../{FILES}"  # every executed page lies one folder deep
 # The command by way of this Python, whatever the PATH; the package cannot be run with -m.
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
+PROBLEM = re.compile(r"WARNING|ERROR|\w*Error: \S")
+COLOUR_CODE = re.compile(r"\x1b\[[0-9;]*m")
 SHOWN_PROBLEMS = 5
 
 
@@ -107,15 +110,14 @@ def _stage(source: Path) -> Path:
 
 
 def _configure(source: Path) -> None:
-    """Give the staged book the repository's address, and its own stylesheet folder."""
+    """Put the stylesheet where Jupyter Book looks for it, and the repository's address below."""
     shutil.copytree(source / "book" / "_static", source / "_static")
-    url = os.environ.get(REPOSITORY_VARIABLE, "").rstrip("/")
+    url = escape(os.environ.get(REPOSITORY_VARIABLE, "").rstrip("/"))
     if not url:
         return
     path = source / "_config.yml"
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config["repository"] = {"url": url}
-    config.setdefault("html", {})["use_repository_button"] = True
+    config.setdefault("html", {})["extra_footer"] = f'<p><a href="{url}">{url}</a></p>'
     with atomic_write(path) as handle:
         yaml.safe_dump(config, handle, sort_keys=False)
 
@@ -166,7 +168,7 @@ def _execute(page: Path, arguments: Mapping[str, str]) -> None:
             kernel_name=KERNEL,
             progress_bar=False,
             cwd=target.parent,
-            config=KERNEL_CONFIG,
+            extra_arguments=[*KERNEL_ARGUMENTS],
         )
     except PapermillExecutionError as error:
         raise UserError(f"{page.name}: a cell failed with {error.ename}: {error.evalue}") from error
@@ -185,18 +187,17 @@ def _run_jupyter_book(source: Path, folder: Path) -> Path:
     command = [sys.executable, "-c", JUPYTER_BOOK, "build", str(source)]
     command += ["--path-output", str(work), "--warningiserror", "--keep-going"]
     with open(log, "w", encoding="utf-8") as handle:
-        status = subprocess.run(
-            command,
-            stdout=handle,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "NO_COLOR": "1"},
-        ).returncode
+        status = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT).returncode
     if status:
-        lines = log.read_text(encoding="utf-8").splitlines()
-        problems = [line.strip() for line in lines if "WARNING" in line or "ERROR" in line]
-        shown = "; ".join((problems or lines[-1:])[:SHOWN_PROBLEMS])
-        raise UserError(f"the book was not built, see {log}: {shown}")
+        raise UserError(f"the book was not built, see {log}: {_problems(log)}")
     return work / "_build" / "html"
+
+
+def _problems(log: Path) -> str:
+    """The first warnings and errors of a build, without terminal colours."""
+    lines = COLOUR_CODE.sub("", log.read_text(encoding="utf-8")).splitlines()
+    found = [line.strip() for line in lines if PROBLEM.search(line)]
+    return "; ".join(found[:SHOWN_PROBLEMS]) or "it says nothing"
 
 
 def _copy_files(target: Path, results_dir: Path) -> None:

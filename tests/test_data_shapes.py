@@ -185,7 +185,7 @@ def test_neither_shape_nor_texture_tells_the_class() -> None:
     textures, shapes = zip(*CLASSES, strict=True)
     assert all(textures.count(texture) == 2 for texture in textures)
     assert all(shapes.count(shape) == 2 for shape in shapes)
-    assert len(set(CLASSES)) == len(CATEGORIES) == 8
+    assert len(set(CLASSES)) == len(CATEGORIES) == 6
 
 
 def test_splits_and_seeds_differ_and_longer_splits_begin_alike(scenes: ShapeScenes) -> None:

@@ -56,7 +56,7 @@ def test_the_paper_recipe_agrees_with_the_released_config() -> None:
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_all_recipes_keep_what_the_paper_says_of_sgd(recipe: Recipe) -> None:
     paper = get_recipe("paper_detection")
-    for name in ("momentum", "weight_decay", "schedule", "flip_probability", "stochastic_depth"):
+    for name in ("momentum", "weight_decay", "schedule", "flip_probability"):
         assert getattr(recipe, name) == getattr(paper, name)
     assert [factor for _, factor in recipe.lr_drops] == [0.1, 0.01]
 

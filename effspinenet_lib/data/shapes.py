@@ -1,6 +1,6 @@
 """ShapeScenes: scenes of textured shapes, made from a seed.
 
-Eight classes, each one shape with one texture, chosen so that every shape and every texture
+Six classes, each one shape with one texture, chosen so that every shape and every texture
 occurs in two classes: neither alone tells the class. Colours carry no information. Unlabelled
 distractors show the shapes and textures in the combinations that are no class.
 """
@@ -35,9 +35,7 @@ VERSION = 1
 CLASSES: tuple[tuple[str, str], ...] = (
     ("plain", "disc"),
     ("striped", "disc"),
-    ("striped", "square"),
-    ("checked", "square"),
-    ("checked", "triangle"),
+    ("striped", "triangle"),
     ("dotted", "triangle"),
     ("dotted", "cross"),
     ("plain", "cross"),
@@ -69,15 +67,15 @@ class SceneSettings:
     side of an object is the square root of its area.
     """
 
-    objects: tuple[int, int] = (1, 6)
-    small_side: tuple[int, int] = (75, 215)
-    medium_side: tuple[int, int] = (225, 500)
+    objects: tuple[int, int] = (1, 5)
+    small_side: tuple[int, int] = (125, 230)
+    medium_side: tuple[int, int] = (235, 550)
     large_side: tuple[int, int] = (680, 800)
     size_weights: tuple[int, int, int] = (46, 33, 21)
     most_large: int = 1
-    distractors: tuple[int, int] = (0, 3)
-    distractor_near_class_permille: int = 600
-    clutter: tuple[int, int] = (3, 10)
+    distractors: tuple[int, int] = (0, 1)
+    distractor_near_class_permille: int = 300
+    clutter: tuple[int, int] = (2, 7)
     clutter_side: tuple[int, int] = (20, 120)
     crowd_permille: int = 40
     crowd_members: tuple[int, int] = (6, 12)
@@ -85,16 +83,16 @@ class SceneSettings:
     crowd_spread: int = 140
     out_of_order_permille: int = 250
     placement_tries: int = 4
-    covered_percent: int = 20
-    texture_cycles_tenths: tuple[int, int] = (25, 50)
-    texture_shortest_period: int = 5
-    texture_contrast: tuple[int, int] = (50, 120)
-    object_contrast: tuple[int, int] = (30, 110)
+    covered_percent: int = 12
+    texture_cycles_tenths: tuple[int, int] = (15, 28)
+    texture_shortest_period: int = 8
+    texture_contrast: tuple[int, int] = (100, 180)
+    object_contrast: tuple[int, int] = (60, 130)
     background_cells: int = 5
-    background_range: tuple[int, int] = (30, 225)
+    background_range: tuple[int, int] = (50, 205)
     lighting_percent: tuple[int, int] = (60, 115)
-    contrast_percent: tuple[int, int] = (70, 110)
-    noise: tuple[int, int] = (4, 24)
+    contrast_percent: tuple[int, int] = (80, 110)
+    noise: tuple[int, int] = (3, 12)
     visible_percent: int = 25
     visible_pixels: int = 20
 

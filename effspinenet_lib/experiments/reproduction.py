@@ -34,7 +34,10 @@ class PlannedRun:
 
 
 def planned_runs(item: Item, parameters: Parameters) -> list[PlannedRun]:
-    """Runs that an item needs under a profile, by row and seed; rows may share a run."""
+    """Runs that an item needs under a profile; rows may share a run.
+
+    Seed by seed, so that an interrupted item has every row before any has a second seed.
+    """
     profile = parameters.profile
     small = profile.data is not None
     data = profile.data or DataConfig(
@@ -53,8 +56,8 @@ def planned_runs(item: Item, parameters: Parameters) -> list[PlannedRun]:
                 model_options=dict(row.options),
             ),
         )
-        for row in item.rows
         for seed in parameters.seeds
+        for row in item.rows
     ]
 
 

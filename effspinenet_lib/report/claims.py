@@ -43,9 +43,8 @@ def _claim(claim: Any) -> dict[str, Any]:
     stated = _RELATIONS[claim.relation].format(low=claim.stated_low, high=claim.stated_high)
     return {
         "section": claim.section,
-        "stated": stated,
+        "stated": f"{stated} {claim.unit}",
         "cells give": f"{claim.computed:.4g}",
-        "unit": claim.unit,
         "verdict": claim.verdict,
         "note": Text(claim.note),
     }

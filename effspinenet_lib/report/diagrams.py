@@ -143,10 +143,10 @@ def compare_shapes(
         module = [shape for shape, _ in itertools.groupby(traced[source, target])]
         agree = (module[0], module[-1]) == (drawn[0], drawn[-1]) and _subsequence(drawn, module)
         rows[f"{source} → {target}"] = {
-            "operations": ", ".join(step.name for step in steps[1:]) or "none",
+            "agree": "yes" if agree else "no",
             "drawn": _shapes(drawn),
             "module": _shapes(module),
-            "agree": "yes" if agree else "no",
+            "operations": ", ".join(step.name for step in steps[1:]) or "none",
         }
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("blocks")
     count = int((frame["agree"] == "yes").sum())
@@ -194,7 +194,7 @@ def wiring(spec: BackboneSpec) -> Picture:
                 _link(axes, spec, source, block.index, "dashed")
         stem = _place(spec, STEM_INPUT)
         axes.add_patch(_box(*stem, BOX_WIDTH, BOX_HEIGHT, fc=GROUND, ec=INK))
-        axes.text(*stem, "stem", ha="center", va="center", fontsize=FONT_SIZE - 1)
+        axes.text(*stem, "stem", ha="center", va="center", fontsize=FONT_SIZE - 3)
         for block in spec.blocks:
             _draw_block(axes, block)
         _level_axis(axes, spec)

@@ -28,7 +28,7 @@ from effspinenet_lib.specs import BackboneSpec, block_multi_adds
 if TYPE_CHECKING:
     from effspinenet_lib.data import Dataset
 
-PANEL_WIDTH, PANEL_HEIGHT = 5.2, 3.2  # inches
+PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.2  # inches
 WIDE_WIDTH, ROW_HEIGHT = 7.0, 0.6
 TILE = 2.4
 PERCENT = 100.0
@@ -70,11 +70,10 @@ def _block_bars(
             offset = (series - (len(values) - 1) / 2) * width
             places = [block + offset for block in range(1, len(levels) + 1)]
             axes.bar(places, heights, width, label=name, color=family_colour(name))
-        axes.set_xticks(range(1, len(levels) + 1), [f"L{level}" for level in levels])
-        axes.tick_params(axis="x", labelsize=7)
+        axes.set_xticks(range(1, len(levels) + 1), map(str, levels))
         axes.grid(visible=False, axis="x")
         axes.set(xlabel="level of blocks 1 to 18, in order", ylabel=label)
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(values))
         lists = words(
             f"{name}: {', '.join(map(number.format, heights))}" for name, heights in values.items()
         )

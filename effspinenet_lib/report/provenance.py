@@ -51,13 +51,10 @@ def provenance(item: str, notebook: str, *results_dirs: str | os.PathLike[str]) 
         notebook: stem of its notebook.
         results_dirs: results folders; the paper's numbers may lie in another than the measured.
     """
-    folders = sorted({folder for results in results_dirs for folder in Path(results).glob("*/")})
-    files = (
-        f"{folder.name}/{name}"
-        for name in (f"{item}.csv", "runs.csv")
-        for folder in folders
-        if (folder / name).is_file()
-    )
+    folders = {folder for results in results_dirs for folder in Path(results).glob("*/")}
+    holding = sorted(folder for folder in folders if (folder / f"{item}.csv").is_file())
+    files = [f"{folder.name}/{item}.csv" for folder in holding]
+    files += [f"{folder.name}/runs.csv" for folder in holding if (folder / "runs.csv").is_file()]
     return Provenance(f"notebooks/{notebook}.ipynb", tuple(dict.fromkeys(files)), current_commit())
 
 

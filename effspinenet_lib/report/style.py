@@ -26,18 +26,18 @@ FAMILY_COLOURS = {
     "EfficientDet": "#CC79A7",
     "SpineNet": "#56B4E9",
     "ResNet": "#D55E00",
-    "MobileNet": "#B8A900",  # the palette's yellow, darkened to read on white
+    "MobileNet": "#8C564B",  # a brown: the palette's yellow cannot be read on white
 }
 # After the viridis map, its ends drawn in so that each reads on white and on black. A level is
 # always named as well, never told by colour alone.
 LEVEL_COLOURS = {
-    1: "#8250A5",
-    2: "#5A66B5",
-    3: "#3A83B5",
-    4: "#2A9A90",
-    5: "#4CB36B",
-    6: "#93C13D",
-    7: "#DDB91E",
+    1: "#8A3F9E",
+    2: "#5A5FC0",
+    3: "#3A86BE",
+    4: "#2F9F96",
+    5: "#50B868",
+    6: "#98C73C",
+    7: "#E6C42E",
 }
 LEVEL_TEXT = {level: "#FFFFFF" if level <= 4 else "#1A1A1A" for level in LEVEL_COLOURS}
 
@@ -103,7 +103,7 @@ class Gallery:
 
     def _repr_html_(self) -> str:
         boxes = "".join(
-            f'<div style="flex:1 1 22rem;min-width:0">{picture._repr_html_()}</div>'
+            f'<div style="flex:1 1 20rem;min-width:0">{picture._repr_html_()}</div>'
             for picture in self.pictures
         )
         return (

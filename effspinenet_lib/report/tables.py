@@ -95,9 +95,10 @@ def to_html(frame: pd.DataFrame, caption: str) -> str:
     )
     label = escape(caption)
     return (
-        f'<div class="esn-table" role="region" aria-label="{label}" tabindex="0" '
-        f'style="overflow-x:auto"><table class="table"><caption>{label}</caption>'
+        '<figure class="esn-table" style="margin:0"><div role="region" tabindex="0" '
+        f'aria-label="{label}" style="overflow-x:auto"><table class="table">'
         f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
+        f"<figcaption>{label}</figcaption></figure>"
     )
 
 
@@ -120,11 +121,11 @@ def _header_rows(columns: pd.Index[Any], corner: str) -> Iterable[str]:
 
 
 def _row_heading(name: Any) -> str:
-    name = name if isinstance(name, str) else str(name)
-    colour = FAMILY_COLOURS.get(family_of(name))
+    if isinstance(name, Text):
+        return f'<th scope="row" class="esn-text">{escape(name)}</th>'
+    colour = FAMILY_COLOURS.get(family_of(str(name)))
     mark = f' style="border-left:4px solid {colour}"' if colour else ""
-    kind = ' class="esn-text"' if isinstance(name, Text) else ""
-    return f'<th scope="row"{kind}{mark}>{escape(name)}</th>'
+    return f'<th scope="row"{mark}>{escape(str(name))}</th>'
 
 
 def _cell(value: Any) -> str:

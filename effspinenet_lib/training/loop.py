@@ -86,9 +86,15 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> str:
 
 
 def prepare_model(model: nn.Module, recipe: Recipe, accelerator: Accelerator) -> nn.Module:
-    """Move a model to the accelerator's device and layout; synchronise norms over processes."""
+    """Give a model the recipe's norms, the accelerator's device and the memory layout.
+
+    Norms are synchronised over processes, as the paper's are.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1 - recipe.norm_momentum
     if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
-        # torch has no synchronised norm for processors; the paper's is synchronised
+        # torch has no synchronised norm for processors
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(accelerator.device)
     if recipe.channels_last:
