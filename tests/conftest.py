@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Set before any library reads them: no window for plots, nothing from the network.
+# Set before any library reads them: no window for plots, nothing from the network, one thread.
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The tests' tensors are small: a second thread gains little, and on a busy machine two threads that
+# wait for each other take many times as long as one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -488,6 +488,14 @@ def test_provenance_links_what_is_there(tmp_path: Path, monkeypatch: pytest.Monk
     assert 'href="https://example.org/repo/commit/abc123"' in html
 
 
+def test_result_files_lists_each_file_once(tmp_path: Path) -> None:
+    for name in ("proxy/table-08.csv", "paper/table-08.csv", "paper/table-09.csv", "notes.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    listed = provenance.result_files(tmp_path, tmp_path).files
+    assert sorted(listed) == ["paper/table-08.csv", "paper/table-09.csv", "proxy/table-08.csv"]
+
+
 def test_status_counts_what_is_rebuilt() -> None:
     frame = pd.DataFrame(
         {

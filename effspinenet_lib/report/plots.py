@@ -22,7 +22,7 @@ from effspinenet_lib.report.style import (
     to_picture,
     words,
 )
-from effspinenet_lib.report.tables import NOT_RUN
+from effspinenet_lib.report.tables import NOT_RUN, PROXY
 from effspinenet_lib.specs import BackboneSpec, block_multi_adds
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.2  # inches
 WIDE_WIDTH, ROW_HEIGHT = 7.0, 0.6
 TILE = 2.4
+BAR_SHARE = 0.8  # of the room between two blocks
+MEAN_REACH = 0.28  # of the room between two rows, to either side
 PERCENT = 100.0
 
 
@@ -62,7 +64,7 @@ def distribution(specs: Mapping[str, BackboneSpec], input_size: int) -> Gallery:
 def _block_bars(
     values: Mapping[str, Sequence[float]], levels: Sequence[int], label: str, number: str
 ) -> Picture:
-    width = 0.8 / len(values)
+    width = BAR_SHARE / len(values)
     with drawing():
         figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
         axes = figure.add_subplot()
@@ -96,7 +98,7 @@ def seed_dots(
     chosen = measurements[
         (measurements["item"] == item)
         & (measurements["metric"] == metric)
-        & (measurements["source"] == "proxy")
+        & (measurements["source"] == PROXY)
     ]
     sentences = []
     with drawing():
@@ -120,9 +122,9 @@ def _seed_row(axes: Axes, place: int, name: str, values: list[float]) -> str:
         return f"{name}: {NOT_RUN}."
     mean = sum(values) / len(values)
     axes.plot(values, [place] * len(values), "o", color=family_colour(name), alpha=0.75, ms=9)
-    axes.plot([mean] * 2, [place - 0.28, place + 0.28], color=INK, linewidth=2)
+    axes.plot([mean] * 2, [place - MEAN_REACH, place + MEAN_REACH], color=INK, linewidth=2)
     axes.annotate(
-        f"{mean:.1f}", (mean, place - 0.3), ha="center", va="bottom", annotation_clip=False
+        f"{mean:.1f}", (mean, place - MEAN_REACH), ha="center", va="bottom", annotation_clip=False
     )
     return f"{name}: {', '.join(f'{value:.1f}' for value in values)}, mean {mean:.1f}."
 

@@ -58,6 +58,28 @@ def provenance(item: str, notebook: str, *results_dirs: str | os.PathLike[str]) 
     return Provenance(f"notebooks/{notebook}.ipynb", tuple(dict.fromkeys(files)), current_commit())
 
 
+@dataclass(frozen=True)
+class ResultFiles:
+    """Every results file; shows itself as links in the book, as paths elsewhere."""
+
+    files: tuple[str, ...]
+
+    def _repr_html_(self) -> str:
+        items = "".join(
+            f"<li>{_link(f'results/{file}')}{_warning(file)}</li>" for file in self.files
+        )
+        return f'<ul class="esn-provenance">{items}</ul>'
+
+    def __repr__(self) -> str:
+        return "\n".join(self.files)
+
+
+def result_files(*results_dirs: str | os.PathLike[str]) -> ResultFiles:
+    """List the CSVs of results folders, by their paths inside the folder."""
+    found = (path for results in results_dirs for path in sorted(Path(results).glob("*/*.csv")))
+    return ResultFiles(tuple(dict.fromkeys(f"{path.parent.name}/{path.name}" for path in found)))
+
+
 def _warning(file: str) -> str:
     return " (smoke: its accuracy is no result)" if file.startswith("smoke/") else ""
 
