@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from effspinenet_lib.errors import UserError
+from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.layers import (
+    ACTIVATIONS,
     MBConv,
     PyramidBackbone,
     Resample,
@@ -48,6 +49,25 @@ class BackboneOptions:
     squeeze_excitation: bool = True
     activation: str = "swish"
     stochastic_depth: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuse values that would build another network than was meant.
+
+        Raises:
+            UserError: a switch is neither true nor false, or a drop rate is out of range.
+            UnknownName: the activation is not known.
+        """
+        for name in ("space_to_depth", "weighted_fusion", "squeeze_excitation"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise UserError(f"model option {name} is {value!r}; it must be true or false")
+        if self.activation not in ACTIVATIONS:
+            raise UnknownName("activation", str(self.activation), ACTIVATIONS)
+        rate = self.stochastic_depth
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise UserError(
+                f"model option stochastic_depth is {rate!r}; it must be a number from 0 to below 1"
+            )
 
 
 class ScalePermutedBackbone(PyramidBackbone):

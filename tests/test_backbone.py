@@ -1,11 +1,13 @@
 """Layers and backbone: shapes, wiring, ablation switches."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from effspinenet_lib.backbones import BackboneOptions, ScalePermutedBackbone
-from effspinenet_lib.errors import UnknownName, UserError
+from effspinenet_lib.errors import UserError
 from effspinenet_lib.layers import (
     MBConv,
     Resample,
@@ -72,9 +74,21 @@ def test_each_option_changes_the_network_alone(options):
     assert ("SiLU" in names) == (options.get("activation", "swish") == "swish")
 
 
-def test_unknown_activation_lists_the_known():
-    with pytest.raises(UnknownName, match="swish"):
-        ScalePermutedBackbone(SPEC, BackboneOptions(activation="swishy"))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "swishy"}, "unknown activation 'swishy'; did you mean swish"),
+        ({"space_to_depth": "fales"}, "space_to_depth is 'fales'; it must be true or false"),
+        ({"weighted_fusion": 1}, "weighted_fusion is 1; it must be true or false"),
+        ({"stochastic_depth": "foo"}, "stochastic_depth is 'foo'"),
+        ({"stochastic_depth": 5}, "stochastic_depth is 5; it must be a number from 0 to below 1"),
+        ({"stochastic_depth": math.nan}, "stochastic_depth is nan"),
+    ],
+)
+def test_values_that_mean_no_network_are_refused(options, message):
+    with pytest.raises(UserError) as caught:
+        BackboneOptions(**options)
+    assert message in str(caught.value)
 
 
 def test_stochastic_depth_grows_linearly_to_the_last_block():

@@ -327,7 +327,7 @@ def test_different_category_lists_are_noticed(tmp_path: Path) -> None:
     write_coco(tmp_path / "b", changed(lambda c: c["categories"][0].update(name="lion")))
     first, second = open_folder(tmp_path / "a"), open_folder(tmp_path / "b")
     require_same_categories(first, first)
-    with pytest.raises(DataError, match="a train and b train list different categories"):
+    with pytest.raises(DataError, match="a train and b train do not list the same categories"):
         require_same_categories(first, second)
 
 

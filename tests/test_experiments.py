@@ -173,12 +173,13 @@ def test_workers_end_with_the_process_that_started_them(tmp_path, smoke):
     )
     runs = tmp_path / "runs"
     parent = subprocess.Popen([sys.executable, "-c", script, str(request), str(runs)])
-    curve = runs / endless.key / "curve.csv"
-    _wait(curve.exists, 60)
-    (worker,) = _children(parent.pid)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    _wait(lambda: not os.path.exists(f"/proc/{worker}"), 10)
+    try:
+        _wait((runs / endless.key / "curve.csv").exists)
+        (worker,) = _children(parent.pid)
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    _wait(lambda: not os.path.exists(f"/proc/{worker}"))
 
 
 def _children(pid):
@@ -186,7 +187,8 @@ def _children(pid):
         return [int(child) for child in handle.read().split()]
 
 
-def _wait(condition, seconds):
+def _wait(condition, seconds=300):
+    """Wait for a condition; the limit is generous, as machines that test are often busy."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
