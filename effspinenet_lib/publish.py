@@ -35,10 +35,18 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks")
 PAGE_SUFFIXES = (".ipynb", ".md")
 KERNEL = "python3"
-# Kernels report every start and every end on the terminal otherwise; errors of cells are raised.
-KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=CRITICAL"]
 FILES = "files"  # folder of the built book with its copies of notebooks and CSVs
 PAGE_TO_FILES = f"../{FILES}"  # every executed page lies one folder deep
+PAGE_ENVIRONMENT = {
+    BOOK_FILES_VARIABLE: PAGE_TO_FILES,
+    # The kernel of this Python, should the user's own folder hold one of the same name.
+    "JUPYTER_PREFER_ENV_PATH": "1",
+    # A page sends single images through models: a second thread gains nothing there and waits
+    # ten times as long where the machine is busy. Training processes set their own number.
+    "OMP_NUM_THREADS": "1",
+}
+# Kernels report every start and every end on the terminal otherwise; errors of cells are raised.
+KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=CRITICAL"]
 # The command by way of this Python, whatever the PATH; the package cannot be run with -m.
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 PROBLEM = re.compile(r"WARNING|ERROR|\w*Error: \S")
@@ -80,7 +88,7 @@ def build_book(
         "data_root": str(parameters.data_root or ""),
     }
     pages = [page for page in _pages(source) if _is_notebook(page)]
-    with _environment({BOOK_FILES_VARIABLE: PAGE_TO_FILES, "JUPYTER_PREFER_ENV_PATH": "1"}):
+    with _environment(PAGE_ENVIRONMENT):
         for page in tqdm(pages, unit="page", disable=None if progress else True):
             _execute(page, arguments)
     built = _run_jupyter_book(source, folder)

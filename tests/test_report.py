@@ -211,7 +211,9 @@ def test_verdict_without_enough_seeds_is_no_verdict() -> None:
     paper, pair = paper_values("table-08"), ("Eff-SpineNet-D0", "SP-EfficientNet-B0")
     assert "nothing can be said" in verdict.verdict("table-08", paper, NOTHING, *pair)
     single = PROXY[PROXY["seed"] == 0]
-    assert "inconclusive" in verdict.verdict("table-08", paper, single, *pair)
+    assert "single seed has no spread" in verdict.verdict("table-08", paper, single, *pair)
+    scattered = PROXY.assign(value=PROXY["value"] * [0, 1, 2, 0, 1, 2])
+    assert "holds zero" in verdict.verdict("table-08", paper, scattered, *pair)
 
 
 # Checks of the paper's specification tables

@@ -88,14 +88,16 @@ def verdict(
     if not all(len(sample) for sample in samples):
         return f"{opening} The {source} runs are not there, so nothing can be said."
     found = difference(*samples)
-    seeds = (
-        "a seed each" if max(found.seeds) == 1 else f"{found.seeds[0]} and {found.seeds[1]} seeds"
-    )
-    spread = "" if math.isnan(found.half_width) else f" ± {found.half_width:.1f} (95 % interval)"
-    measured = f"The {source} runs ({seeds}) differ by {found.mean:+.1f}{spread}:"
-    if not found.conclusive:
+    if math.isnan(found.half_width):
         return (
-            f"{opening} {measured} inconclusive, the difference does not stand out of the spread."
+            f"{opening} The {source} runs differ by {found.mean:+.1f}: inconclusive, a single "
+            "seed has no spread."
         )
+    measured = (
+        f"The {source} runs ({found.seeds[0]} and {found.seeds[1]} seeds) differ by "
+        f"{found.mean:+.1f} ± {found.half_width:.1f} (95 % interval):"
+    )
+    if not found.conclusive:
+        return f"{opening} {measured} inconclusive, the interval holds zero."
     word = "agrees with" if found.mean * claim > 0 else "disagrees with"
     return f"{opening} {measured} this {word} the paper's order."
