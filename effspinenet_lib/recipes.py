@@ -266,7 +266,7 @@ SMOKE_DETECTION = _declare(
     lr_drops=(((4, 0.1), (2, 0.01)), "our choice: so that every phase of the schedule runs"),
     scale_jitter=((0.8, 1.25), "our choice: as proxy_detection"),
     **_PAPER_SGD,
-    **_SHORT_SCHEDULE,
+    **_PAPER_REGULARISATION,
 )
 
 RECIPES: dict[str, Recipe] = {
