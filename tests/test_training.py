@@ -179,6 +179,7 @@ def test_a_step_is_sgd_written_out(clip: float | None) -> None:
     recipe = FLOAT32.with_(clip_gradient_norm=clip)
     trainer = Trainer(recipe)
     expected = TinyDetector()
+    expected.norm.momentum = 1 - recipe.norm_momentum
     expected.load_state_dict(trainer.state())
     velocity = {name: torch.zeros_like(p) for name, p in expected.named_parameters()}
     for step, batch in enumerate(make_batches(0, 6)):
