@@ -61,7 +61,7 @@ class BackboneOptions:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise UserError(f"model option {name} is {value!r}; it must be true or false")
-        if self.activation not in ACTIVATIONS:
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise UnknownName("activation", str(self.activation), ACTIVATIONS)
         rate = self.stochastic_depth
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:

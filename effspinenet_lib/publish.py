@@ -59,6 +59,7 @@ def build_book(
     results_dir: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     data_root: str | os.PathLike[str] | None = None,
+    seeds: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Execute every page and build the book; what is not run yet is run by its page.
@@ -70,6 +71,7 @@ def build_book(
         results_dir: results folder; default the checkout's.
         output: folder for the book; default `_build/book` of the checkout.
         data_root: COCO 2017 folder; only the `paper` profile reads it.
+        seeds: such as "0,1"; default the profile's own.
         progress: show a bar in terminals.
 
     Returns:
@@ -79,13 +81,14 @@ def build_book(
         UserError: the library is not installed from a checkout, a page fails, or the book has
             warnings; the message names the page or the log.
     """
-    parameters = experiments.check_parameters(profile, data_root, results_dir)
+    parameters = experiments.check_parameters(profile, data_root, results_dir, seeds=seeds)
     folder = ensure_folder(output or CHECKOUT / "_build" / "book").resolve()
     source = _stage(folder / "source")
     arguments = {
         "profile": profile,
         "results_dir": str(parameters.results_dir),
         "data_root": str(parameters.data_root or ""),
+        "seeds": ",".join(map(str, parameters.seeds)),
     }
     pages = [page for page in _pages(source) if _is_notebook(page)]
     with _environment(PAGE_ENVIRONMENT):

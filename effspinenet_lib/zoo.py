@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -38,6 +39,23 @@ def default_image_size(name: str) -> int:
     return SCALES[model_spec(name).scale].input_size
 
 
+def check_model(name: str, task: str, options: Mapping[str, Any]) -> BackboneOptions:
+    """Check what `create_model` is given, without building anything.
+
+    Raises:
+        UnknownName: the model, task or option is not known; the message lists near names.
+        UserError: an option's value is none.
+    """
+    model_spec(name)
+    if task not in TASKS:
+        raise UnknownName("task", task, TASKS)
+    known = [option.name for option in fields(BackboneOptions)]
+    for option in options:
+        if option not in known:
+            raise UnknownName("model option", option, known)
+    return BackboneOptions(**options)
+
+
 def create_model(
     name: str, task: str = "detection", num_classes: int = COCO_CLASSES, **options: Any
 ) -> nn.Module:
@@ -55,19 +73,14 @@ def create_model(
 
     Raises:
         UnknownName: the model, task or option is not known; the message lists near names.
-        UserError: `num_classes` is not positive.
+        UserError: `num_classes` is not positive, or an option's value is none.
     """
-    spec = model_spec(name)
-    if task not in TASKS:
-        raise UnknownName("task", task, TASKS)
+    checked = check_model(name, task, options)
     if num_classes < 1:
         raise UserError(f"num_classes is {num_classes}; a model needs at least one class")
-    known = [option.name for option in fields(BackboneOptions)]
-    for option in options:
-        if option not in known:
-            raise UnknownName("model option", option, known)
+    spec = model_spec(name)
     scale = SCALES[spec.scale]
-    backbone = ScalePermutedBackbone(spec.backbone, BackboneOptions(**options))
+    backbone = ScalePermutedBackbone(spec.backbone, checked)
     return RetinaNet(
         backbone,
         num_classes,

@@ -127,6 +127,9 @@ def test_cost_takes_model_options_and_an_image_size(run):
         ("cost eff_spinenet_m0 --option activatoin=relu", 2, "did you mean activation"),
         ("cost eff_spinenet_m0 --option activation", 2, "not of the form key=value"),
         ("cost eff_spinenet_m0 --option activation=[", 2, "cannot be read"),
+        ("cost eff_spinenet_m0 --option activation=[relu]", 2, "is not one word or number"),
+        ("cost eff_spinenet_m0 --option task=x", 2, "unknown model option 'task'"),
+        ("cost eff_spinenet_m0 --option stochastic_depth=5", 2, "from 0 to below 1"),
         ("cost eff_spinenet_m0 --image-size 32", 2, "at least 64"),
         ("train --data shapescenes --model resnet51", 2, "unknown model 'resnet51'"),
         (
@@ -389,7 +392,7 @@ def test_results_validate_names_the_file_of_a_broken_row(run, repository, tmp_pa
 def test_reproduce_all_runs_each_item_that_needs_runs_once(run, monkeypatch, tmp_path):
     asked = []
 
-    def record(name, parameters):
+    def record(name, parameters, forced):
         asked.append((name, parameters.profile.name, parameters.seeds, parameters.force))
         return real(name, parameters)
 

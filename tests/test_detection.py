@@ -8,7 +8,7 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import box_iou, nms
 
 from effspinenet_lib import create_model, list_models
-from effspinenet_lib.errors import UnknownName, UserError
+from effspinenet_lib.errors import TrainingError, UnknownName, UserError
 from effspinenet_lib.tasks.anchors import (
     IGNORED,
     NEGATIVE,
@@ -148,6 +148,25 @@ def test_an_image_without_objects_has_a_finite_loss(model):
     assert losses["box"] == 0
 
 
+def test_targets_need_not_say_that_there_are_no_crowds(model):
+    images = torch.randn(2, 3, 64, 64)
+    target = {"boxes": torch.tensor([[5.0, 5.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
+    torch.manual_seed(1)  # the same stochastic depth in both
+    without = model.train()(images, [target] * 2)
+    torch.manual_seed(1)
+    saying = model(images, [{**target, "iscrowd": torch.tensor([False])}] * 2)
+    assert {name: float(loss) for name, loss in without.items()} == pytest.approx(
+        {name: float(loss) for name, loss in saying.items()}
+    )
+
+
+def test_broken_weights_are_an_error_and_not_an_ap_of_zero(model):
+    with torch.no_grad():
+        model.class_head.predict.pointwise.weight[0] = math.nan
+    with pytest.raises(TrainingError, match="not finite"):
+        model.eval()(torch.randn(1, 3, 64, 64))
+
+
 @pytest.mark.parametrize("name", list_models())
 def test_one_step_reaches_every_parameter(name):
     torch.manual_seed(0)
@@ -205,6 +224,11 @@ def test_a_location_starts_with_a_low_probability(model):
     with torch.inference_mode():
         logits, _, _ = model.predict(torch.randn(2, 3, 128, 128))
     assert logits.sigmoid().mean().item() == pytest.approx(0.01, rel=0.2)
+
+
+def test_a_batch_too_small_for_the_norms_is_refused(model):
+    with pytest.raises(UserError, match="2 images a batch"):
+        model.train()(torch.randn(1, 3, 128, 96), [{}])
 
 
 def test_training_needs_targets(model):

@@ -12,7 +12,7 @@ import pytest
 from effspinenet_lib import experiments
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.experiments import ITEMS, PROFILES, check_parameters, planned_runs
+from effspinenet_lib.experiments import ITEMS, check_parameters, planned_runs
 from effspinenet_lib.experiments.fanout import run_all
 from effspinenet_lib.paper import paper_values
 from effspinenet_lib.recipes import get_recipe
@@ -60,6 +60,7 @@ def test_rows_carry_the_labels_of_the_papers_tables():
         ({"profile": "paper"}, "set data_root"),
         ({"profile": "paper", "data_root": "/nowhere"}, "/nowhere is none"),
         ({"results_dir": "/proc/results"}, "cannot write in /proc/results"),
+        ({"accelerator": "tpu"}, "'tpu' is not on this machine; it has cpu"),
     ],
 )
 def test_bad_parameters_stop_before_any_work(tmp_path, changes, message):
@@ -67,6 +68,14 @@ def test_bad_parameters_stop_before_any_work(tmp_path, changes, message):
         check_parameters(**{"results_dir": tmp_path, **changes})
     assert message in str(caught.value)
     assert not list(tmp_path.rglob("*.csv"))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "resolved"),
+    [("", (0,)), (None, (0,)), (0, (0,)), (1, (1,)), ("0,1, 2", (0, 1, 2)), ([3, 3], (3,))],
+)
+def test_seeds_come_as_papermill_gives_them(tmp_path, seeds, resolved):
+    assert check_parameters("smoke", results_dir=tmp_path, seeds=seeds).seeds == resolved
 
 
 def test_unknown_item_lists_the_near_ones(smoke):
@@ -138,10 +147,26 @@ def test_a_smoke_table_is_measured_reused_and_labelled(smoke):
     experiments.reproduce("table-09", smoke, progress=False)
     assert len(store.runs()) == 4
     assert len(store.measurements("table-09").query("metric == 'AP'")) == 3
-    assert not PROFILES["smoke"].shows_accuracy
 
 
-def test_a_failed_run_names_its_log_and_the_others_are_kept(tmp_path, smoke):
+def test_seeds_of_other_settings_are_dropped(smoke):
+    store = experiments.reproduce("table-08", smoke, progress=False)
+    (run, *_) = planned_runs(ITEMS["table-08"], smoke)
+    config = run.config.to_dict()
+    record = {**store.run(run.config.key), "seed": 7}
+    row = {"row": run.row.label, "model": run.config.model, "task": "detection", "data": "-"}
+    row = {**row, "metric": "AP", "value": 1.0, "unit": "%"}
+    kept = {**config, "seed": 7}
+    dropped = {**config, "seed": 8, "image_size": 128}
+    for key, other in (("0" * 12, kept), ("1" * 12, dropped)):
+        store.add_run({**record, "run": key, "config": other, "seed": other["seed"]})
+        store.add_measurements("table-08", [{**row, "run": key, "seed": other["seed"]}])
+    experiments.reproduce("table-08", smoke, progress=False)
+    assert set(store.measurements("table-08")["seed"].dropna().astype(int)) == {0, 7}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_failed_run_names_its_log_and_the_others_are_kept(tmp_path, smoke, force):
     good, bad = (run.config for run in planned_runs(ITEMS["table-08"], smoke))
     bad = RunConfig.from_dict(
         {**bad.to_dict(), "data": DataConfig("coco", root=str(tmp_path / "none")).to_dict()}
@@ -149,7 +174,9 @@ def test_a_failed_run_names_its_log_and_the_others_are_kept(tmp_path, smoke):
     results = []
 
     def collect():
-        for result in run_all([good, bad], tmp_path / "runs", processes=2, progress=False):
+        for result in run_all(
+            [good, bad], tmp_path / "runs", processes=2, force=force, progress=False
+        ):
             results.append(result.key)
 
     with pytest.raises(UserError, match=r"1 of 2 runs failed.*worker\.log") as caught:

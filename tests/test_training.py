@@ -385,7 +385,7 @@ def test_the_weights_detect_as_the_run_did(uninterrupted: RunResult) -> None:
     from effspinenet_lib.data import open_dataset
     from effspinenet_lib.training.evaluate import evaluate_detection
 
-    model = create_from_weights(uninterrupted.folder / "model.safetensors")
+    model, _ = create_from_weights(uninterrupted.folder / "model.safetensors")
     evaluation = evaluate_detection(model, open_dataset(SCENES, "eval"), 64, 16, 0, False)
     np.testing.assert_equal(evaluation.metrics, uninterrupted.metrics)
 

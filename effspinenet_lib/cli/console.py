@@ -76,4 +76,6 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
             parsed[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(f"option {text!r}: the value {value!r} cannot be read") from error
+        if not isinstance(parsed[key.strip()], (str, bool, int, float)):
+            raise UserError(f"option {text!r}: the value {value!r} is not one word or number")
     return parsed

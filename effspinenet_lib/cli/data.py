@@ -18,7 +18,7 @@ SHAPESCENES = "shapescenes"
 COCO_PREFIX = "instances_"
 DATA_HELP = (
     "A folder in COCO or VOC layout, or `shapescenes` for the embedded data set, which is made "
-    "on the fly."
+    "once and kept in `$EFFSPINENET_CACHE` (default `~/.cache/effspinenet`)."
 )
 
 Data = Annotated[str, typer.Option(metavar="DIR|shapescenes", help=DATA_HELP)]
@@ -112,7 +112,7 @@ def check(
 def _splits(folder: Path, layout: str) -> list[str]:
     """Names of the parts that a data folder has."""
     if layout == "coco":
-        files = (folder / "annotations").glob(f"{COCO_PREFIX}*.json")
+        files = (folder / "annotations").glob("*.json")
         found = sorted(path.stem.removeprefix(COCO_PREFIX) for path in files)
     else:
         found = sorted(path.stem for path in (folder / "ImageSets" / "Main").glob("*.txt"))
@@ -159,8 +159,12 @@ def _unreadable(dataset: Dataset) -> Iterator[str]:
 def make(
     name: Annotated[str, typer.Argument(help="The data set to make: `shapescenes`.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where its files go.")],
-    train_images: Annotated[int, typer.Option(min=1, help="Images to train on.")] = 2000,
-    eval_images: Annotated[int, typer.Option(min=1, help="Images to evaluate on.")] = 500,
+    train_images: Annotated[
+        int | None, typer.Option(min=1, help="Images to train on. [default: 8000]")
+    ] = None,
+    eval_images: Annotated[
+        int | None, typer.Option(min=1, help="Images to evaluate on. [default: 500]")
+    ] = None,
     image_size: ImageSize = None,
     seed: Seed = 0,
 ) -> None:

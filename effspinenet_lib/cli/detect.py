@@ -39,10 +39,9 @@ def detect(
     Example: `effspinenet detect street.jpg --weights model.safetensors --output found.png`
     """
     from effspinenet_lib.cli.drawing import draw_boxes, save_picture
-    from effspinenet_lib.training.checkpoint import create_from_weights, load_weights
+    from effspinenet_lib.training.checkpoint import create_from_weights
 
-    _, facts = load_weights(weights)
-    model = create_from_weights(weights)
+    model, facts = create_from_weights(weights)
     pixels = read_picture(image)
     found = detections(model, pixels, image_size or facts["image_size"])
     kept = found["scores"] >= threshold
@@ -96,6 +95,9 @@ def detections(model: nn.Module, picture: NDArray[np.uint8], image_size: int) ->
     canvas = torch.zeros(3, image_size, image_size)
     normalise(place_image(picture, Placement(scale), image_size), canvas)
     with torch.inference_mode():
-        found: dict[str, Tensor] = model(canvas[None])[0]
+        device = next(model.parameters(), canvas).device
+        found: dict[str, Tensor] = {
+            name: value.cpu() for name, value in model(canvas[None].to(device))[0].items()
+        }
     limits = torch.tensor([width, height, width, height], dtype=torch.float32)
     return {**found, "boxes": torch.minimum(found["boxes"] / scale, limits)}

@@ -17,7 +17,7 @@ Profile = Annotated[
     str,
     typer.Option(
         help="How much is trained: `smoke` (minutes; says nothing about accuracy), `proxy` "
-        "(hours on two cores) or `paper` (the paper's settings, for GPUs or TPUs)."
+        "(about ten minutes of one core a run) or `paper` (the paper's settings, for GPUs or TPUs)."
     ),
 ]
 ResultsDir = Annotated[
@@ -28,6 +28,7 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="COCO 2017; only the profile `paper` reads it."),
 ]
+Seeds = Annotated[str | None, typer.Option(metavar="0,1,2", help="[default: the profile's own]")]
 
 results_app = typer.Typer(
     invoke_without_command=True,
@@ -52,9 +53,7 @@ def reproduce(
     profile: Profile = "smoke",
     results_dir: ResultsDir = None,
     data_root: DataRoot = None,
-    seeds: Annotated[
-        str | None, typer.Option(metavar="0,1,2", help="[default: the profile's own]")
-    ] = None,
+    seeds: Seeds = None,
     accelerator: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `tpu`.")] = "auto",
     devices: Annotated[str, typer.Option(metavar="N|auto", help="Runs at the same time.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
@@ -82,6 +81,7 @@ def reproduce(
         force=force,
     )
     rows = []
+    forced: set[str] = set()
     for name in chosen:
         item = experiments.get_item(name)
         if not item.rows:
@@ -89,7 +89,7 @@ def reproduce(
             continue
         typer.echo(f"{name}: {item.title}", err=True)
         began = time.monotonic()
-        store = experiments.reproduce(name, parameters)
+        store = experiments.reproduce(name, parameters, forced=forced)
         measured = len(store.measurements(name))
         rows.append((name, item.title, f"{measured} values, {time.monotonic() - began:.0f} s"))
     print_table(f"Profile {profile}", ("item", "title", "done"), rows)
@@ -122,6 +122,7 @@ def book(
         typer.Option(metavar="DIR", help="[default: _build/book in the checkout]"),
     ] = None,
     data_root: DataRoot = None,
+    seeds: Seeds = None,
 ) -> None:
     """Execute the notebooks and build the book from them.
 
@@ -129,7 +130,13 @@ def book(
     """
     from effspinenet_lib.publish import build_book
 
-    index = build_book(profile=profile, results_dir=results_dir, output=output, data_root=data_root)
+    index = build_book(
+        profile=profile,
+        results_dir=results_dir,
+        output=output,
+        data_root=data_root,
+        seeds=seeds,
+    )
     typer.echo(f"Book: {index}")
 
 
@@ -138,9 +145,9 @@ def results(context: typer.Context, results_dir: ResultsDir = None) -> None:
     """List what was measured for each table and figure; `validate` checks the files."""
     if context.invoked_subcommand is not None:
         return
-    from effspinenet_lib.experiments import item_status
+    from effspinenet_lib.experiments import default_results_dir, item_status
 
-    status = item_status(results_dir)
+    status = item_status(results_dir or default_results_dir())
     columns = [name for name in status.columns if name != "notebook"]
     rows = [
         (*(row[name] for name in columns), "yes" if row["notebook"] else "not yet")

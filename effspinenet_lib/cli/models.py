@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -53,11 +53,11 @@ def cost(
     - `effspinenet cost eff_spinenet_d0 --option space_to_depth=false`
     """
     from effspinenet_lib.cost import measure_cost
-    from effspinenet_lib.zoo import create_model, default_image_size
+    from effspinenet_lib.zoo import check_model, create_model, default_image_size
 
-    arguments: dict[str, Any] = parse_settings(option or [])
-    if num_classes is not None:
-        arguments["num_classes"] = num_classes
-    model = create_model(name, task=task, **arguments)
+    options = parse_settings(option or [])
+    check_model(name, task, options)
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    model = create_model(name, task=task, **classes, **options)
     size = image_size or default_image_size(name)
     typer.echo(f"{measure_cost(model, image_size=size)} at {size}x{size}")

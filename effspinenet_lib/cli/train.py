@@ -49,7 +49,11 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and augmentation.")] = 0,
     output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Each run gets a folder of its own in it.")
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Each run gets a folder of its own in it; use another one for other data.",
+        ),
     ] = Path("runs"),
     workers: Workers = 0,
     train_split: Annotated[str, typer.Option(help="Part of the data to train on.")] = "train",
@@ -147,18 +151,16 @@ def evaluate(
     Example: `effspinenet evaluate --weights runs/0123456789ab/model.safetensors --data my_pictures`
     """
     from effspinenet_lib.data import open_dataset
-    from effspinenet_lib.training.checkpoint import create_from_weights, load_weights
+    from effspinenet_lib.training.checkpoint import create_from_weights
     from effspinenet_lib.training.evaluate import evaluate_detection
 
-    _, facts = load_weights(weights)
+    model, facts = create_from_weights(weights)
     size = image_size or facts["image_size"]
     dataset = open_dataset(
         data_config(data, eval_split=eval_split, images=images, image_size=size), "eval"
     )
     _check_categories(weights, facts["categories"], dataset)
-    evaluation = evaluate_detection(
-        create_from_weights(weights), dataset, size, batch_size, workers=workers
-    )
+    evaluation = evaluate_detection(model, dataset, size, batch_size, workers=workers)
     _print_metrics(f"{facts['model']} on {dataset.name}", evaluation.metrics)
 
 

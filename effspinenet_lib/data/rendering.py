@@ -26,7 +26,6 @@ _SINE = [round(math.sin(2 * math.pi * k / ANGLES) * (1 << _TRIG_BITS)) for k in 
 _RATIO_BITS = 10
 
 IntArray = NDArray[np.int32]
-Coverage = NDArray[np.int16]
 Distance = Callable[[IntArray, IntArray, int], IntArray]
 Mix = Callable[[IntArray, IntArray, int], IntArray]
 

@@ -20,9 +20,17 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from effspinenet_lib.errors import UserError
+from effspinenet_lib.experiments.parameters import CPU, usable_cores
 from effspinenet_lib.files import ensure_folder, read_json, write_json
 from effspinenet_lib.training.logs import CURVE
-from effspinenet_lib.training.run import RunConfig, RunResult, read_result, train_run
+from effspinenet_lib.training.run import (
+    LOG,
+    REQUEST,
+    RunConfig,
+    RunResult,
+    read_result,
+    train_run,
+)
 
 POLL_SECONDS = 0.5
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -42,7 +50,7 @@ def run_all(
     configs: Sequence[RunConfig],
     runs_dir: str | os.PathLike[str],
     processes: int,
-    accelerator: str = "auto",
+    device: str = CPU,
     force: bool = False,
     progress: bool = True,
 ) -> Iterator[RunResult]:
@@ -55,7 +63,7 @@ def run_all(
         configs: what to run, each once.
         runs_dir: one folder a run is made in it; `worker.log` in it holds what the run said.
         processes: at a time.
-        accelerator: `auto`, `cpu`, `cuda` or `tpu`.
+        device: `cpu`, or the accelerator that the runs use.
         force: run anew what is finished.
         progress: show one bar over the steps of all runs.
 
@@ -63,12 +71,12 @@ def run_all(
         UserError: runs failed; those that did not were yielded first. Names each log.
     """
     waiting, failed = list(configs), []
-    threads = max(1, (os.cpu_count() or 1) // max(1, min(processes, len(waiting))))
+    threads = max(1, usable_cores() // max(1, min(processes, len(waiting))))
     with _workers() as running, _bar(configs, progress) as bar:
         while waiting or running:
             while waiting and len(running) < processes:
                 config = waiting.pop(0)
-                running.append(_start(config, Path(runs_dir), threads, accelerator, force))
+                running.append(_start(config, Path(runs_dir), threads, device, force))
             time.sleep(POLL_SECONDS)
             for worker in [w for w in running if w.process.poll() is not None]:
                 running.remove(worker)
@@ -88,14 +96,12 @@ def run_all(
         )
 
 
-def _start(
-    config: RunConfig, runs_dir: Path, threads: int, accelerator: str, force: bool
-) -> _Worker:
+def _start(config: RunConfig, runs_dir: Path, threads: int, device: str, force: bool) -> _Worker:
     folder = ensure_folder(runs_dir / config.key)
-    request, log = folder / "request.json", folder / "worker.log"
+    request, log = folder / REQUEST, folder / LOG
     write_json(request, config.to_dict())
     environment = dict(os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)))
-    if accelerator == "cpu":
+    if device == CPU:
         environment["ACCELERATE_USE_CPU"] = "true"
     command = [
         sys.executable,

@@ -54,7 +54,6 @@ class Profile:
         seeds: one run a seed.
         image_size: in pixels; None takes each model's own (Table 2).
         data: what is trained on; None takes COCO 2017 from the data root.
-        shows_accuracy: whether its accuracy may be shown as a result.
     """
 
     name: str
@@ -62,7 +61,6 @@ class Profile:
     seeds: tuple[int, ...]
     image_size: int | None
     data: DataConfig | None
-    shows_accuracy: bool = True
 
 
 PROFILES: dict[str, Profile] = {
@@ -74,14 +72,13 @@ PROFILES: dict[str, Profile] = {
             seeds=(0,),
             image_size=64,
             data=DataConfig("shapescenes", train_images=32, eval_images=8, image_size=64),
-            shows_accuracy=False,
         ),
         Profile(
             "proxy",
             "proxy_detection",
             seeds=(0, 1, 2),
             image_size=128,
-            data=DataConfig("shapescenes", train_images=8000, eval_images=500, image_size=128),
+            data=DataConfig("shapescenes"),
         ),
         Profile("paper", "paper_detection", seeds=(0,), image_size=None, data=None),
     )

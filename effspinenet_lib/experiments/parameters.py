@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.experiments.items import PROFILES, Profile
 from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.results import ResultsStore
 
-ACCELERATORS = ("auto", "cpu", "cuda", "tpu")
+AUTO = "auto"
+CPU = "cpu"
+ACCELERATORS = (AUTO, CPU, "cuda", "tpu")
 ENGINES = ("local",)
 
 
@@ -23,10 +28,9 @@ class Parameters:
     profile: Profile
     data_root: Path | None
     results_dir: Path
-    accelerator: str
+    device: str
     devices: int
     seeds: tuple[int, ...]
-    engine: str
     force: bool
 
 
@@ -40,9 +44,9 @@ def check_parameters(
     profile: str = "smoke",
     data_root: str | os.PathLike[str] | None = None,
     results_dir: str | os.PathLike[str] | None = None,
-    accelerator: str = "auto",
-    devices: int | str = "auto",
-    seeds: str | Sequence[int] | None = None,
+    accelerator: str = AUTO,
+    devices: int | str = AUTO,
+    seeds: str | int | Sequence[int] | None = None,
     engine: str = "local",
     force: bool = False,
 ) -> Parameters:
@@ -52,25 +56,28 @@ def check_parameters(
         profile: `smoke`, `proxy` or `paper`.
         data_root: COCO 2017 folder; only the `paper` profile reads it.
         results_dir: where the CSVs and runs go.
-        accelerator: `auto`, `cpu`, `cuda` or `tpu`.
-        devices: processes at once; `auto` is one for each processor core on a CPU, else one.
-        seeds: such as "0,1,2" or a list; default the profile's own.
+        accelerator: `auto`, `cpu`, `cuda` or `tpu`; `auto` takes an accelerator where there is
+            one.
+        devices: runs at once; `auto` is one for each processor core on a CPU. An accelerator
+            takes one run at a time.
+        seeds: such as "0,1,2", a number or a list; default the profile's own.
         engine: `local`.
         force: run again what is finished.
 
     Raises:
         UnknownName: an unknown profile, accelerator or engine.
-        UserError: a seed or a number of devices that is none, a missing data root, a folder
-            that cannot be written.
+        UserError: an accelerator that is not there, a seed or a number of devices that is none,
+            a missing data root, a folder that cannot be written.
     """
     if profile not in PROFILES:
         raise UnknownName("profile", str(profile), PROFILES)
-    if accelerator not in ACCELERATORS:
-        raise UnknownName("accelerator", str(accelerator), ACCELERATORS)
     if engine not in ENGINES:
         raise UnknownName("engine", str(engine), ENGINES)
     if not isinstance(force, bool):
         raise UserError(f"force is {force!r}; write True or False")
+    device = _device(accelerator)
+    count = _run_count(devices, device)
+    numbers = _seed_list(seeds)
     chosen = PROFILES[profile]
     root = Path(data_root) if data_root else None
     if chosen.data is None and (root is None or not root.is_dir()):
@@ -84,30 +91,61 @@ def check_parameters(
         chosen,
         root.resolve() if root else None,
         folder.resolve(),
-        accelerator,
-        _device_count(devices, accelerator),
-        _seed_list(seeds) or chosen.seeds,
-        engine,
+        device,
+        count,
+        numbers or chosen.seeds,
         force,
     )
 
 
-def _device_count(devices: int | str, accelerator: str) -> int:
-    if devices in ("auto", ""):
-        return len(os.sched_getaffinity(0)) if accelerator in ("auto", "cpu") else 1
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _device(accelerator: str) -> str:
+    """The kind of device that runs use: `cpu`, or an accelerator that is there."""
+    if accelerator not in ACCELERATORS:
+        raise UnknownName("accelerator", str(accelerator), ACCELERATORS)
+    present = {CPU}
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is not None:
+        present.add(found.type)
+    if importlib.util.find_spec("torch_xla") is not None:
+        present.add("tpu")
+    if accelerator == AUTO:
+        return next(iter(sorted(present - {CPU})), CPU)
+    if accelerator not in present:
+        there = ", ".join(sorted(present))
+        raise UserError(f"accelerator {accelerator!r} is not on this machine; it has {there}")
+    return accelerator
+
+
+def _run_count(devices: int | str, device: str) -> int:
+    if devices in (AUTO, ""):
+        return usable_cores() if device == CPU else 1
     try:
         count = int(devices)
     except ValueError:
         count = 0
     if count < 1:
         raise UserError(f"devices is {devices!r}; give a positive number or 'auto'")
+    if count > 1 and device != CPU:
+        raise UserError(f"devices is {devices!r}; {device} takes one run at a time: give 1")
     return count
 
 
-def _seed_list(seeds: str | Sequence[int] | None) -> tuple[int, ...]:
-    values = seeds.split(",") if isinstance(seeds, str) else list(seeds or ())
+def _seed_list(seeds: str | int | Sequence[int] | None) -> tuple[int, ...]:
+    if isinstance(seeds, str):
+        values: list[str | int] = [part for part in seeds.split(",") if part.strip()]
+    elif isinstance(seeds, int):
+        values = [seeds]
+    else:
+        values = list(seeds or ())
     try:
-        numbers = tuple(int(value) for value in values if str(value).strip())
+        numbers = tuple(int(value) for value in values)
     except ValueError:
         numbers = (-1,)
     if any(number < 0 for number in numbers):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from effspinenet_lib.cost import measure_cost
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.experiments.fanout import run_all
 from effspinenet_lib.experiments.items import ITEMS, PROFILES, Item, Row, get_item
-from effspinenet_lib.experiments.parameters import Parameters, default_results_dir
+from effspinenet_lib.experiments.parameters import Parameters
 from effspinenet_lib.paper import paper_values
 from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.results import ResultsStore
@@ -61,7 +62,12 @@ def planned_runs(item: Item, parameters: Parameters) -> list[PlannedRun]:
     ]
 
 
-def reproduce(name: str, parameters: Parameters, progress: bool = True) -> ResultsStore:
+def reproduce(
+    name: str,
+    parameters: Parameters,
+    progress: bool = True,
+    forced: set[str] | None = None,
+) -> ResultsStore:
     """Measure an item's costs and run what is missing of its runs; record both.
 
     A finished run is not run again unless `force`; an interrupted one goes on from its last
@@ -71,6 +77,7 @@ def reproduce(name: str, parameters: Parameters, progress: bool = True) -> Resul
         name: an item's id.
         parameters: from `check_parameters`.
         progress: show a bar in terminals and notebooks.
+        forced: keys of the runs that earlier items of the same forced call ran anew; grows.
 
     Returns:
         The store with the item's measurements.
@@ -83,8 +90,12 @@ def reproduce(name: str, parameters: Parameters, progress: bool = True) -> Resul
     store = ResultsStore(parameters.results_dir, parameters.profile.name)
     store.add_measurements(item.id, _cost_rows(item))
     planned = planned_runs(item, parameters)
+    store.drop_runs(item.id, _outdated(item, planned, store))
+    anew = forced if forced is not None else set()
     finished = {
-        run.config.key for run in planned if not parameters.force and store.finished(run.config.key)
+        run.config.key
+        for run in planned
+        if store.finished(run.config.key) and (not parameters.force or run.config.key in anew)
     }
     for run in planned:
         if run.config.key in finished:
@@ -92,11 +103,12 @@ def reproduce(name: str, parameters: Parameters, progress: bool = True) -> Resul
             record = store.run(run.config.key)
             store.add_measurements(item.id, _run_rows(item, run, metrics, record))
     missing = {run.config.key: run.config for run in planned if run.config.key not in finished}
+    anew.update(missing)
     for result in run_all(
         list(missing.values()),
         store.folder / RUNS_FOLDER,
         processes=parameters.devices,
-        accelerator=parameters.accelerator,
+        device=parameters.device,
         force=parameters.force,
         progress=progress,
     ):
@@ -107,6 +119,26 @@ def reproduce(name: str, parameters: Parameters, progress: bool = True) -> Resul
                 store.add_measurements(item.id, rows)
         store.add_run({**result.record, "profile": parameters.profile.name})
     return store
+
+
+def _outdated(item: Item, planned: Sequence[PlannedRun], store: ResultsStore) -> set[str]:
+    """Runs recorded for an item that differ from the planned ones in more than the seed.
+
+    They were made with settings of another version; a mean over seeds must not mix the two.
+    """
+    wanted = {(run.row.label, _without_seed(run.config.to_dict())) for run in planned}
+    configs = {
+        key: _without_seed(json.loads(text))
+        for key, text in store.runs()[["run", "config"]].itertuples(index=False)
+    }
+    frame = store.measurements(item.id).query("source != 'cost'")
+    recorded = set(frame[["row", "run"]].itertuples(index=False, name=None))
+    return {run for row, run in recorded if (row, configs.get(run)) not in wanted}
+
+
+def _without_seed(config: dict[str, Any]) -> str:
+    kept = {name: value for name, value in config.items() if name != "seed"}
+    return json.dumps({**kept, "data": {**kept["data"], "root": None}}, sort_keys=True)
 
 
 def _cost_rows(item: Item) -> list[dict[str, Any]]:
@@ -160,14 +192,19 @@ def _common(row: Row, model: str, data: str) -> dict[str, Any]:
     return {"row": row.label, "model": model, "task": "detection", "data": data}
 
 
-def item_status(results_dir: str | os.PathLike[str] | None = None) -> pd.DataFrame:
+def item_status(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
     """One row an item: what of it is rebuilt, computed from the items and the CSVs.
 
-    Columns: `item`, `title`, `notebook`, `paper_values`, `cost_rows`, `proxy_rows`,
-    `paper_scale_rows` (numbers of rows).
+    Args:
+        results_dirs: results folders; what is measured in any of them counts.
+
+    Returns:
+        Columns `item`, `title`, `notebook`, `paper_values`, `cost_rows`, `proxy_rows`,
+        `paper_scale_rows` (numbers of rows).
     """
-    folder = Path(results_dir) if results_dir else default_results_dir()
-    stores = [ResultsStore(folder, profile) for profile in PROFILES]
+    stores = [
+        ResultsStore(Path(folder), profile) for folder in results_dirs for profile in PROFILES
+    ]
     rows = []
     for item in ITEMS.values():
         measured = pd.concat([store.measurements(item.id) for store in stores])

@@ -174,8 +174,10 @@ RUN = Schema(
         Field("seed", "integer", "Seed of weights, order and augmentation.", True, minimum=0),
         Field("steps", "integer", "Optimiser steps taken.", minimum=0),
         Field("images", "integer", "Training images seen, repeats included.", minimum=0),
-        Field("wall_seconds", "number", "Training time, interruptions left out.", minimum=0),
-        Field("images_per_second", "number", "Training images over wall_seconds.", minimum=0),
+        Field(
+            "wall_seconds", "number", "Training and evaluation, interruptions left out.", minimum=0
+        ),
+        Field("images_per_second", "number", "Training images over the training time.", minimum=0),
         Field("precision", "string", "Number format of the forward pass."),
         Field("threads", "integer", "Processor threads given to the run.", minimum=1),
         Field("hardware", "string", "Processor or accelerator."),

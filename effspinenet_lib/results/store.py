@@ -7,7 +7,7 @@ into what is there and replaces the file in one step.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,20 @@ class ResultsStore:
         what = f"run {record.get('run', '?')}"
         row = to_row({"profile": self.profile, **stamped}, RUN, what)
         self._upsert(self.folder / RUNS_FILE, RUN, [row])
+
+    def drop_runs(self, item: str, runs: Collection[str]) -> None:
+        """Drop the measurements of an item that these runs made; the runs stay in runs.csv.
+
+        Raises:
+            DataError: the file on disk is broken; nothing is changed.
+            UserError: the file cannot be written; nothing is changed.
+        """
+        if not runs:
+            return
+        path = self._item_path(item)
+        with locked(path):
+            kept = [row for row in self._rows(path, MEASUREMENT) if row["run"] not in runs]
+            write_rows(path, MEASUREMENT, kept)
 
     def finished(self, run_key: str) -> bool:
         """Tell whether a run ended and its metrics are stored, so that it need not run again."""

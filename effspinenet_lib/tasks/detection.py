@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, clip_boxes_to_image, sigmoid_focal_loss
 
+from effspinenet_lib.errors import TrainingError, UserError
 from effspinenet_lib.layers import (
     PyramidBackbone,
     SeparableConv,
@@ -18,6 +19,7 @@ from effspinenet_lib.layers import (
     make_activation,
     make_norm,
 )
+from effspinenet_lib.specs import OUTPUT_LEVELS, level_side
 from effspinenet_lib.tasks.anchors import (
     IGNORED,
     AnchorSettings,
@@ -136,7 +138,7 @@ class RetinaNet(nn.Module):
         Args:
             images: [N, 3, H, W], normalised.
             targets: for training, one dict an image: `boxes` [M, 4] in input pixels, `labels`
-                int64 [M] from 0, `iscrowd` bool [M].
+                int64 [M] from 0 and, if any is, `iscrowd` bool [M].
 
         Returns:
             In training `classification` and `box`, scalar losses. In evaluation one dict an
@@ -144,12 +146,21 @@ class RetinaNet(nn.Module):
 
         Raises:
             ValueError: training without targets.
+            UserError: training on a single image so small that P7 has one position.
+            TrainingError: the outputs are not finite.
         """
         if self.training and targets is None:
             raise ValueError("targets are needed in training")
+        if self.training:
+            _check_batch(images)
         logits, codes, anchors = self.predict(images)
         if self.training and targets is not None:
             return self.losses(logits, codes, anchors, targets)
+        if not logits.isfinite().all():
+            raise TrainingError(
+                "the model gives numbers that are not finite; its weights are broken: use those of "
+                "an earlier checkpoint, or train with a lower learning rate"
+            )
         size = (images.shape[-2], images.shape[-1])
         return [
             self.detections(scores, code, anchors, size)
@@ -186,10 +197,7 @@ class RetinaNet(nn.Module):
         """
         settings = self.settings
         matches = torch.stack(
-            [
-                match_anchors(anchors, t["boxes"], t["iscrowd"], self.anchor_settings)
-                for t in targets
-            ]
+            [match_anchors(anchors, t["boxes"], _crowds(t), self.anchor_settings) for t in targets]
         )
         image, anchor = torch.nonzero(matches >= 0, as_tuple=True)
         counts = torch.tensor([0] + [len(t["boxes"]) for t in targets], device=matches.device)
@@ -229,6 +237,22 @@ class RetinaNet(nn.Module):
         boxes = clip_boxes_to_image(decode_boxes(codes[anchor], anchors[anchor]), size)
         kept = batched_nms(boxes, values, labels, settings.nms_iou)[: settings.detections]
         return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}
+
+
+def _check_batch(images: Tensor) -> None:
+    """Refuse a batch that leaves a norm at the coarsest level one value a channel."""
+    count, _, height, width = images.shape
+    coarsest = max(OUTPUT_LEVELS)
+    if count * level_side(height, coarsest) * level_side(width, coarsest) == 1:
+        raise UserError(
+            f"one image of {height}x{width} is too little for batch normalisation at P{coarsest}; "
+            f"train on 2 images a batch or more, or on images of over {2**coarsest} pixels"
+        )
+
+
+def _crowds(target: dict[str, Tensor]) -> Tensor:
+    """Which boxes of a target are crowd regions; none where it does not say."""
+    return target.get("iscrowd", torch.zeros_like(target["labels"], dtype=torch.bool))
 
 
 def _by_anchor(prediction: Tensor, width: int) -> Tensor:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT = 2  # our choice: the newest, and the one before in case the newest cannot be read
+NEEDED_METADATA = {"model", "task", "num_classes", "options", "categories", "image_size"}
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
 # what reading a damaged file raises: torch.load and zip records, then missing or odd contents
 DAMAGED = (
@@ -164,7 +165,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
             f"{path}: is not a whole safetensors weights file ({error}); copy it again, or rerun "
             "the training that wrote it"
         ) from error
-    missing = sorted({"model", "task", "num_classes", "options"} - metadata.keys())
+    missing = sorted(NEEDED_METADATA - metadata.keys())
     if missing:
         raise CheckpointError(
             f"{path}: its metadata lacks {', '.join(missing)}; it was not written by "
@@ -173,8 +174,10 @@ def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
     return state, metadata
 
 
-def create_from_weights(path: str | Path) -> nn.Module:
-    """The model that a weights file is of, with its weights, in evaluation mode.
+def create_from_weights(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that a weights file is of, in evaluation mode, and the file's metadata.
+
+    The model is on the accelerator where there is one.
 
     Raises:
         CheckpointError: the file cannot be read or its tensors do not fit the model.
@@ -188,7 +191,8 @@ def create_from_weights(path: str | Path) -> nn.Module:
         **metadata["options"],
     )
     load_into(model, state, f"{path} (model {metadata['model']})")
-    return model.eval()
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return model.eval().to(device), metadata
 
 
 def load_into(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str) -> None:

@@ -56,13 +56,15 @@ from effspinenet_lib.training.loop import (
 )
 from effspinenet_lib.training.optim import build_optimizer
 
-__all__ = ["RunConfig", "RunResult", "read_result", "train_run"]
+__all__ = ["LOG", "REQUEST", "RunConfig", "RunResult", "read_result", "train_run"]
 
 CHECKPOINT_SECONDS = 60.0  # our choice: what a kill can cost at most
 EVALUATION_BATCH = 16  # our choice; the same for every model, so that metrics compare
 FINISHED, PARTIAL = "finished", "partial"
 CONFIG, DATA, RECORD, METRICS = "config.json", "data.json", "run.json", "metrics.json"
 DETECTIONS, WEIGHTS, LOCK = "detections.json", "model.safetensors", "run.lock"
+# Written by whoever starts a run in a process of its own; a forced run keeps them.
+REQUEST, LOG = "request.json", "worker.log"
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def train_run(
     target = steps if max_steps is None else min(max_steps, steps)
     if target < 1:
         raise UserError(f"max_steps is {max_steps}; at least one step is needed")
+    zoo.check_model(config.model, config.task, config.options)
     # the loop opens its own autocast: accelerate fixes one precision for the whole process
     accelerator = Accelerator(mixed_precision="no")
     folder = ensure_folder(Path(runs_dir) / config.key)
@@ -148,6 +151,9 @@ def train_run(
     with _alone_in(folder, accelerator):
         if force and accelerator.is_main_process:
             _empty(folder)
+        elif accelerator.is_main_process:
+            for leftover in folder.glob(".*.tmp"):  # of a kill in the middle of a write
+                leftover.unlink()
         accelerator.wait_for_everyone()
         done = read_result(folder)
         if done is None or done.steps < target:
@@ -194,7 +200,7 @@ def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        elif path.name not in (LOCK, REQUEST, LOG):
             path.unlink()
 
 
