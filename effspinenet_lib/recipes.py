@@ -22,6 +22,7 @@ from effspinenet_lib.errors import UnknownName, UserError
 SCHEDULES = ("step", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
 CHANGED = "changed from the recipe"
+EVALUATION_BATCH = 16  # our choice; the same for every model
 
 COCO_TRAIN_IMAGES = 118_287  # images of COCO train2017
 PAPER_BATCH = 256  # paper 5.1.1

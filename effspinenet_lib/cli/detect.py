@@ -89,6 +89,7 @@ def detections(model: nn.Module, picture: NDArray[np.uint8], image_size: int) ->
     import torch
 
     from effspinenet_lib.data.augment import Placement, fitting_scale, normalise, place_image
+    from effspinenet_lib.training.evaluate import to_original
 
     height, width = picture.shape[:2]
     scale = fitting_scale(height, width, image_size)
@@ -96,8 +97,6 @@ def detections(model: nn.Module, picture: NDArray[np.uint8], image_size: int) ->
     normalise(place_image(picture, Placement(scale), image_size), canvas)
     with torch.inference_mode():
         device = next(model.parameters(), canvas).device
-        found: dict[str, Tensor] = {
-            name: value.cpu() for name, value in model(canvas[None].to(device))[0].items()
-        }
-    limits = torch.tensor([width, height, width, height], dtype=torch.float32)
-    return {**found, "boxes": torch.minimum(found["boxes"] / scale, limits)}
+        found: dict[str, Tensor] = model(canvas[None].to(device))[0]
+    boxes = to_original(found["boxes"], scale, (height, width))
+    return {"boxes": boxes, "scores": found["scores"].cpu(), "labels": found["labels"].cpu()}

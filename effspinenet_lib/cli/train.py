@@ -10,12 +10,11 @@ import typer
 from effspinenet_lib.cli.console import parse_settings, print_table
 from effspinenet_lib.cli.data import Data, data_config
 from effspinenet_lib.errors import DataError
+from effspinenet_lib.recipes import EVALUATION_BATCH
 
 if TYPE_CHECKING:
     from effspinenet_lib.data import Dataset
     from effspinenet_lib.recipes import Recipe
-
-EVALUATION_BATCH = 16
 
 Workers = Annotated[
     int, typer.Option(min=0, help="Processes that load images; 0: none but the trainer itself.")

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.experiments.parameters import CPU, usable_cores
 from effspinenet_lib.files import ensure_folder, read_json, write_json
-from effspinenet_lib.training.logs import CURVE
+from effspinenet_lib.results import CURVE_FILE
 from effspinenet_lib.training.run import (
     LOG,
     REQUEST,
@@ -86,7 +86,7 @@ def run_all(
                 else:
                     bar.finished += worker.config.recipe.steps
                     yield result
-            bar.show(sum(_last_step(worker.folder / CURVE) for worker in running))
+            bar.show(sum(_last_step(worker.folder / CURVE_FILE) for worker in running))
     if failed:
         first = failed[0]
         raise UserError(

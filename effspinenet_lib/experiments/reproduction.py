@@ -22,7 +22,6 @@ from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.training.run import RunConfig
 from effspinenet_lib.zoo import create_model, default_image_size
 
-RUNS_FOLDER = "runs"
 MULTI_ADDS_UNIT, PARAMETERS_UNIT = 1e9, 1e6
 
 
@@ -106,7 +105,7 @@ def reproduce(
     anew.update(missing)
     for result in run_all(
         list(missing.values()),
-        store.folder / RUNS_FOLDER,
+        store.runs_folder,
         processes=parameters.devices,
         device=parameters.device,
         force=parameters.force,

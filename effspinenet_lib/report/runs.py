@@ -8,10 +8,8 @@ from typing import Any
 import pandas as pd
 
 from effspinenet_lib.report.tables import NOT_RUN
-from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.results import CURVE_FILE, ResultsStore
 
-RUNS_FOLDER = "runs"  # inside a profile's results folder, one folder a run
-CURVE_FILE = "curve.csv"
 NOT_KEPT = "not kept"  # run folders are not committed
 COLUMNS = ("model", "seed", "steps", "images", "seconds", "first loss", "last loss", "finished")
 
@@ -26,7 +24,7 @@ def read_curves(store: ResultsStore, labels: Mapping[str, str]) -> dict[str, pd.
     Returns:
         By label, the rows of `curve.csv` with at least the columns `step` and `loss`.
     """
-    paths = {label: store.folder / RUNS_FOLDER / key / CURVE_FILE for key, label in labels.items()}
+    paths = {label: store.runs_folder / key / CURVE_FILE for key, label in labels.items()}
     return {label: pd.read_csv(path) for label, path in paths.items() if path.is_file()}
 
 

@@ -23,6 +23,8 @@ from effspinenet_lib.results.schemas import ITEM_PATTERN, MEASUREMENT, RUN, Sche
 # Profile -> folder, which is also the source that its measured rows carry.
 FOLDERS = {"smoke": "smoke", "proxy": "proxy", "paper": "paper_scale"}
 RUNS_FILE = "runs.csv"
+RUNS_FOLDER = "runs"  # one folder a run: what is not committed
+CURVE_FILE = "curve.csv"  # in a run's folder
 
 
 class ResultsStore:
@@ -43,6 +45,7 @@ class ResultsStore:
         self.profile = profile
         self.source = FOLDERS[profile]
         self.folder = self.results_dir / self.source
+        self.runs_folder = self.folder / RUNS_FOLDER
 
     def measurements(self, item: str | None = None) -> pd.DataFrame:
         """Read the measurements of one item, or of all; no rows where nothing was measured.

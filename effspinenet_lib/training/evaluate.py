@@ -189,7 +189,8 @@ def _detect(model: nn.Module, batch: Batch, dataset: Dataset) -> list[dict[str, 
     for output, image_id, scale, size in zip(
         outputs, batch.image_ids, batch.scales.tolist(), batch.sizes, strict=True
     ):
-        boxes = to_original(output["boxes"], scale, size).tolist()
+        corners = to_original(output["boxes"], scale, size)
+        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
         scores, labels = output["scores"].tolist(), output["labels"].tolist()
         if labels and max(labels) >= len(dataset.categories):
             raise UserError(
@@ -217,13 +218,11 @@ def to_original(boxes: Tensor, scale: float, size: tuple[int, int]) -> Tensor:
         size: height and width of the original image.
 
     Returns:
-        Boxes [K, 4] as float32 on the CPU, x y width height in original pixels.
+        Boxes [K, 4] as float32 on the CPU, x1 y1 x2 y2 in original pixels.
     """
     height, width = size
-    corners = boxes.detach().to("cpu", torch.float32) / scale
     limits = torch.tensor([width, height, width, height], dtype=torch.float32)
-    corners = corners.clamp(min=0).minimum(limits)
-    return torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
+    return (boxes.detach().to("cpu", torch.float32) / scale).clamp(min=0).minimum(limits)
 
 
 def write_detections(path: str | os.PathLike[str], detections: Sequence[Mapping[str, Any]]) -> None:

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.files import atomic_write
+from effspinenet_lib.results import CURVE_FILE
 from effspinenet_lib.training.loop import Step
 
 ROW_STEPS = 10  # our choice: steps averaged in a row of the curve
-CURVE = "curve.csv"
 EVENTS = "tb"
 SPEED = "images_per_second"
 
@@ -34,7 +34,7 @@ class Curve:
         """Open the curve at step `start`; `state` is what `state()` gave there, or empty."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, needed only here
 
-        self._path = folder / CURVE
+        self._path = folder / CURVE_FILE
         self._total = total
         self._sums: dict[str, float] = dict(state.get("sums", {}))
         self._steps: int = state.get("steps", 0)

@@ -35,6 +35,7 @@ from effspinenet_lib.data import (
 )
 from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.files import ensure_folder, read_json, write_json
+from effspinenet_lib.recipes import EVALUATION_BATCH
 from effspinenet_lib.results import current_commit, today
 from effspinenet_lib.training.checkpoint import (
     Checkpoint,
@@ -59,7 +60,6 @@ from effspinenet_lib.training.optim import build_optimizer
 __all__ = ["LOG", "REQUEST", "RunConfig", "RunResult", "read_result", "train_run"]
 
 CHECKPOINT_SECONDS = 60.0  # our choice: what a kill can cost at most
-EVALUATION_BATCH = 16  # our choice; the same for every model, so that metrics compare
 FINISHED, PARTIAL = "finished", "partial"
 CONFIG, DATA, RECORD, METRICS = "config.json", "data.json", "run.json", "metrics.json"
 DETECTIONS, WEIGHTS, LOCK = "detections.json", "model.safetensors", "run.lock"
