@@ -360,7 +360,7 @@ def test_only_shapescenes_can_be_exported(tmp_path: Path) -> None:
 
 def test_run_keys_change_with_everything_that_decides_the_data() -> None:
     base = DataConfig("shapescenes")
-    filled = DataConfig("shapescenes", train_images=8000, eval_images=1000, image_size=128)
+    filled = DataConfig("shapescenes", train_images=8000, eval_images=500, image_size=128)
     assert base.to_dict() == filled.to_dict()
     assert base.to_dict() != replace(base, seed=1).to_dict()
     assert "generator" in base.to_dict()
