@@ -102,6 +102,13 @@ def prepare_model(model: nn.Module, recipe: Recipe, accelerator: Accelerator) ->
     return accelerator.prepare_model(model)
 
 
+def freeze_norms(model: nn.Module) -> None:
+    """Let a model's norms use their running statistics and keep them; the rest trains on."""
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm):
+            layer.eval()
+
+
 def train_steps(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -122,8 +129,11 @@ def train_steps(
     """
     device = accelerator.device
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    freeze_at = recipe.steps - recipe.norm_freeze_steps
     model.train()
     for step, given in enumerate(batches, start=start_step):
+        if step == max(start_step, freeze_at):
+            freeze_norms(model)
         batch = given.to(device)
         seed_everything(seed, step, accelerator.process_index)
         rate = learning_rate_at(recipe, step)
