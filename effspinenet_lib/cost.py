@@ -35,7 +35,8 @@ def measure_cost(model: nn.Module, image_size: int | tuple[int, int]) -> Cost:
     """Run one zero image through the model and count what its layers do.
 
     Args:
-        model: takes images [1, 3, H, W] in evaluation mode; its mode is restored.
+        model: takes images [1, 3, H, W] in evaluation mode; its mode is restored. A model of
+            the zoo runs its `network`, so that what it detects does not change the count.
         image_size: side, or (height, width), in pixels.
 
     Raises:
@@ -51,11 +52,12 @@ def measure_cost(model: nn.Module, image_size: int | tuple[int, int]) -> Cost:
         if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear))
     ]
     parameter = next(model.parameters())
+    run = getattr(model, "network", model)
     was_training = model.training
     try:
         model.eval()
         with torch.inference_mode():
-            model(torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
+            run(torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
     finally:
         model.train(was_training)
         for hook in hooks:

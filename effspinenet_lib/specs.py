@@ -16,6 +16,9 @@ STEM_BLOCKS = 2  # blocks 1 and 2 follow the stem convolution in a chain (SpineN
 OUTPUT_LEVELS = (3, 4, 5, 6, 7)
 MINIMUM_IMAGE_SIZE = 64  # our choice: below it P7 would be a fraction of one pixel wide
 
+SEGMENTATION_SIZE = 512  # section 5.3: the crop size of every model
+CLASSIFICATION_DIM = 256  # section 4.2: the feature dimension of every model
+
 # Recovered by fitting the cost columns (book/recovered.md); not stated in the paper.
 STEM_DIM = 16
 EXPANSION_RATIO = 6
@@ -121,6 +124,9 @@ class Scale:
             repeats follow from it, see `block_repeats`.
         head_dim: channels of the separable convolutions in the subnets.
         head_layers: separable convolutions in each subnet.
+        box_fc_dim: width of the fully connected layer in Mask R-CNN's box branch (section 4.1;
+            the mobile models, which the paper has no Mask R-CNN of, take D0's).
+        classification_size: image side in pixels (Table 10; the mobile models take D0's).
     """
 
     id: str
@@ -129,6 +135,8 @@ class Scale:
     depth_multiplier: float
     head_dim: int
     head_layers: int = 3
+    box_fc_dim: int = 256
+    classification_size: int = 224
 
     @property
     def repeats(self) -> tuple[int, ...]:
@@ -211,8 +219,8 @@ SCALES: dict[str, Scale] = {
         Scale("M1", 384, 0.5, 1.0, head_dim=40),
         Scale("M2", 384, 0.8, 1.0, head_dim=64),
         Scale("D0", 512, 1.0, 1.0, head_dim=64),
-        Scale("D1", 640, 1.0, 1.1, head_dim=88),
-        Scale("D2", 768, 1.1, 1.2, head_dim=112),
+        Scale("D1", 640, 1.0, 1.1, head_dim=88, classification_size=240),
+        Scale("D2", 768, 1.1, 1.2, head_dim=112, box_fc_dim=512, classification_size=256),
     )
 }
 

@@ -36,7 +36,7 @@ def test_multi_adds_against_torchs_counter(size):
     model = create_model("eff_spinenet_m0", num_classes=7).eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model.predict(torch.zeros(1, 3, size, size))
+        model.network(torch.zeros(1, 3, size, size))
     counted = counter.get_total_flops()
     assert measure_cost(model, size).multi_adds * 2 == counted
 

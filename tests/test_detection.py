@@ -222,7 +222,7 @@ def test_detections_of_a_fresh_model_are_in_bounds(model):
 def test_a_location_starts_with_a_low_probability(model):
     model.eval()
     with torch.inference_mode():
-        logits, _, _ = model.predict(torch.randn(2, 3, 128, 128))
+        logits, _, _ = model.network(torch.randn(2, 3, 128, 128))
     assert logits.sigmoid().mean().item() == pytest.approx(0.01, rel=0.2)
 
 

@@ -15,6 +15,7 @@ from effspinenet_lib.layers import (
     PyramidBackbone,
     SeparableConv,
     conv_norm,
+    dense_conv,
     initialise,
     make_activation,
     make_norm,
@@ -28,6 +29,7 @@ from effspinenet_lib.tasks.anchors import (
     make_anchors,
     match_anchors,
 )
+from effspinenet_lib.tasks.base import TaskModel
 
 BOX_CODE = 4
 # RetinaNet: a location starts with this probability of holding an object, and the last layer's
@@ -63,20 +65,36 @@ class DetectionSettings:
 
 
 class RetinaHead(nn.Module):
-    """One branch: separable convolutions shared over the levels, a norm for each level.
+    """One branch: convolutions shared over the levels, a norm for each level.
 
-    The prediction layer is separable too (recovered from the cost columns).
+    With separable convolutions the prediction layer is separable too (recovered from the cost
+    columns).
     """
 
-    def __init__(self, dim: int, layers: int, outputs: int, levels: int, activation: str) -> None:
+    def __init__(
+        self,
+        dim: int,
+        layers: int,
+        outputs: int,
+        levels: int,
+        activation: str,
+        separable: bool = True,
+    ) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(SeparableConv(dim, dim, bias=False) for _ in range(layers))
+        conv = SeparableConv if separable else dense_conv
+        self.convs = nn.ModuleList(conv(dim, dim, bias=False) for _ in range(layers))
         self.layers = layers
         self.norms = nn.ModuleList(make_norm(dim) for _ in range(levels * layers))
         self.activation = make_activation(activation)
-        self.predict = SeparableConv(dim, outputs, bias=True)
+        self.predict = conv(dim, outputs, bias=True)
         initialise(self)
-        nn.init.normal_(self.predict.pointwise.weight, std=PREDICTOR_STD)
+        nn.init.normal_(self.last_conv.weight, std=PREDICTOR_STD)
+
+    @property
+    def last_conv(self) -> nn.Conv2d:
+        """The convolution that gives the outputs."""
+        predict = self.predict
+        return predict.pointwise if isinstance(predict, SeparableConv) else predict
 
     def forward(self, features: Tensor, level: int) -> Tensor:
         """Map [N, dim, H, W] of the level-th output to [N, outputs, H, W]."""
@@ -86,7 +104,7 @@ class RetinaHead(nn.Module):
         return self.predict(features)
 
 
-class RetinaNet(nn.Module):
+class RetinaNet(TaskModel):
     """A one-stage detector on any backbone with outputs P3 to P7.
 
     Args:
@@ -98,6 +116,9 @@ class RetinaNet(nn.Module):
         activation: `swish` or `relu`.
         anchors: sizes, ratios and matching.
         settings: losses and post-processing.
+        separable: separable convolutions in the heads, or dense ones (RetinaNet's, SpineNet's).
+        project: bring every level to `head_dim` by a 1x1 convolution, norm and activation; else
+            the backbone's features have this dimension already, as those of a feature pyramid.
     """
 
     def __init__(
@@ -109,6 +130,8 @@ class RetinaNet(nn.Module):
         activation: str = "swish",
         anchors: AnchorSettings | None = None,
         settings: DetectionSettings | None = None,
+        separable: bool = True,
+        project: bool = True,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -116,16 +139,18 @@ class RetinaNet(nn.Module):
         self.anchor_settings = anchors or AnchorSettings()
         self.settings = settings or DetectionSettings()
         dims = backbone.feature_dims
+        if not project and set(dims.values()) != {head_dim}:
+            raise ValueError(f"unprojected features of {dims} do not fit heads of {head_dim}")
         self.lateral = nn.ModuleList(
-            conv_norm(dim, head_dim, activation=activation) for dim in dims.values()
+            conv_norm(dim, head_dim, activation=activation) if project else nn.Identity()
+            for dim in dims.values()
         )
         initialise(self.lateral)
         count = self.anchor_settings.per_location
-        self.class_head = RetinaHead(
-            head_dim, head_layers, count * num_classes, len(dims), activation
-        )
-        self.box_head = RetinaHead(head_dim, head_layers, count * BOX_CODE, len(dims), activation)
-        class_bias = self.class_head.predict.pointwise.bias
+        settled = (len(dims), activation, separable)
+        self.class_head = RetinaHead(head_dim, head_layers, count * num_classes, *settled)
+        self.box_head = RetinaHead(head_dim, head_layers, count * BOX_CODE, *settled)
+        class_bias = self.class_head.last_conv.bias
         assert class_bias is not None
         nn.init.constant_(class_bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
         self._anchors: dict[tuple[tuple[int, int], ...], Tensor] = {}
@@ -153,7 +178,7 @@ class RetinaNet(nn.Module):
             raise ValueError("targets are needed in training")
         if self.training:
             _check_batch(images)
-        logits, codes, anchors = self.predict(images)
+        logits, codes, anchors = self.network(images)
         if self.training and targets is not None:
             return self.losses(logits, codes, anchors, targets)
         if not logits.isfinite().all():
@@ -167,7 +192,7 @@ class RetinaNet(nn.Module):
             for scores, code in zip(logits.float().sigmoid(), codes.float(), strict=True)
         ]
 
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def network(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Run the network: class logits [N, A, C], box codes [N, A, 4], anchors [A, 4]."""
         features = list(self.backbone(images).values())
         logits, codes = [], []

@@ -1,0 +1,50 @@
+"""What every model of every task has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+Target = dict[str, Tensor]
+
+
+class TaskModel(nn.Module, ABC):
+    """A network with a task: losses in training, predictions in evaluation.
+
+    All tasks are trained, evaluated, saved, loaded and exported by the same code, which knows
+    of a model only what stands here.
+    """
+
+    @abstractmethod
+    def forward(
+        self, images: Tensor, targets: list[Target] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Compute losses in training, predictions in evaluation.
+
+        Args:
+            images: [N, 3, H, W], normalised.
+            targets: for training, one dictionary an image. Detection: `boxes` [M, 4] (x1 y1 x2
+                y2 in input pixels), `labels` int64 [M] from 0, `iscrowd` bool [M]. Instances: as
+                detection, and `masks` bool [M, H, W]. Classification: `label` int64 []. Semantic
+                segmentation: `semantic` int64 [H, W], 255 where it does not count.
+
+        Returns:
+            In training scalar losses by name; their sum is minimised. In evaluation one
+            dictionary an image. Detection: `boxes` [K, 4], `scores` [K] falling, `labels` int64
+            [K]. Instances: as detection, and `masks` [K, 28, 28], the probability of the object
+            over its box. Classification: `scores` [C], which sum to 1. Semantic segmentation:
+            `logits` [C, H, W].
+        """
+
+    @abstractmethod
+    def network(self, images: Tensor) -> Any:
+        """Run every layer, without decoding: the computation that costs count and that is exported.
+
+        Args:
+            images: [N, 3, H, W], normalised.
+
+        Returns:
+            Tensors, in a tuple where there are more than one.
+        """

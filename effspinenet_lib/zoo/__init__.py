@@ -1,0 +1,128 @@
+"""Every model by name.
+
+A scale-permuted model is an entry of `specs.MODELS`. A baseline is a function under
+`registry.baseline` in one of the modules imported below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from effspinenet_lib.backbones import BackboneOptions
+from effspinenet_lib.errors import UnknownName, UserError
+from effspinenet_lib.specs import MODELS, SCALES, SEGMENTATION_SIZE, ModelSpec
+from effspinenet_lib.zoo.registry import BASELINES, TASKS, Entry
+from effspinenet_lib.zoo.scale_permuted import build_scale_permuted
+
+__all__ = [
+    "TASKS",
+    "check_model",
+    "create_model",
+    "default_image_size",
+    "known_options",
+    "list_models",
+    "model_entry",
+]
+
+
+def list_models() -> dict[str, tuple[str, ...]]:
+    """Names of the models, each with the tables of the paper that it stands in."""
+    tables = {spec.name: spec.tables for spec in MODELS.values()}
+    tables.update({entry.name: entry.tables for entry in BASELINES.values()})
+    return dict(sorted(tables.items()))
+
+
+def model_entry(name: str) -> Entry:
+    """What the zoo knows of a model.
+
+    Raises:
+        UnknownName: no such model; the message lists near names.
+    """
+    if name in BASELINES:
+        return BASELINES[name]
+    if name not in MODELS:
+        raise UnknownName("model", name, list_models())
+    return _scale_permuted_entry(MODELS[name])
+
+
+def _scale_permuted_entry(spec: ModelSpec) -> Entry:
+    scale = SCALES[spec.scale]
+    sizes = {
+        "detection": scale.input_size,
+        "instances": scale.input_size,
+        "classification": scale.classification_size,
+        "segmentation": SEGMENTATION_SIZE,
+    }
+
+    def build(task: str, num_classes: int, options: BackboneOptions) -> nn.Module:
+        return build_scale_permuted(spec, task, num_classes, options)
+
+    return Entry(spec.name, sizes, spec.tables, build, BackboneOptions)
+
+
+def default_image_size(name: str, task: str = "detection") -> int:
+    """Image side in pixels that the paper gives a model for a task.
+
+    Raises:
+        UnknownName: no such model, or the model is not made for the task.
+    """
+    sizes = model_entry(name).image_sizes
+    if task not in sizes:
+        raise UnknownName(f"task of {name}" if task in TASKS else "task", task, sizes)
+    return sizes[task]
+
+
+def known_options(name: str) -> tuple[str, ...]:
+    """Names of the options that `create_model` takes for a model."""
+    return tuple(option.name for option in fields(model_entry(name).options))
+
+
+def check_model(name: str, task: str, options: Mapping[str, Any]) -> Any:
+    """Check what `create_model` is given, without building anything; returns the options.
+
+    Raises:
+        UnknownName: the model, task or option is not known, or the model is not made for the
+            task; the message lists near names.
+        UserError: an option's value is none.
+    """
+    default_image_size(name, task)
+    known = known_options(name)
+    for option in options:
+        if option not in known:
+            raise UnknownName("model option", option, known)
+    return model_entry(name).options(**options)
+
+
+def create_model(
+    name: str, task: str = "detection", num_classes: int | None = None, **options: Any
+) -> nn.Module:
+    """Build a model with fresh weights.
+
+    Args:
+        name: one of `list_models()`.
+        task: `detection`, `instances` (detection with masks), `classification` or
+            `segmentation` (semantic).
+        num_classes: classes, without background but for `segmentation`, where it is a class of
+            its own; None takes the benchmark's of the paper: 90, 90, 1000 and 21.
+        options: for the scale-permuted models the fields of `BackboneOptions`:
+            `space_to_depth`, `weighted_fusion`, `squeeze_excitation`, `activation`,
+            `stochastic_depth`. `known_options` lists those of any model.
+
+    Returns:
+        A `tasks.base.TaskModel`: images and targets in, losses in training, predictions in
+        evaluation.
+
+    Raises:
+        UnknownName: the model, task or option is not known, or the model is not made for the
+            task; the message lists near names.
+        UserError: `num_classes` is not positive, or an option's value is none.
+    """
+    checked = check_model(name, task, options)
+    classes = TASKS[task] if num_classes is None else num_classes
+    if classes < 1:
+        raise UserError(f"num_classes is {classes}; a model needs at least one class")
+    return model_entry(name).build(task, classes, checked)
