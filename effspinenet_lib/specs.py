@@ -26,6 +26,8 @@ SQUEEZE_RATIO = 0.2
 DIM_MULTIPLE = 4
 DIM_KEPT_FRACTION = 0.9
 
+BOTTLENECK_EXPANSION = 4  # ResNet: a bottleneck block's output channels over its filters
+
 # EfficientNet-B0 as Table 1 prints it: level, kernel size, feature dimension of its 16 blocks.
 EFFICIENTNET_B0 = (
     (1, 3, 16),
@@ -71,14 +73,11 @@ class BlockSpec:
 
 
 @dataclass(frozen=True)
-class BackboneSpec:
-    """A scale-permuted backbone: the stem convolution and its blocks in order."""
+class Wiring:
+    """What every scale-permuted backbone has: blocks in order, each naming its inputs."""
 
     name: str
     blocks: tuple[BlockSpec, ...]
-    stem_dim: int = STEM_DIM
-    expansion_ratio: int = EXPANSION_RATIO
-    squeeze_ratio: float = SQUEEZE_RATIO
 
     @property
     def outputs(self) -> dict[int, BlockSpec]:
@@ -110,6 +109,46 @@ class BackboneSpec:
                 extra[block.index] = idle
                 consumed.update(idle)
         return extra
+
+
+@dataclass(frozen=True)
+class BackboneSpec(Wiring):
+    """A scale-permuted backbone of MBConv blocks after a stem convolution."""
+
+    stem_dim: int = STEM_DIM
+    expansion_ratio: int = EXPANSION_RATIO
+    squeeze_ratio: float = SQUEEZE_RATIO
+
+
+@dataclass(frozen=True)
+class ResidualBlockSpec(BlockSpec):
+    """A block of SpineNet: ResNet's bottleneck block, or its residual one.
+
+    Attributes:
+        bottleneck: which of the two.
+    """
+
+    bottleneck: bool = True
+
+    @property
+    def filters(self) -> int:
+        """Channels of its 3x3 convolutions."""
+        return self.feature_dim // BOTTLENECK_EXPANSION if self.bottleneck else self.feature_dim
+
+
+@dataclass(frozen=True)
+class SpineNetSpec(Wiring):
+    """A SpineNet: residual and bottleneck blocks after ResNet's stem.
+
+    Attributes:
+        blocks: residual and bottleneck blocks.
+        stem_dim: channels of the 7x7 convolution.
+        resample_alpha: factor on a block's filters while its features are resampled.
+    """
+
+    blocks: tuple[ResidualBlockSpec, ...]
+    stem_dim: int
+    resample_alpha: float
 
 
 @dataclass(frozen=True)
@@ -210,6 +249,46 @@ BASES: dict[str, BackboneSpec] = {
     ),
     "eff_spinenet": _base("eff_spinenet", _EFF_SPINENET_DIMS),
 }
+
+# SpineNet-49 as published (arXiv 1912.05027, and the released code): level, bottleneck block or
+# else residual, inputs, output? Its blocks 3 to 17 are wired as blocks 4 to 18 of Table 1.
+_SPINENET_49: tuple[tuple[int, bool, tuple[int, ...], bool], ...] = (
+    (2, True, (STEM_INPUT,), False),
+    (2, True, (1,), False),
+    (2, True, (1, 2), False),
+    (4, False, (1, 2), False),
+    (3, True, (3, 4), False),
+    (4, True, (3, 5), False),
+    (6, False, (4, 6), False),
+    (4, True, (4, 6), False),
+    (5, False, (7, 8), False),
+    (7, False, (7, 9), False),
+    (5, True, (9, 10), False),
+    (5, True, (9, 11), False),
+    (4, True, (6, 11), True),
+    (3, True, (5, 11), True),
+    (5, True, (8, 13), True),
+    (7, True, (6, 15), True),
+    (6, True, (13, 15), True),
+)
+_SPINENET_FILTERS = {2: 64, 3: 128, 4: 256, 5: 256, 6: 256, 7: 256}
+SPINENET_49 = SpineNetSpec(
+    "spinenet_49",
+    tuple(
+        ResidualBlockSpec(
+            index,
+            level,
+            _KERNEL,
+            _SPINENET_FILTERS[level] * (BOTTLENECK_EXPANSION if bottleneck else 1),
+            inputs,
+            is_output,
+            bottleneck=bottleneck,
+        )
+        for index, (level, bottleneck, inputs, is_output) in enumerate(_SPINENET_49, start=1)
+    ),
+    stem_dim=64,
+    resample_alpha=0.5,
+)
 
 # Table 2. The depth coefficients are EfficientNet's (B1: 1.1, B2: 1.2).
 SCALES: dict[str, Scale] = {

@@ -97,11 +97,12 @@ def test_the_version_is_the_packages(run):
     assert run("--version").out == f"effspinenet {__version__}\n"
 
 
-def test_models_lists_each_model_with_its_input_size_and_tables(run):
+def test_models_lists_each_model_with_its_tasks_input_sizes_and_tables(run):
     rows = {row[0]: row for row in table_rows(run("models").out)}
-    assert rows["eff_spinenet_m0"][1:] == ["256", "table-02, table-07"]
-    assert rows["eff_spinenet_d2"][1] == "768"
-    assert rows["sp_efficientnet_m0"][2] == "not in the paper"
+    # Tables 2 and 10, section 5.3; M0 has no row in Tables 6 and 10
+    assert rows["eff_spinenet_m0"][1:] == ["256", "256", "224", "512", "table-02, table-07"]
+    assert rows["eff_spinenet_d2"][1:5] == ["768", "768", "256", "512"]
+    assert rows["sp_efficientnet_m0"][5] == "not in the paper"
 
 
 def test_cost_prints_the_papers_columns_for_d0(run):

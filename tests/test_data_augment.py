@@ -14,7 +14,6 @@ from effspinenet_lib.data.augment import (
     STD,
     Placement,
     draw_placement,
-    evaluation_target,
     fitting_scale,
     normalise,
     place_boxes,
@@ -108,7 +107,7 @@ def test_boxes_stay_on_what_they_surround() -> None:
         box = [x, y, min(x + wide, width), min(y + high, height)]
         sample = sample_of(painted(height, width, box), [box])
         placement = draw_placement(height, width, 128, augmentation, generator)
-        target = training_target(sample, placement, 128)
+        target = training_target(sample, placement, 128, "detection")
         if not len(target["boxes"]):
             continue
         pixels = place_image(sample.image, placement, 128)
@@ -166,22 +165,15 @@ def test_normalisation_is_imagenets_and_padding_is_zero() -> None:
 def test_boxes_mostly_cut_off_are_dropped_and_crowds_are_not() -> None:
     boxes = [[0, 0, 100, 100], [0, 0, 74, 50], [0, 0, 76, 50], [0, 0, 40, 40], [110, 0, 110.5, 9]]
     sample = sample_of(noise(200, 200), [*boxes, boxes[1]], [False] * 5 + [True])
-    target = training_target(sample, Placement(1.0, left=56), 128)
+    target = training_target(sample, Placement(1.0, left=56), 128, "detection")
     # 44 %, 24.3 %, 26.3 % and nothing are left; the fifth is thinner than a pixel.
     assert target["labels"].tolist() == [0, 2, 5]
     assert target["iscrowd"].tolist() == [False, False, True]
     assert target["boxes"].tolist() == [[0, 0, 44, 100], [0, 0, 20, 50], [0, 0, 18, 50]]
 
 
-def test_evaluation_targets_map_back() -> None:
-    boxes = random_boxes(427, 640)
-    scale = fitting_scale(427, 640, 128)
-    target = evaluation_target(sample_of(noise(427, 640), boxes), scale)
-    assert np.allclose(target["boxes"].numpy() / scale, boxes, atol=1e-3)
-
-
 def test_images_without_boxes_have_empty_targets() -> None:
-    target = training_target(sample_of(noise(9, 9), []), Placement(2.0, flip=True), 16)
+    target = training_target(sample_of(noise(9, 9), []), Placement(2.0, flip=True), 16, "detection")
     assert target["boxes"].shape == (0, 4)
     assert target["boxes"].dtype == torch.float32
     assert target["labels"].dtype == torch.int64

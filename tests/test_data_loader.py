@@ -140,7 +140,8 @@ def test_a_finished_run_has_no_batches_left(scenes: ShapeScenes) -> None:
 
 def test_evaluation_shows_every_image_once_in_order(scenes: ShapeScenes) -> None:
     run = list(evaluation_loader(scenes, 128, 8))
-    assert [len(batch.targets) for batch in run] == [8, 8, 7]
+    assert [len(batch.images) for batch in run] == [8, 8, 7]
+    assert not any(batch.targets for batch in run)
     assert [i for batch in run for i in batch.image_ids] == list(range(1, 24))
     assert run[0].images.shape == (8, 3, 128, 128)
     assert run[0].images.dtype == torch.float32
@@ -150,10 +151,10 @@ def test_evaluation_shows_every_image_once_in_order(scenes: ShapeScenes) -> None
 
 
 def test_targets_scaled_back_are_perfect_detections(tiny_coco: Path) -> None:
-    """pycocotools gives every metric 1 to the evaluation loader's own targets."""
+    """pycocotools gives the training targets themselves, unaugmented, full marks."""
     dataset = open_dataset(DataConfig("coco", str(tiny_coco)), "eval")
     detections = []
-    for batch in evaluation_loader(dataset, 384, 16):
+    for batch in training_loader(dataset, 384, len(dataset), Augmentation(), 0, 0, 1):
         for image_id, scale, target in zip(
             batch.image_ids, batch.scales.tolist(), batch.targets, strict=True
         ):

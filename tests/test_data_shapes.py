@@ -8,17 +8,19 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.path import Path as Polygon
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from effspinenet_lib.data import DataConfig, ShapeScenes, export_coco, open_dataset
+from effspinenet_lib.data import DataConfig, ObjectCrops, ShapeScenes, export_coco, open_dataset
 from effspinenet_lib.data.rendering import (
     ANGLES,
     SHAPES,
@@ -38,6 +40,8 @@ from effspinenet_lib.data.shapes import (
     render_scene,
 )
 from effspinenet_lib.errors import UnknownName, UserError
+from effspinenet_lib.specs import OUTPUT_LEVELS, level_side
+from effspinenet_lib.tasks.anchors import AnchorSettings, make_anchors, match_anchors
 
 SIZE = 128
 SETTINGS = SceneSettings()
@@ -289,12 +293,37 @@ def test_a_few_images_have_crowds() -> None:
         assert max(crowd.box[2:]) > 2 * SETTINGS.crowd_member_side[1] * SIZE // 1000
 
 
+@pytest.mark.parametrize(
+    ("image_size", "levels"), [(128, {3, 4, 5}), (256, {3, 4, 5, 6}), (512, {4, 5, 6, 7})]
+)
+def test_objects_match_anchors_of_every_level_at_one_size_or_another(
+    image_size: int, levels: set[int]
+) -> None:
+    """As the book says; the levels that get a tenth or more of the matched objects each."""
+    settings, found = AnchorSettings(), Counter[int]()
+    sides = [(level_side(image_size, level),) * 2 for level in OUTPUT_LEVELS]
+    anchors = make_anchors(sides, settings, torch.device("cpu"))
+    count = [settings.per_location * side**2 for side, _ in sides]
+    level_of = torch.repeat_interleave(torch.tensor(OUTPUT_LEVELS), torch.tensor(count))
+    for index in range(30):
+        scene = render_scene(SETTINGS, 0, "train", index, image_size)
+        boxes = torch.tensor([o.box for o in scene.objects]).reshape(-1, 4).float()
+        boxes[:, 2:] += boxes[:, :2]
+        crowd = torch.tensor([o.iscrowd for o in scene.objects], dtype=torch.bool)
+        matches = match_anchors(anchors, boxes, crowd, settings)
+        pairs = torch.stack([level_of, matches])[:, matches >= 0].unique(dim=1)
+        found.update(pairs[0].tolist())
+    assert {level for level, n in found.items() if n >= 0.1 * found.total()} == levels
+    assert set(found) == levels
+
+
 def test_crops_show_single_objects(scenes: ShapeScenes) -> None:
-    crops, table = scenes.crops(), scenes.annotations
+    crops, table = ObjectCrops(scenes), scenes.annotations
     assert len(crops) == np.count_nonzero(~table.iscrowd)
     rows = np.flatnonzero(~table.iscrowd)
     for index in range(0, len(crops), 17):
-        pixels, label = crops.load(index)
+        sample = crops.load(index)
+        pixels, (label,) = sample.image, sample.labels
         x1, y1, x2, y2 = table.boxes[rows[index]].astype(int)
         owner = int(np.searchsorted(table.starts, rows[index], side="right")) - 1
         inside = scenes.load_image(owner)[y1:y2, x1:x2]
@@ -304,6 +333,7 @@ def test_crops_show_single_objects(scenes: ShapeScenes) -> None:
         top = pixels.shape[0] // 2 - ((y1 + y2) // 2 - y1)
         left = pixels.shape[1] // 2 - ((x1 + x2) // 2 - x1)
         assert (pixels[top : top + y2 - y1, left : left + x2 - x1] == inside).all()
+        assert sample.boxes[0].tolist() == [left, top, left + x2 - x1, top + y2 - y1]
 
 
 def test_workers_get_the_file_not_a_copy_of_the_images(scenes: ShapeScenes) -> None:

@@ -18,12 +18,11 @@ from torch import nn
 from effspinenet_lib.data import Category, Dataset
 from effspinenet_lib.data.dataset import AnnotationsBuilder
 from effspinenet_lib.errors import DataError, UserError
+from effspinenet_lib.training.coco import METRICS, coco_metrics
 from effspinenet_lib.training.evaluate import (
-    METRICS,
-    coco_metrics,
-    evaluate_detection,
+    evaluate,
     to_original,
-    write_detections,
+    write_predictions,
 )
 
 
@@ -328,16 +327,16 @@ class Oracle(nn.Module):
 
 def test_boxes_come_back_in_original_pixels_and_category_ids() -> None:
     dataset = Scenes()
-    evaluation = evaluate_detection(Oracle(dataset, 128), dataset, 128, batch_size=2)
+    evaluation = evaluate(Oracle(dataset, 128), dataset, "detection", 128, batch_size=2)
     assert evaluation.metrics["AP"] == pytest.approx(100)
     truth = dataset.ground_truth()
     sizes = {image["id"]: (image["width"], image["height"]) for image in truth["images"]}
-    whole = [one for one in evaluation.detections if one["score"] == 0.25]
+    whole = [one for one in evaluation.predictions if one["score"] == 0.25]
     assert len(whole) == len(dataset)
     for one in whole:
         assert one["bbox"] == pytest.approx([0, 0, *sizes[one["image_id"]]])
         assert one["category_id"] == 7
-    boxes = [one for one in evaluation.detections if one not in whole]
+    boxes = [one for one in evaluation.predictions if one not in whole]
     assert len(boxes) == len(truth["annotations"])
     for found, annotation in zip(boxes, truth["annotations"], strict=True):
         assert found["image_id"] == annotation["image_id"]
@@ -347,8 +346,8 @@ def test_boxes_come_back_in_original_pixels_and_category_ids() -> None:
 
 def test_the_batch_size_and_the_workers_change_nothing() -> None:
     dataset = Scenes()
-    one = evaluate_detection(Oracle(dataset, 128), dataset, 128, batch_size=1)
-    three = evaluate_detection(Oracle(dataset, 128), dataset, 128, batch_size=3, workers=1)
+    one = evaluate(Oracle(dataset, 128), dataset, "detection", 128, batch_size=1)
+    three = evaluate(Oracle(dataset, 128), dataset, "detection", 128, batch_size=3, workers=1)
     assert one == three
 
 
@@ -357,7 +356,7 @@ def test_the_mode_of_every_module_is_as_before(training: bool) -> None:
     dataset = Scenes()
     model = Oracle(dataset, 128)
     model.training = training
-    evaluate_detection(model, dataset, 128, batch_size=2, progress=False)
+    evaluate(model, dataset, "detection", 128, batch_size=2, progress=False)
     assert model.training is training
     assert model.frozen.training is False
 
@@ -366,7 +365,7 @@ def test_the_mode_is_as_before_after_a_failure() -> None:
     dataset = Scenes()
     model = Oracle(dataset, 128, label=2).train()
     with pytest.raises(UserError, match="class 2, counted from 0, but scenes has 2 categories"):
-        evaluate_detection(model, dataset, 128, batch_size=5)
+        evaluate(model, dataset, "detection", 128, batch_size=5)
     assert model.training
 
 
@@ -379,7 +378,7 @@ def test_a_model_that_gives_nan_is_refused() -> None:
         ]
     )
     with pytest.raises(DataError, match=r"detection 1: .* not finite"):
-        evaluate_detection(model, dataset, 128, batch_size=5)
+        evaluate(model, dataset, "detection", 128, batch_size=5)
 
 
 def test_boxes_are_cut_off_at_the_edges() -> None:
@@ -394,8 +393,8 @@ def test_written_detections_are_read_by_pycocotools(tmp_path: Any, count: int) -
         {"image_id": 10, "category_id": 1, "bbox": [1.5, 2.0, 3.0, 1 / 3], "score": 0.1 * n}
         for n in range(count)
     ]
-    path = tmp_path / "detections.json"
-    write_detections(path, found)
+    path = tmp_path / "predictions.json"
+    write_predictions(path, found)
     assert json.loads(path.read_text()) == found
     if found:
         reference = COCO()
@@ -403,5 +402,5 @@ def test_written_detections_are_read_by_pycocotools(tmp_path: Any, count: int) -
         reference.createIndex()
         assert len(reference.loadRes(str(path)).dataset["annotations"]) == count
     with pytest.raises(ValueError, match="JSON"):
-        write_detections(path, [{"score": math.nan}])
+        write_predictions(path, [{"score": math.nan}])
     assert json.loads(path.read_text()) == found

@@ -202,6 +202,29 @@ def test_a_step_is_sgd_written_out(clip: float | None) -> None:
     assert [step.learning_rate for step in steps] == [learning_rate_at(recipe, s) for s in range(6)]
 
 
+def test_frozen_norms_keep_their_statistics_and_use_them() -> None:
+    recipe = FLOAT32.with_(norm_freeze_steps=4)  # of 12
+    trainer = Trainer(recipe)
+    trainer.run(0, 8)
+    before = trainer.state()
+    trainer.run(8, 12)
+    after = trainer.state()
+    for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
+        assert torch.equal(before[name], after[name]), name
+    assert not torch.equal(before["norm.weight"], after["norm.weight"])
+    assert not torch.equal(before["conv.weight"], after["conv.weight"])
+    # A step with frozen norms is one of the model in evaluation mode.
+    (batch,) = make_batches(8, 9)
+    expected = TinyDetector()
+    expected.load_state_dict(before)
+    expected.norm.eval()
+    losses = expected(batch.images, batch.targets)
+    again = Trainer(recipe)
+    again.model.load_state_dict(before)
+    (step,) = again.run(8, 9)
+    assert step.losses == pytest.approx({n: float(loss.detach()) for n, loss in losses.items()})
+
+
 def test_losses_are_the_models_own() -> None:
     trainer = Trainer(FLOAT32)
     expected = TinyDetector()
@@ -295,7 +318,7 @@ FILES = {
     "config.json",
     "curve.csv",
     "data.json",
-    "detections.json",
+    "predictions.json",
     "metrics.json",
     "model.safetensors",
     "run.json",
@@ -383,10 +406,10 @@ def test_a_finished_run_is_not_run_again(
 
 def test_the_weights_detect_as_the_run_did(uninterrupted: RunResult) -> None:
     from effspinenet_lib.data import open_dataset
-    from effspinenet_lib.training.evaluate import evaluate_detection
+    from effspinenet_lib.training.evaluate import evaluate
 
     model, _ = create_from_weights(uninterrupted.folder / "model.safetensors")
-    evaluation = evaluate_detection(model, open_dataset(SCENES, "eval"), 64, 16, 0, False)
+    evaluation = evaluate(model, open_dataset(SCENES, "eval"), "detection", 64, 16, 0, False)
     np.testing.assert_equal(evaluation.metrics, uninterrupted.metrics)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from effspinenet_lib.specs import (
     STEM_BLOCKS,
     BackboneSpec,
     BlockSpec,
+    Wiring,
     level_side,
 )
 
@@ -36,7 +38,8 @@ class BackboneOptions:
     """What Tables 4 and 9 switch.
 
     Attributes:
-        space_to_depth: resample down by space-to-depth (Figure 2) or by depthwise convolutions.
+        space_to_depth: resample down by space-to-depth (Figure 2) or by depthwise convolutions;
+            None is what fits the task's cost columns: true, but false for classification.
         weighted_fusion: Equation 1, or a plain sum.
         squeeze_excitation: in every MBConv, or in none.
         activation: `swish` or `relu`.
@@ -44,7 +47,7 @@ class BackboneOptions:
             released config's; the paper names the method only.
     """
 
-    space_to_depth: bool = True
+    space_to_depth: bool | None = None
     weighted_fusion: bool = True
     squeeze_excitation: bool = True
     activation: str = "swish"
@@ -59,7 +62,8 @@ class BackboneOptions:
         """
         for name in ("space_to_depth", "weighted_fusion", "squeeze_excitation"):
             value = getattr(self, name)
-            if not isinstance(value, bool):
+            unset = name == "space_to_depth" and value is None
+            if not unset and not isinstance(value, bool):
                 raise UserError(f"model option {name} is {value!r}; it must be true or false")
         if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise UnknownName("activation", str(self.activation), ACTIVATIONS)
@@ -70,27 +74,30 @@ class BackboneOptions:
             )
 
 
-class ScalePermutedBackbone(PyramidBackbone):
-    """Stem, 18 block groups wired as Table 1's topology, and five outputs P3 to P7.
+class ScalePermutedNetwork(PyramidBackbone):
+    """Stem, blocks wired as a specification says, outputs P3 to P7: what SpineNets share.
 
     Args:
-        spec: levels, wiring, feature dimensions and repeats.
-        options: the switches of the ablation tables.
+        spec: levels, wiring and feature dimensions.
+        stem: what stands before block 1.
+        groups: for each block its layers; those of the stem blocks change level and dimension.
+        fusions: for each block behind the stem, what makes one input of its inputs.
     """
 
-    def __init__(self, spec: BackboneSpec, options: BackboneOptions | None = None) -> None:
+    def __init__(
+        self,
+        spec: Wiring,
+        stem: nn.Module,
+        groups: Iterable[nn.Module],
+        fusions: Iterable[BlockFusion],
+    ) -> None:
         super().__init__()
         self.spec = spec
-        self.options = options or BackboneOptions()
         self.feature_dims = {level: block.feature_dim for level, block in spec.outputs.items()}
-        activation = self.options.activation
-        self.stem = conv_norm(
-            IMAGE_CHANNELS, spec.stem_dim, STEM_KERNEL, stride=2, activation=activation
-        )
-        self.groups = nn.ModuleList(self._group(block) for block in spec.blocks)
-        self.fusions = nn.ModuleDict(
-            {str(b.index): self._fusion(b) for b in spec.blocks[STEM_BLOCKS:]}
-        )
+        self.stem = stem
+        self.groups = nn.ModuleList(groups)
+        fused = (str(block.index) for block in spec.blocks[STEM_BLOCKS:])
+        self.fusions = nn.ModuleDict(dict(zip(fused, fusions, strict=True)))
         initialise(self)
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
@@ -114,68 +121,103 @@ class ScalePermutedBackbone(PyramidBackbone):
                 continue
             size = (level_side(height, block.level), level_side(width, block.level))
             fused = self.fusions[str(block.index)](
-                {index: features[index] for index in self._inputs(block)}, size
+                {index: features[index] for index in all_inputs(self.spec, block)}, size
             )
             features.append(group(fused))
         return {level: features[block.index] for level, block in self.spec.outputs.items()}
 
-    def _inputs(self, block: BlockSpec) -> tuple[int, ...]:
-        return block.inputs + self.spec.extra_inputs.get(block.index, ())
 
-    def _fusion(self, block: BlockSpec) -> BlockFusion:
-        inputs = [self.spec.blocks[index - 1] for index in self._inputs(block)]
-        return BlockFusion(block, inputs, self.options)
+class ScalePermutedBackbone(ScalePermutedNetwork):
+    """The network of MBConv blocks: 18 groups wired as Table 1's topology.
 
-    def _group(self, block: BlockSpec) -> nn.Sequential:
-        """Make the MBConv layers of a block; only the stem blocks change level or dimension."""
-        spec, options = self.spec, self.options
-        inputs, stride = block.feature_dim, 1
-        if block.index <= STEM_BLOCKS:
-            before = spec.blocks[block.index - 2] if block.index > 1 else None
-            inputs = before.feature_dim if before else spec.stem_dim
-            stride = 2 ** (block.level - (before.level if before else STEM_LEVEL))
-        return nn.Sequential(
-            *(
-                MBConv(
-                    inputs if repeat == 0 else block.feature_dim,
-                    block.feature_dim,
-                    block.kernel,
-                    stride if repeat == 0 else 1,
-                    spec.expansion_ratio,
-                    spec.squeeze_ratio if options.squeeze_excitation else None,
-                    options.activation,
-                    options.stochastic_depth * block.index / len(spec.blocks),
-                )
-                for repeat in range(block.repeats)
-            )
+    Args:
+        spec: levels, wiring, feature dimensions and repeats.
+        options: the switches of the ablation tables.
+    """
+
+    def __init__(self, spec: BackboneSpec, options: BackboneOptions | None = None) -> None:
+        options = options or BackboneOptions()
+        super().__init__(
+            spec,
+            conv_norm(
+                IMAGE_CHANNELS, spec.stem_dim, STEM_KERNEL, stride=2, activation=options.activation
+            ),
+            [_mbconv_group(spec, block, options) for block in spec.blocks],
+            [_mbconv_fusion(spec, block, options) for block in spec.blocks[STEM_BLOCKS:]],
         )
+        self.options = options
+
+
+def _mbconv_group(spec: BackboneSpec, block: BlockSpec, options: BackboneOptions) -> nn.Sequential:
+    """Make the MBConv layers of a block; only the stem blocks change level or dimension."""
+    inputs, stride = block.feature_dim, 1
+    if block.index <= STEM_BLOCKS:
+        before = spec.blocks[block.index - 2] if block.index > 1 else None
+        inputs = before.feature_dim if before else spec.stem_dim
+        stride = 2 ** (block.level - (before.level if before else STEM_LEVEL))
+    return nn.Sequential(
+        *(
+            MBConv(
+                inputs if repeat == 0 else block.feature_dim,
+                block.feature_dim,
+                block.kernel,
+                stride if repeat == 0 else 1,
+                spec.expansion_ratio,
+                spec.squeeze_ratio if options.squeeze_excitation else None,
+                options.activation,
+                drop_rate(spec, block, options.stochastic_depth),
+            )
+            for repeat in range(block.repeats)
+        )
+    )
+
+
+def _mbconv_fusion(spec: BackboneSpec, block: BlockSpec, options: BackboneOptions) -> BlockFusion:
+    sources = [spec.blocks[index - 1] for index in all_inputs(spec, block)]
+    resample = {
+        source.index: Resample(
+            source.feature_dim,
+            source.level,
+            block.feature_dim,
+            block.level,
+            options.space_to_depth is not False,
+        )
+        for source in sources
+    }
+    return BlockFusion(resample, options.weighted_fusion, options.activation)
 
 
 class BlockFusion(nn.Module):
-    """Resample a block's inputs to its level and dimension, fuse them, activate."""
+    """Resample a block's inputs to its level and dimension, fuse them, activate.
 
-    def __init__(self, block: BlockSpec, inputs: list[BlockSpec], options: BackboneOptions) -> None:
+    Args:
+        resample: for the number of each input block a module that maps its features and the
+            target's (height, width) to what is fused.
+        weighted: by Equation 1, or a plain sum.
+        activation: `swish` or `relu`.
+    """
+
+    def __init__(self, resample: Mapping[int, nn.Module], weighted: bool, activation: str) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict(
-            {
-                str(source.index): Resample(
-                    source.feature_dim,
-                    source.level,
-                    block.feature_dim,
-                    block.level,
-                    options.space_to_depth,
-                )
-                for source in inputs
-            }
-        )
-        self.fuse = WeightedFusion(len(inputs)) if options.weighted_fusion else SumFusion()
-        self.activation = make_activation(options.activation)
+        self.resample = nn.ModuleDict({str(index): layer for index, layer in resample.items()})
+        self.fuse = WeightedFusion(len(resample)) if weighted else SumFusion()
+        self.activation = make_activation(activation)
 
     def forward(self, features: dict[int, Tensor], size: tuple[int, int]) -> Tensor:
         """Fuse input features, keyed by block number, into [N, feature_dim, *size]."""
         return self.activation(
             self.fuse([self.resample[str(index)](f, size) for index, f in features.items()])
         )
+
+
+def all_inputs(spec: Wiring, block: BlockSpec) -> tuple[int, ...]:
+    """Numbers of the blocks that a block fuses: its inputs, then the idle blocks it takes up."""
+    return block.inputs + spec.extra_inputs.get(block.index, ())
+
+
+def drop_rate(spec: Wiring, block: BlockSpec, last: float) -> float:
+    """Stochastic depth of a block: linear in its number, `last` at the last block."""
+    return last * block.index / len(spec.blocks)
 
 
 def check_image_size(height: int, width: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from effspinenet_lib.cli.console import print_table
-from effspinenet_lib.errors import DataError
+from effspinenet_lib.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,19 +34,23 @@ def detect(
         int | None, typer.Option(min=1, help="[default: as the model was trained]")
     ] = None,
 ) -> None:
-    """Find objects in a picture; draw their boxes and list them.
+    """Find objects in a picture; draw their boxes, and masks if the model gives them; list them.
 
     Example: `effspinenet detect street.jpg --weights model.safetensors --output found.png`
     """
-    from effspinenet_lib.cli.drawing import draw_boxes, save_picture
+    from effspinenet_lib.cli.drawing import draw_boxes, save_picture, tint
     from effspinenet_lib.training.checkpoint import create_from_weights
 
     model, facts = create_from_weights(weights)
+    if facts["task"] not in ("detection", "instances"):
+        raise UserError(f"{weights}: is a model for {facts['task']}; detect needs one that detects")
     pixels = read_picture(image)
     found = detections(model, pixels, image_size or facts["image_size"])
     kept = found["scores"] >= threshold
     boxes, scores, labels = (found[name][kept] for name in ("boxes", "scores", "labels"))
     names = [facts["categories"][label]["name"] for label in labels.tolist()]
+    if "masks" in found:
+        pixels = tint(pixels, found["masks"][kept].numpy(), labels.tolist())
     texts = [f"{name} {score:.2f}" for name, score in zip(names, scores.tolist(), strict=True)]
     save_picture(draw_boxes(pixels, boxes.numpy(), labels.tolist(), texts), output)
     rows = [
@@ -84,12 +88,13 @@ def detections(model: nn.Module, picture: NDArray[np.uint8], image_size: int) ->
         image_size: side of the square input; the picture's long side is resized to it.
 
     Returns:
-        `boxes` [K, 4] in pixels of the picture, `scores` [K] falling, `labels` int64 [K].
+        `boxes` [K, 4] in pixels of the picture, `scores` [K] falling, `labels` int64 [K] and, of
+        a model for instances, `masks` bool [K, H, W].
     """
     import torch
 
     from effspinenet_lib.data.augment import Placement, fitting_scale, normalise, place_image
-    from effspinenet_lib.training.evaluate import to_original
+    from effspinenet_lib.training.evaluate import paste_masks, to_original
 
     height, width = picture.shape[:2]
     scale = fitting_scale(height, width, image_size)
@@ -99,4 +104,7 @@ def detections(model: nn.Module, picture: NDArray[np.uint8], image_size: int) ->
         device = next(model.parameters(), canvas).device
         found: dict[str, Tensor] = model(canvas[None].to(device))[0]
     boxes = to_original(found["boxes"], scale, (height, width))
-    return {"boxes": boxes, "scores": found["scores"].cpu(), "labels": found["labels"].cpu()}
+    result = {"boxes": boxes, "scores": found["scores"].cpu(), "labels": found["labels"].cpu()}
+    if "masks" in found:
+        result["masks"] = paste_masks(found["masks"], boxes, (height, width))
+    return result

@@ -1,4 +1,4 @@
-"""Boxes with class names drawn on pictures."""
+"""Boxes with class names, and masks, drawn on pictures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COLOURS = tuple(FAMILY_COLOURS.values())
 SHORTEST_SIDE = 480  # smaller pictures are enlarged, so that names can be read
 LINE_SHARE, TEXT_SHARE = 0.003, 0.022  # of the picture's long side
 LEAST_TEXT = 10  # pixels
+MASK_OPACITY = 0.45
 TILE = 320  # side of a picture on a sheet
 GAP = 8
 
@@ -48,6 +49,17 @@ def draw_boxes(
         draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=line)
         _write(draw, (left, top), name, colour, font)
     return picture
+
+
+def tint(
+    image: NDArray[np.uint8], masks: NDArray[np.bool_], labels: Iterable[int]
+) -> NDArray[np.uint8]:
+    """Lay the colours of classes over masks [M, H, W] of a picture uint8 [H, W, 3]."""
+    tinted = image.astype(np.float32)
+    for mask, label in zip(masks, labels, strict=True):
+        colour = np.array(ImageColor.getrgb(COLOURS[label % len(COLOURS)])[:3], np.float32)
+        tinted[mask] = (1 - MASK_OPACITY) * tinted[mask] + MASK_OPACITY * colour
+    return tinted.round().astype(np.uint8)
 
 
 def _write(

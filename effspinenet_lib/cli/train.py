@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Workers = Annotated[
     int, typer.Option(min=0, help="Processes that load images; 0: none but the trainer itself.")
 ]
+Task = Annotated[
+    str, typer.Option(help="`detection`, `instances`, `classification` or `segmentation`.")
+]
 EvalSplit = Annotated[str, typer.Option(help="Part of the data to evaluate on.")]
 
 
@@ -36,9 +39,14 @@ def train(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side in pixels. [default: the model's own]")
     ] = None,
+    task: Task = "detection",
     recipe: Annotated[
-        str, typer.Option(help="Training settings by name; the options below change them.")
-    ] = "small_data_detection",
+        str | None,
+        typer.Option(
+            help="Training settings by name; the options below change them. "
+            "[default: small_data_<task>]"
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps; the schedule keeps its shape.")
     ] = None,
@@ -75,7 +83,9 @@ def train(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Train a finished run anew.")] = False,
 ) -> None:
-    """Train a detector, evaluate it, keep its weights.
+    """Train a model, evaluate it, keep its weights.
+
+    Classification is of single objects, cut out of the pictures.
 
     The same command given again goes on with a run that was stopped, and does not train a
     finished one again.
@@ -85,18 +95,20 @@ def train(
     - `effspinenet train --data shapescenes --image-size 128 --steps 500`
     - `effspinenet train --data my_pictures --image-size 256 --eval-split test`
     - `effspinenet train --data my_pictures --overfit 8 --steps 300`
+    - `effspinenet train --data shapescenes --task segmentation --image-size 128`
     """
-    from effspinenet_lib.recipes import get_recipe
+    from effspinenet_lib.recipes import SMALL_DATA_RECIPES, get_recipe
     from effspinenet_lib.training.run import RunConfig, train_run
     from effspinenet_lib.zoo import default_image_size
 
-    size = image_size or default_image_size(model)
-    settings = _changed(get_recipe(recipe), steps, batch_size, learning_rate)
+    size = image_size or default_image_size(model, task)
+    name = recipe or SMALL_DATA_RECIPES[task]
+    settings = _changed(get_recipe(name), steps, batch_size, learning_rate)
     if overfit is not None:
         settings, eval_split, images = _without_augmentation(settings), train_split, overfit
     config = RunConfig(
         model=model,
-        task="detection",
+        task=task,
         image_size=size,
         data=data_config(data, train_split, eval_split, images, size),
         recipe=settings,
@@ -104,7 +116,7 @@ def train(
         model_options=parse_settings(option or []),
     )
     result = train_run(config, output, force=force, workers=workers)
-    _print_metrics(f"{model} on {data}", result.metrics)
+    _print_metrics(f"{model} on {data}, {task}", result.metrics)
     typer.echo(
         f"{result.steps} steps, {result.images} images, {result.wall_seconds:.0f} s, "
         f"{result.images_per_second:.1f} images/s in training"
@@ -114,11 +126,8 @@ def train(
 
 
 def _print_metrics(title: str, metrics: dict[str, float]) -> None:
-    """Print the COCO metrics; one without any object to measure shows as a dash."""
-    from effspinenet_lib.training.evaluate import METRICS
-
-    rows = [(name, metrics[name]) for name in METRICS]
-    print_table(title, ("metric", "value (%)"), rows)
+    """Print a task's metrics; one without anything to measure shows as a dash."""
+    print_table(title, ("metric", "value (%)"), list(metrics.items()))
 
 
 def _changed(
@@ -145,21 +154,26 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = EVALUATION_BATCH,
     workers: Workers = 0,
 ) -> None:
-    """Measure a trained detector: the 12 COCO metrics.
+    """Measure a trained model by the metrics of its task.
+
+    Detection and instances: the 12 COCO metrics of boxes, and of masks. Classification: top-1
+    and top-5. Segmentation: mIOU.
 
     Example: `effspinenet evaluate --weights runs/0123456789ab/model.safetensors --data my_pictures`
     """
     from effspinenet_lib.data import open_dataset
     from effspinenet_lib.training.checkpoint import create_from_weights
-    from effspinenet_lib.training.evaluate import evaluate_detection
+    from effspinenet_lib.training.evaluate import evaluate as measure
 
     model, facts = create_from_weights(weights)
     size = image_size or facts["image_size"]
     dataset = open_dataset(
-        data_config(data, eval_split=eval_split, images=images, image_size=size), "eval"
+        data_config(data, eval_split=eval_split, images=images, image_size=size),
+        "eval",
+        facts["task"],
     )
     _check_categories(weights, facts["categories"], dataset)
-    evaluation = evaluate_detection(model, dataset, size, batch_size, workers=workers)
+    evaluation = measure(model, dataset, facts["task"], size, batch_size, workers=workers)
     _print_metrics(f"{facts['model']} on {dataset.name}", evaluation.metrics)
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effspinenet_lib.data.augment import Augmentation
+    from effspinenet_lib.data.crops import ObjectCrops
     from effspinenet_lib.data.dataset import (
         Category,
         Dataset,
         Sample,
+        classes_of,
         require_same_categories,
     )
     from effspinenet_lib.data.loader import Batch, evaluation_loader, training_loader
@@ -31,8 +33,10 @@ _HOMES = {
     "Category": "dataset",
     "DataConfig": "source",
     "Dataset": "dataset",
+    "ObjectCrops": "crops",
     "Sample": "dataset",
     "ShapeScenes": "scenes",
+    "classes_of": "dataset",
     "detect_format": "source",
     "evaluation_loader": "loader",
     "export_coco": "source",
@@ -47,8 +51,10 @@ __all__ = [
     "Category",
     "DataConfig",
     "Dataset",
+    "ObjectCrops",
     "Sample",
     "ShapeScenes",
+    "classes_of",
     "detect_format",
     "evaluation_loader",
     "export_coco",

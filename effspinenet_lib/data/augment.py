@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from effspinenet_lib.data.dataset import Sample
+from effspinenet_lib.data.masks import SEMANTIC_IGNORE
 from effspinenet_lib.errors import UserError
 
 # ImageNet's channel means and deviations for inputs in 0..1, as torchvision publishes them.
@@ -166,20 +167,51 @@ def place_boxes(
     return boxes.astype(np.float32), keep
 
 
-def training_target(sample: Sample, placement: Placement, image_size: int) -> Target:
-    """The target of one placed sample: boxes [M, 4], labels [M], iscrowd [M]."""
+def place_masks(
+    masks: NDArray[np.bool_], placement: Placement, image_size: int
+) -> NDArray[np.bool_]:
+    """Masks [M, H, W] on the input, [M, S, S]: the pixels that an object covers half or more of."""
+    placed = np.zeros((len(masks), image_size, image_size), np.bool_)
+    for mask, canvas in zip(masks, placed, strict=True):
+        pixels = place_image(mask[:, :, None] * np.uint8(255), placement, image_size)[0].numpy()
+        canvas[: pixels.shape[0], : pixels.shape[1]] = pixels > 127
+    return placed
+
+
+def place_semantic(
+    labels: NDArray[np.uint8], placement: Placement, image_size: int
+) -> NDArray[np.uint8]:
+    """Semantic labels [H, W] on the input, [S, S], by the nearest pixel; padding does not count."""
+    height, width = labels.shape
+    rows, columns = scaled_size(height, width, placement.scale)
+    down = np.arange(placement.top, min(rows, placement.top + image_size))
+    across = np.arange(placement.left, min(columns, placement.left + image_size))
+    nearest = [
+        np.minimum(((positions + 0.5) / placement.scale).astype(np.int64), side - 1)
+        for positions, side in ((down, height), (across, width))
+    ]
+    shown = labels[nearest[0][:, None], nearest[1]]
+    placed = np.full((image_size, image_size), SEMANTIC_IGNORE, np.uint8)
+    placed[: len(down), : len(across)] = shown[:, ::-1] if placement.flip else shown
+    return placed
+
+
+def training_target(sample: Sample, placement: Placement, image_size: int, task: str) -> Target:
+    """The target of one placed sample, as `tasks.base` describes it for the task."""
+    if task == "classification":
+        return {"label": torch.tensor(int(sample.labels[0]))}
+    if task == "segmentation":
+        assert sample.semantic is not None
+        placed = place_semantic(sample.semantic, placement, image_size)
+        return {"semantic": torch.from_numpy(placed.astype(np.int64))}
     boxes, keep = place_boxes(sample, placement, image_size)
-    return {
+    target = {
         "boxes": torch.from_numpy(boxes[keep]),
         "labels": torch.from_numpy(sample.labels[keep]),
         "iscrowd": torch.from_numpy(sample.iscrowd[keep]),
     }
-
-
-def evaluation_target(sample: Sample, scale: float) -> Target:
-    """The target of a whole, unflipped sample at `scale`; no box is dropped."""
-    return {
-        "boxes": torch.from_numpy((sample.boxes * np.float32(scale)).astype(np.float32)),
-        "labels": torch.from_numpy(sample.labels),
-        "iscrowd": torch.from_numpy(sample.iscrowd),
-    }
+    if task == "instances":
+        assert sample.masks is not None
+        masks = place_masks(sample.masks[keep], placement, image_size)
+        target["masks"] = torch.from_numpy(masks)
+    return target

@@ -29,7 +29,7 @@ class CocoFolder(FolderDataset):
 
     "train" also finds `instances_train2017.json`. Images are looked for in `<split>/`,
     `<split>2017/`, the same below `images/`, `images/` itself and the folder itself. Segmentations
-    are passed on in `ground_truth`, unread.
+    are passed on in `ground_truth`, and read where a task needs masks.
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str, images: int | None = None) -> None:
@@ -47,6 +47,11 @@ class CocoFolder(FolderDataset):
         folder = _image_folder(Path(root), split, names[0], self.path)
         check_images(folder, names, self.path)
         super().__init__(f"{Path(root).name} {split}", truth, folder)
+
+    @property
+    def origin(self) -> str:
+        """The annotation file."""
+        return str(self.path)
 
     def ground_truth(self) -> Truth:
         """The annotations as a COCO dictionary, read from the file again."""

@@ -1,4 +1,4 @@
-"""What every detection data set here has in common: compact annotations and one way to load.
+"""What every data set here has in common: compact annotations and one way to load.
 
 Annotations lie in a few NumPy arrays rather than in one Python object a box, so that worker
 processes share them and a set the size of COCO costs megabytes.
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from effspinenet_lib.data.masks import RunLengths, paint_semantic
 from effspinenet_lib.errors import DataError
 
 # COCO's area limits, in original pixels: small below the first, large above the second.
@@ -32,7 +33,7 @@ class Category:
 
 @dataclass
 class Sample:
-    """One image with its boxes.
+    """One image with its annotations.
 
     Attributes:
         image: uint8 [H, W, 3], RGB.
@@ -42,6 +43,9 @@ class Sample:
         area: float32 [M], the annotated area in pixels (of the mask where there is one).
         image_id: the image's id in the annotation file.
         file_name: the image's name in the annotation file.
+        masks: bool [M, H, W], the pixels of each box's object; loaded for instances.
+        semantic: uint8 [H, W], 0 for the background, 1 more than the label for objects, 255
+            where it does not count; loaded for segmentation.
     """
 
     image: NDArray[np.uint8]
@@ -51,6 +55,8 @@ class Sample:
     area: NDArray[np.float32]
     image_id: int
     file_name: str
+    masks: NDArray[np.bool_] | None = None
+    semantic: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,12 @@ class Dataset(ABC):
         self.name = name
         self.categories = tuple(categories)
         self.annotations = annotations
+        self._run_lengths: RunLengths | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where the annotations come from, for messages about one of them."""
+        return self.name
 
     @abstractmethod
     def load_image(self, index: int) -> NDArray[np.uint8]:
@@ -168,8 +180,39 @@ class Dataset(ABC):
         """The id of image `index` in the annotation file."""
         return int(self.annotations.image_ids[index])
 
-    def load(self, index: int) -> Sample:
-        """Image `index` with its boxes."""
+    def prepare(self, task: str) -> None:
+        """Read what `task` needs besides boxes, before worker processes share it.
+
+        Raises:
+            DataError: the data set lacks it.
+        """
+        if task in ("instances", "segmentation") and self._run_lengths is None:
+            self._run_lengths = RunLengths(self.ground_truth(), self.origin)
+
+    def masks(self, index: int) -> NDArray[np.bool_]:
+        """The masks of the boxes of image `index`, [M, H, W].
+
+        Raises:
+            DataError: the data set has none.
+        """
+        self.prepare("instances")
+        assert self._run_lengths is not None
+        height, width = self.annotations.sizes[index].tolist()
+        return self._run_lengths.decode(self.annotations.rows(index), height, width)
+
+    def semantic(self, index: int) -> NDArray[np.uint8]:
+        """The semantic labels of image `index`, [H, W]; see `Sample.semantic`.
+
+        Raises:
+            DataError: the data set has none.
+        """
+        rows = self.annotations.rows(index)
+        return paint_semantic(
+            self.masks(index), self.annotations.labels[rows], self.annotations.area[rows]
+        )
+
+    def load(self, index: int, task: str = "detection") -> Sample:
+        """Image `index` with the annotations that `task` needs."""
         table, rows = self.annotations, self.annotations.rows(index)
         return Sample(
             image=self.load_image(index),
@@ -179,6 +222,8 @@ class Dataset(ABC):
             area=table.area[rows].copy(),
             image_id=self.image_id(index),
             file_name=str(table.file_names[index]),
+            masks=self.masks(index) if task == "instances" else None,
+            semantic=self.semantic(index) if task == "segmentation" else None,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -200,6 +245,11 @@ class Dataset(ABC):
                 for category, row in zip(self.categories, counts.tolist(), strict=True)
             },
         }
+
+
+def classes_of(dataset: Dataset, task: str) -> int:
+    """Classes that a model for `task` needs; in segmentation the background is one."""
+    return len(dataset.categories) + (task == "segmentation")
 
 
 def require_same_categories(first: Dataset, second: Dataset) -> None:

@@ -17,7 +17,6 @@ from effspinenet_lib.data.augment import (
     Placement,
     Target,
     draw_placement,
-    evaluation_target,
     fitting_scale,
     normalise,
     place_image,
@@ -40,8 +39,8 @@ class Batch:
 
     Attributes:
         images: float32 [N, 3, S, S], normalised, zeros at the bottom and the right.
-        targets: one dictionary an image: boxes float32 [M, 4] (x1 y1 x2 y2, input pixels),
-            labels int64 [M], iscrowd bool [M].
+        targets: in training one dictionary an image, as `tasks.base` describes it for the task;
+            none in evaluation.
         image_ids: the images' ids in the annotation file.
         scales: float32 [N], input pixels per original pixel.
         sizes: original height and width of every image.
@@ -72,7 +71,7 @@ class Batch:
 @dataclass
 class _Item:
     pixels: Tensor
-    target: Target
+    target: Target | None
     image_id: int
     scale: float
     size: tuple[int, int]
@@ -88,7 +87,7 @@ class _Collate:
             normalise(item.pixels, canvas)
         return Batch(
             images=images,
-            targets=[item.target for item in items],
+            targets=[item.target for item in items if item.target is not None],
             image_ids=tuple(item.image_id for item in items),
             scales=torch.tensor([item.scale for item in items], dtype=torch.float32),
             sizes=[item.size for item in items],
@@ -101,16 +100,17 @@ class _TrainingItems(TorchDataset[_Item]):
     image_size: int
     augmentation: Augmentation
     seed: int
+    task: str
 
     def __getitem__(self, key: EpochAndIndex) -> _Item:
         epoch, index = key
-        sample = self.dataset.load(index)
+        sample = self.dataset.load(index, self.task)
         height, width = sample.image.shape[:2]
         generator = _generator(_AUGMENTATION_STREAM, self.seed, epoch, index)
         placement = draw_placement(height, width, self.image_size, self.augmentation, generator)
         return _Item(
             pixels=place_image(sample.image, placement, self.image_size),
-            target=training_target(sample, placement, self.image_size),
+            target=training_target(sample, placement, self.image_size, self.task),
             image_id=sample.image_id,
             scale=placement.scale,
             size=(height, width),
@@ -128,7 +128,7 @@ class _EvaluationItems(TorchDataset[_Item]):
         scale = fitting_scale(height, width, self.image_size)
         return _Item(
             pixels=place_image(sample.image, Placement(scale), self.image_size),
-            target=evaluation_target(sample, scale),
+            target=None,
             image_id=sample.image_id,
             scale=scale,
             size=(height, width),
@@ -186,6 +186,7 @@ def training_loader(
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    task: str = "detection",
 ) -> DataLoader[Any]:
     """The batches of steps `start_step` to `total_steps - 1`.
 
@@ -204,9 +205,11 @@ def training_loader(
         workers: loading processes; 0 loads in this process.
         rank: this process among `world_size`.
         world_size: training processes.
+        task: what the targets are for.
 
     Raises:
         UserError: an empty data set, or a batch that `world_size` does not divide.
+        DataError: the data set lacks what the task needs.
     """
     if len(dataset) == 0:
         raise UserError(f"{dataset.name} has no images to train on")
@@ -215,7 +218,8 @@ def training_loader(
             f"a batch of {batch_size} images cannot be shared equally by {world_size} processes"
         )
     order = TrainingOrder(len(dataset), batch_size, seed, start_step, total_steps, rank, world_size)
-    items = _TrainingItems(dataset, image_size, augmentation, seed)
+    dataset.prepare(task)
+    items = _TrainingItems(dataset, image_size, augmentation, seed, task)
     return _loader(items, order, image_size, workers)
 
 

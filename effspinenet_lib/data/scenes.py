@@ -28,8 +28,6 @@ from effspinenet_lib.files import atomic_write, ensure_folder, locked, read_json
 
 CACHE_VARIABLE = "EFFSPINENET_CACHE"
 DEFAULT_SETTINGS = SceneSettings()
-# Side of a cut-out over the long side of the object (our choice).
-CROP_CONTEXT = 1.25
 
 
 def cache_folder() -> Path:
@@ -73,11 +71,12 @@ class ShapeScenes(Dataset):
         self.split, self.image_size, self.seed, self.settings = split, image_size, seed, settings
         self.folder = _ensure_split(split, images, image_size, seed, settings)
         self._images: NDArray[np.uint8] | None = None
+        self._semantic: NDArray[np.uint8] | None = None
         super().__init__(f"ShapeScenes {split}", CATEGORIES, _read_annotations(self.ground_truth()))
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be pickled as a copy of all images; workers map the file anew.
-        return {**self.__dict__, "_images": None}
+        return {**self.__dict__, "_images": None, "_semantic": None}
 
     def load_image(self, index: int) -> NDArray[np.uint8]:
         """Image `index` as uint8 [S, S, 3], RGB."""
@@ -85,47 +84,42 @@ class ShapeScenes(Dataset):
             self._images = np.load(self.folder / "images.npy", mmap_mode="r")
         return np.array(self._images[index])
 
+    def prepare(self, task: str) -> None:
+        """Make the semantic labels if the cache has them not; masks are in the annotations."""
+        if task != "segmentation":
+            super().prepare(task)
+            return
+        path = self.folder / "semantic.npy"
+        if not path.exists():
+            with locked(self.folder.with_name(self.folder.name + ".making")):
+                if not path.exists():
+                    self._make_semantic(path)
+
+    def _make_semantic(self, path: Path) -> None:
+        progress = tqdm(range(len(self)), desc=f"{self.name}, labels", unit="image", disable=None)
+        header = {"descr": "|u1", "fortran_order": False, "shape": self._shape()}
+        with atomic_write(path, "wb") as labels:
+            np.lib.format.write_array_header_1_0(labels, header)
+            for index in progress:
+                labels.write(self.scene(index).semantic.tobytes())
+
+    def _shape(self) -> tuple[int, int, int]:
+        return len(self), self.image_size, self.image_size
+
+    def semantic(self, index: int) -> NDArray[np.uint8]:
+        """The semantic labels of image `index`, [S, S]; 255: objects too hidden to be annotated."""
+        if self._semantic is None:
+            self.prepare("segmentation")
+            self._semantic = np.load(self.folder / "semantic.npy", mmap_mode="r")
+        return np.array(self._semantic[index])
+
     def scene(self, index: int) -> Scene:
         """Scene `index` drawn anew, with masks and semantic labels; objects as in `load`."""
         return render_scene(self.settings, self.seed, self.split, index, self.image_size)
 
-    def crops(self) -> Crops:
-        """The single objects, for classification."""
-        return Crops(self)
-
     def ground_truth(self) -> dict[str, Any]:
         """The annotations as a COCO dictionary; masks are compressed run lengths."""
         return dict(read_json(self.folder / "annotations.json"))
-
-
-class Crops:
-    """Square cut-outs of the single objects of a ShapeScenes split, crowds left out."""
-
-    def __init__(self, scenes: ShapeScenes) -> None:
-        table = scenes.annotations
-        self._scenes = scenes
-        self._rows = np.flatnonzero(~table.iscrowd)
-        self._owners = np.searchsorted(table.starts, self._rows, side="right") - 1
-        self.categories = scenes.categories
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def load(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        """Cut-out `index` as uint8 [C, C, 3], and its label (an index into `categories`).
-
-        C is `CROP_CONTEXT` times the long side of the object's box; what lies beyond the image
-        repeats its edge.
-        """
-        table, row = self._scenes.annotations, self._rows[index]
-        left, top, right, bottom = table.boxes[row].tolist()
-        side = round(CROP_CONTEXT * max(right - left, bottom - top))
-        offsets = np.arange(side) - side // 2
-        image = self._scenes.load_image(int(self._owners[index]))
-        limit = self._scenes.image_size - 1
-        rows = np.clip(int(top + bottom) // 2 + offsets, 0, limit)
-        columns = np.clip(int(left + right) // 2 + offsets, 0, limit)
-        return image[rows[:, None], columns], int(table.labels[row])
 
 
 def _ensure_split(

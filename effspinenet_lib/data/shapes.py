@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from effspinenet_lib.data.dataset import Category
+from effspinenet_lib.data.masks import SEMANTIC_IGNORE
 from effspinenet_lib.data.rendering import (
     ANGLES,
     SHAPES,
@@ -53,8 +54,6 @@ _NEAR_CLASSES = tuple(
 )
 _OTHER_SHAPES = tuple(shape for shape in SHAPES if shape not in _CLASS_SHAPES)
 
-# Semantic labels: 0 background, then the category ids; pixels of objects too hidden to annotate.
-SEMANTIC_IGNORE = 255
 # Larger canvases overflow the int32 products of the rasteriser.
 MAX_IMAGE_SIZE = 512
 

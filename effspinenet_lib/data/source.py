@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from effspinenet_lib.data.coco import CocoFolder
+from effspinenet_lib.data.crops import ObjectCrops
 from effspinenet_lib.data.dataset import Dataset
 from effspinenet_lib.data.scenes import ShapeScenes, export_split, generator_key
 from effspinenet_lib.data.shapes import MAX_IMAGE_SIZE
@@ -122,8 +123,12 @@ def detect_format(root: str | os.PathLike[str]) -> str:
     )
 
 
-def open_dataset(config: DataConfig, split: Literal["train", "eval"]) -> Dataset:
+def open_dataset(
+    config: DataConfig, split: Literal["train", "eval"], task: str = "detection"
+) -> Dataset:
     """Open the training or the evaluation part of the data.
+
+    For `classification` it is the single objects, cut out.
 
     Raises:
         UserError: `split` is neither, or the cache cannot be written.
@@ -132,6 +137,11 @@ def open_dataset(config: DataConfig, split: Literal["train", "eval"]) -> Dataset
     if split not in ("train", "eval"):
         raise UnknownName("part of the data", split, ("train", "eval"))
     name, images = config.split_of(split), config.images_of(split)
+    whole = _open(config, name, images)
+    return ObjectCrops(whole) if task == "classification" else whole
+
+
+def _open(config: DataConfig, name: str, images: int | None) -> Dataset:
     if config.format == "shapescenes":
         assert images is not None
         size = config.image_size or SCENE_IMAGE_SIZE

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 from numpy.typing import NDArray
@@ -35,7 +36,8 @@ from effspinenet_lib.specs import (
 )
 
 WIRING_WIDTH, WIRING_HEIGHT = 7.6, 4.6  # inches
-BOX_WIDTH, BOX_HEIGHT = 0.66, 0.5
+BOX_WIDTH, BOX_HEIGHT = 0.76, 0.58
+LINE_OFFSET = 0.12  # of the two lines of a block's text from its middle
 SMALLEST_BOX, LARGEST_BOX = 0.3, 0.62
 OUTPUT_BORDER = 3.0
 # A link's bow in levels, negative towards the higher resolution; the first that crosses the
@@ -179,10 +181,17 @@ def _arrow(axes: Axes, position: float) -> None:
 
 
 def wiring(spec: BackboneSpec) -> Picture:
+    """Draw the wiring of a scale-permuted network; see `wiring_figure`."""
+    return to_picture(wiring_figure(spec), describe_wiring(spec))
+
+
+def wiring_figure(spec: BackboneSpec) -> Figure:
     """Draw a scale-permuted network: blocks in order, placed and coloured by level.
 
-    Lines are the connections, drawn in the colour of the block that they come from; outputs have
-    bold borders; a dashed line is an input that the rule for unconsumed blocks adds.
+    A box holds the block's number and, below it, its channels; ×2 above it says that its
+    layers repeat. Lines are the
+    connections, drawn in the colour of the block that they come from; outputs have bold borders;
+    a dashed line is an input that the rule for unconsumed blocks adds.
     """
     with drawing():
         figure = new_figure(WIRING_WIDTH, WIRING_HEIGHT)
@@ -198,17 +207,19 @@ def wiring(spec: BackboneSpec) -> Picture:
         for block in spec.blocks:
             _draw_block(axes, block)
         _level_axis(axes, spec)
-        return to_picture(figure, describe_wiring(spec))
+        return figure
 
 
 def describe_wiring(spec: BackboneSpec) -> str:
     """The wiring in words, block by block."""
+    dims = words(str(block.feature_dim) for block in spec.blocks)
     sentences = [f"Wiring of {len(spec.blocks)} blocks in order after the stem convolution."]
     for block in spec.blocks:
         sources = (*block.inputs, *spec.extra_inputs.get(block.index, ()))
         origin = "the stem" if sources == (STEM_INPUT,) else words(map(str, sources))
         role = f", output P{block.level}" if block.is_output else ""
         sentences.append(f"Block {block.index} at level {block.level} takes {origin}{role}.")
+    sentences.append(f"Channels in order: {dims}.")
     return " ".join(sentences)
 
 
@@ -231,7 +242,19 @@ def _draw_block(axes: Axes, block: BlockSpec) -> None:
         "color": LEVEL_TEXT[block.level],
         "zorder": 4,
     }
-    axes.text(block.index, block.level, str(block.index), weight="bold", **style)
+    axes.text(block.index, block.level - LINE_OFFSET, str(block.index), weight="bold", **style)
+    dim = str(block.feature_dim)
+    axes.text(block.index, block.level + LINE_OFFSET, dim, fontsize=FONT_SIZE - 2, **style)
+    if block.repeats > 1:
+        above = block.level - 0.5 * BOX_HEIGHT - 0.03
+        axes.text(
+            block.index,
+            above,
+            f"×{block.repeats}",
+            ha="center",
+            va="bottom",
+            fontsize=FONT_SIZE - 2,
+        )
     if block.is_output:
         offset = 0.5 * BOX_HEIGHT + 0.1
         axes.text(

@@ -15,13 +15,15 @@ PACKAGE_FILE = "datapackage.json"
 # Folder -> the sources that its measurements may carry; smoke is never part of the package.
 FOLDER_SOURCES = {
     "paper": ("paper",),
+    "cost": ("cost",),
     "proxy": ("proxy", "cost"),
     "paper_scale": ("paper_scale", "cost"),
     "smoke": ("smoke", "cost"),
 }
-PACKAGED_FOLDERS = ("paper", "proxy", "paper_scale")
+PACKAGED_FOLDERS = ("paper", "cost", "proxy", "paper_scale")
 FOLDER_TITLES = {
     "paper": "transcribed from the paper, as printed",
+    "cost": "counted on the built models",
     "proxy": "measured by the proxy profile",
     "paper_scale": "measured at the paper's settings",
 }

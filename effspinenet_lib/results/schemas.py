@@ -235,6 +235,29 @@ CLAIM = Schema(
     ("claim",),
 )
 
+COST = Schema(
+    "cost",
+    (
+        _ITEM,
+        _ROW,
+        Field("model", "string", "Name for create_model.", True),
+        Field("task", "string", "What the model was built for.", True, enum=TASKS),
+        Field("metric", "string", "What was counted.", True, enum=("multi_adds", "parameters")),
+        Field("options", "string", "Options of create_model that the row switches."),
+        Field("image_size", "integer", "Side of the square image in pixels.", True, minimum=1),
+        Field("num_classes", "integer", "Classes of the model.", True, minimum=1),
+        Field("measured", "number", "Counted on the built model.", True),
+        Field("printed", "number", "The paper's number, as printed.", True),
+        _UNIT,
+        Field("difference_percent", "number", "Measured over printed, less 100 %.", True),
+        Field("rests_on", "string", "Choices that the paper leaves open and this number needs."),
+        Field("note", "string", "Why the two differ, or what was tried."),
+        _COMMIT,
+        _DATE,
+    ),
+    ("item", "row", "metric"),
+)
+
 MEASUREMENT_COLUMNS = MEASUREMENT.columns
 RUN_COLUMNS = RUN.columns
 
@@ -245,6 +268,7 @@ def schema_of_file(name: str) -> Schema | None:
         "runs.csv": RUN,
         "misprints.csv": MISPRINT,
         "claims.csv": CLAIM,
+        "costs.csv": COST,
     }
     if re.fullmatch(ITEM_PATTERN + r"\.csv", name):
         return MEASUREMENT

@@ -24,6 +24,7 @@ from torch import nn
 from effspinenet_lib import zoo
 from effspinenet_lib.errors import CheckpointError
 from effspinenet_lib.files import atomic_write
+from effspinenet_lib.tasks.base import TaskModel
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
     return state, metadata
 
 
-def create_from_weights(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def create_from_weights(path: str | Path) -> tuple[TaskModel, dict[str, Any]]:
     """The model that a weights file is of, in evaluation mode, and the file's metadata.
 
     The model is on the accelerator where there is one.

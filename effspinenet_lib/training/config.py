@@ -10,6 +10,7 @@ from typing import Any
 from effspinenet_lib.data import DataConfig, Dataset
 from effspinenet_lib.recipes import Recipe, recipe_from_dict
 from effspinenet_lib.results import run_key
+from effspinenet_lib.zoo import known_options
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class RunConfig:
     @property
     def options(self) -> dict[str, Any]:
         """The options the model is created with."""
-        return {"stochastic_depth": self.recipe.stochastic_depth, **self.model_options}
+        known = known_options(self.model)
+        drop = {"stochastic_depth": self.recipe.stochastic_depth}
+        return {**(drop if "stochastic_depth" in known else {}), **self.model_options}
 
     @property
     def key(self) -> str:

@@ -1,151 +1,186 @@
-"""The 12 COCO metrics, and detecting over a whole data set to get them."""
+"""Predicting over a whole data set, and what the predictions are worth by the task's metrics."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from faster_coco_eval import COCO, COCOeval_faster
+from pycocotools import mask as coco_mask
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from effspinenet_lib.data import Batch, Dataset, evaluation_loader
-from effspinenet_lib.errors import DataError, UserError
+from effspinenet_lib.data import Dataset, classes_of, evaluation_loader
+from effspinenet_lib.data.augment import scaled_size
+from effspinenet_lib.errors import UserError
 from effspinenet_lib.files import atomic_write
+from effspinenet_lib.training.coco import METRICS, coco_metrics
+from effspinenet_lib.training.metrics import Accuracy, ConfusionMatrix
 
-# In the order of COCO's summary: precision at 0.50:0.95, 0.50 and 0.75 and by object size, then
-# recall at 1, 10 and 100 detections an image and by object size.
-METRICS = (
-    *("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L"),
-    *("AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L"),
-)
-IOU_TYPES = ("bbox", "segm")
-# What COCO's summary gives where there is no object to find.
-UNDEFINED = -1.0
+# Metrics of a task that are printed and compared, the most telling first.
+MASK_METRICS = tuple(f"{name}_mask" for name in METRICS)
+TASK_METRICS: dict[str, tuple[str, ...]] = {
+    "detection": METRICS,
+    "instances": (*METRICS, *MASK_METRICS),
+    "classification": ("top1", "top5"),
+    "segmentation": ("mIOU",),
+}
+MASK_THRESHOLD = 0.5  # probability from which a pixel is the object's (Mask R-CNN)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model detects in a data set, and how well.
+    """What a model predicts on a data set, and how well.
 
     Attributes:
-        metrics: the 12 COCO metrics in percent; NaN where there is no object to find.
-        detections: COCO result records: `image_id`, `category_id`, `bbox` (x, y, width, height
-            in pixels of the original image) and `score`.
+        metrics: `TASK_METRICS` in percent; NaN where there is nothing to find.
+        predictions: COCO result records: `image_id`, `category_id`, `score`; for detection and
+            instances `bbox` (x, y, width, height in pixels of the original image), for instances
+            `segmentation` (compressed run lengths). Empty for the task segmentation.
     """
 
     metrics: dict[str, float]
-    detections: list[dict[str, Any]]
+    predictions: list[dict[str, Any]]
 
 
-def coco_metrics(
-    ground_truth: Mapping[str, Any],
-    detections: Sequence[Mapping[str, Any]],
-    iou_type: str = "bbox",
-) -> dict[str, float]:
-    """Compute COCO's 12 metrics as pycocotools does; the arguments are left as they are.
+class _Evaluator(ABC):
+    """Collects the predictions of one data set."""
 
-    Args:
-        ground_truth: a COCO dictionary with `images`, `annotations` and `categories`.
-        detections: COCO result records; with `bbox` for "bbox", `segmentation` (RLE) for "segm".
-        iou_type: "bbox" or "segm".
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.predictions: list[dict[str, Any]] = []
 
-    Returns:
-        `METRICS` in percent; NaN where there is no object to find.
+    @abstractmethod
+    def add(self, index: int, output: Mapping[str, Tensor], scale: float) -> None:
+        """Take the prediction of image `index`, whose input was at `scale`."""
 
-    Raises:
-        DataError: an annotation or detection lacks a key, names an unknown image or category,
-            or holds a number that is not finite; names the record.
-    """
-    if iou_type not in IOU_TYPES:
-        raise ValueError(f"iou_type is {iou_type!r}; it must be one of {', '.join(IOU_TYPES)}")
-    shape = "bbox" if iou_type == "bbox" else "segmentation"
-    truth = _checked_truth(ground_truth, shape)
-    found = _checked_detections(detections, truth, shape)
-    reference = COCO(truth)
-    evaluation = COCOeval_faster(
-        reference, reference.loadRes(found), iou_type, print_function=_say_nothing
-    )
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    values = (float(value) for value in evaluation.stats)
-    return {
-        name: math.nan if value == UNDEFINED else 100.0 * value
-        for name, value in zip(METRICS, values, strict=True)
-    }
+    @abstractmethod
+    def metrics(self) -> dict[str, float]:
+        """The metrics of all that was added, in percent."""
 
+    def check_class(self, highest: int) -> None:
+        """Refuse a class that the data set lacks.
 
-def _say_nothing(*_: Any, **__: Any) -> None:
-    pass
-
-
-def _checked_truth(ground_truth: Mapping[str, Any], shape: str) -> dict[str, Any]:
-    """Copy what the evaluation reads.
-
-    Annotations are numbered from 1: COCO's matching takes the id 0 for "no match".
-    """
-    annotations = []
-    for number, annotation in enumerate(ground_truth["annotations"], start=1):
-        missing = {"image_id", "category_id", "area", shape} - set(annotation)
-        if missing:
-            raise DataError(f"ground truth: annotation {number} has no {min(missing)!r}")
-        crowd = int(annotation.get("iscrowd", 0))
-        annotations.append({**annotation, "id": number, "iscrowd": crowd})
-    return {
-        "images": [dict(image) for image in ground_truth["images"]],
-        "annotations": annotations,
-        "categories": [dict(category) for category in ground_truth["categories"]],
-    }
-
-
-def _checked_detections(
-    detections: Sequence[Mapping[str, Any]], truth: Mapping[str, Any], shape: str
-) -> list[dict[str, Any]]:
-    """Copy the keys that count; a `bbox` beside a mask would set the mask's area."""
-    images = {image["id"] for image in truth["images"]}
-    categories = {category["id"] for category in truth["categories"]}
-    kept = ("image_id", "category_id", shape, "score")
-    copies = []
-    for number, detection in enumerate(detections, start=1):
-        missing = [key for key in kept if key not in detection]
-        if missing:
-            raise DataError(f"detection {number} has no {missing[0]!r}")
-        if detection["image_id"] not in images:
-            raise DataError(f"detection {number}: image {detection['image_id']} is not listed")
-        if detection["category_id"] not in categories:
-            raise DataError(
-                f"detection {number}: category {detection['category_id']} is not listed"
+        Raises:
+            UserError: the model has more classes than the data set.
+        """
+        if highest >= len(self.dataset.categories):
+            raise UserError(
+                f"the model found class {highest}, counted from 0, but {self.dataset.name} has "
+                f"{len(self.dataset.categories)} categories; create it with that num_classes"
             )
-        numbers = [detection["score"], *(detection[shape] if shape == "bbox" else ())]
-        if not all(math.isfinite(value) for value in numbers):
-            raise DataError(f"detection {number}: a number of {numbers} is not finite")
-        copies.append({key: detection[key] for key in kept})
-    return copies
 
 
-def evaluate_detection(
+class _Boxes(_Evaluator):
+    def add(self, index: int, output: Mapping[str, Tensor], scale: float) -> None:
+        height, width = self.dataset.annotations.sizes[index].tolist()
+        corners = to_original(output["boxes"], scale, (height, width))
+        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+        labels = output["labels"].tolist()
+        self.check_class(max(labels, default=0))
+        records = [
+            {
+                "image_id": self.dataset.image_id(index),
+                "category_id": self.dataset.categories[label].id,
+                "bbox": box,
+                "score": score,
+            }
+            for box, score, label in zip(boxes, output["scores"].tolist(), labels, strict=True)
+        ]
+        if "masks" in output:
+            masks = paste_masks(output["masks"], corners, (height, width))
+            for record, mask in zip(records, masks, strict=True):
+                record["segmentation"] = _run_lengths(mask)
+        self.predictions += records
+
+    def metrics(self) -> dict[str, float]:
+        return coco_metrics(self.dataset.ground_truth(), self.predictions)
+
+
+class _Instances(_Boxes):
+    def metrics(self) -> dict[str, float]:
+        masks = coco_metrics(self.dataset.ground_truth(), self.predictions, "segm")
+        return {**super().metrics(), **dict(zip(MASK_METRICS, masks.values(), strict=True))}
+
+
+class _Classes(_Evaluator):
+    def __init__(self, dataset: Dataset) -> None:
+        super().__init__(dataset)
+        self.accuracy = Accuracy()
+
+    def add(self, index: int, output: Mapping[str, Tensor], scale: float) -> None:
+        del scale
+        scores = output["scores"].cpu()
+        best = int(scores.argmax())
+        self.check_class(best)
+        row = self.dataset.annotations.rows(index).start
+        label = torch.tensor([int(self.dataset.annotations.labels[row])])
+        self.accuracy.add(scores[None], label)
+        self.predictions.append(
+            {
+                "image_id": self.dataset.image_id(index),
+                "category_id": self.dataset.categories[best].id,
+                "score": float(scores[best]),
+            }
+        )
+
+    def metrics(self) -> dict[str, float]:
+        return self.accuracy.metrics()
+
+
+class _Pixels(_Evaluator):
+    def __init__(self, dataset: Dataset) -> None:
+        super().__init__(dataset)
+        dataset.prepare("segmentation")
+        self.confusion = ConfusionMatrix(classes_of(dataset, "segmentation"))
+
+    def add(self, index: int, output: Mapping[str, Tensor], scale: float) -> None:
+        height, width = self.dataset.annotations.sizes[index].tolist()
+        rows, columns = scaled_size(height, width, scale)
+        shown = output["logits"][None, :, :rows, :columns]
+        logits = F.interpolate(shown.float(), (height, width), mode="bilinear")[0]
+        self.check_class(len(logits) - 2)
+        expected = torch.from_numpy(self.dataset.semantic(index)).long()
+        self.confusion.add(logits.argmax(0).cpu(), expected)
+
+    def metrics(self) -> dict[str, float]:
+        return self.confusion.metrics()
+
+
+_EVALUATORS: dict[str, type[_Evaluator]] = {
+    "detection": _Boxes,
+    "instances": _Instances,
+    "classification": _Classes,
+    "segmentation": _Pixels,
+}
+
+
+def evaluate(
     model: nn.Module,
     dataset: Dataset,
+    task: str,
     image_size: int,
     batch_size: int,
     workers: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """Detect in every image of a data set and compute the COCO metrics of the boxes.
+    """Predict every image of a data set and compute the task's metrics.
 
     The model computes on the device that its parameters lie on and is left in the mode
-    (training or evaluation) in which it came.
+    (training or evaluation) in which it came. Boxes, masks and semantic labels are compared in
+    the pixels of the original images.
 
     Args:
-        model: gives `boxes`, `scores` and `labels` for each image in evaluation mode.
-        dataset: what to detect in.
+        model: a `tasks.base.TaskModel` of the task.
+        dataset: what to predict.
+        task: whose metrics to compute.
         image_size: side of the square input in pixels.
         batch_size: images at once.
         workers: processes that load images; 0: none beside this one.
@@ -153,19 +188,25 @@ def evaluate_detection(
 
     Raises:
         UserError: the model has classes that the data set lacks.
-        DataError: an image cannot be read, or the model gives numbers that are not finite.
+        DataError: an image cannot be read, the data set lacks what the task needs, or the model
+            gives numbers that are not finite.
     """
+    evaluator = _EVALUATORS[task](dataset)
     batches = evaluation_loader(dataset, image_size, batch_size, workers)
     total = math.ceil(len(dataset) / batch_size)
-    detections: list[dict[str, Any]] = []
+    parameter = next(model.parameters(), None)
+    index = 0
     with (
         _evaluation_mode(model),
         torch.inference_mode(),
         tqdm(batches, "evaluate", total, disable=None if progress else True) as bar,
     ):
         for batch in bar:
-            detections += _detect(model, batch, dataset)
-    return Evaluation(coco_metrics(dataset.ground_truth(), detections), detections)
+            images = batch.images if parameter is None else batch.images.to(parameter.device)
+            for output, scale in zip(model(images), batch.scales.tolist(), strict=True):
+                evaluator.add(index, output, scale)
+                index += 1
+    return Evaluation(evaluator.metrics(), evaluator.predictions)
 
 
 @contextmanager
@@ -178,35 +219,6 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _detect(model: nn.Module, batch: Batch, dataset: Dataset) -> list[dict[str, Any]]:
-    """COCO result records of one batch."""
-    parameter = next(model.parameters(), None)
-    images = batch.images if parameter is None else batch.images.to(parameter.device)
-    outputs = model(images)
-    records = []
-    for output, image_id, scale, size in zip(
-        outputs, batch.image_ids, batch.scales.tolist(), batch.sizes, strict=True
-    ):
-        corners = to_original(output["boxes"], scale, size)
-        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
-        scores, labels = output["scores"].tolist(), output["labels"].tolist()
-        if labels and max(labels) >= len(dataset.categories):
-            raise UserError(
-                f"the model found class {max(labels)}, counted from 0, but {dataset.name} has "
-                f"{len(dataset.categories)} categories; create it with that num_classes"
-            )
-        records += [
-            {
-                "image_id": int(image_id),
-                "category_id": dataset.categories[label].id,
-                "bbox": box,
-                "score": score,
-            }
-            for box, score, label in zip(boxes, scores, labels, strict=True)
-        ]
-    return records
 
 
 def to_original(boxes: Tensor, scale: float, size: tuple[int, int]) -> Tensor:
@@ -225,12 +237,54 @@ def to_original(boxes: Tensor, scale: float, size: tuple[int, int]) -> Tensor:
     return (boxes.detach().to("cpu", torch.float32) / scale).clamp(min=0).minimum(limits)
 
 
-def write_detections(path: str | os.PathLike[str], detections: Sequence[Mapping[str, Any]]) -> None:
-    """Write detections in COCO's result format, one record a line, whole or not at all.
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring masks over boxes to the pixels of an image, bilinearly between their 28 x 28 values.
+
+    A pixel is asked for at its middle, so that a full mask gives the pixels whose middles lie in
+    the box. (torchvision's own pasting rounds boxes outwards, by up to a pixel at each side.)
+
+    Args:
+        masks: [K, 28, 28], probabilities over the boxes.
+        boxes: [K, 4], x1 y1 x2 y2 in pixels of the image.
+        size: height and width of the image.
+
+    Returns:
+        bool [K, H, W].
+    """
+    height, width = size
+    pasted = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for canvas, mask, box in zip(pasted, masks.detach().cpu().float(), boxes.tolist(), strict=True):
+        (left, right), across = _middles(box[0], box[2], width)
+        (top, bottom), down = _middles(box[1], box[3], height)
+        if left < right and top < bottom:
+            grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)
+            values = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
+            canvas[top:bottom, left:right] = values >= MASK_THRESHOLD
+    return pasted
+
+
+def _middles(start: float, end: float, side: int) -> tuple[tuple[int, int], Tensor]:
+    """The pixels of an axis whose middles lie in a box, and where, from -1 to 1 over the box."""
+    first, last = max(0, math.ceil(start - 0.5)), min(side, math.ceil(end - 0.5))
+    middles = torch.arange(first, last) + 0.5
+    return (first, last), (middles - start) / (end - start) * 2 - 1
+
+
+def _run_lengths(mask: Tensor) -> dict[str, Any]:
+    encoded = coco_mask.encode(mask.numpy().astype("uint8", order="F"))
+    counts = encoded["counts"]
+    assert isinstance(counts, bytes)
+    return {"size": list(encoded["size"]), "counts": counts.decode("ascii")}
+
+
+def write_predictions(
+    path: str | os.PathLike[str], predictions: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write predictions in COCO's result format, one record a line, whole or not at all.
 
     Raises:
         UserError: the file cannot be written.
     """
     with atomic_write(path) as handle:
-        lines = (json.dumps(record, allow_nan=False) for record in detections)
-        handle.write("[\n" + ",\n".join(lines) + "\n]\n" if detections else "[]\n")
+        lines = (json.dumps(record, allow_nan=False) for record in predictions)
+        handle.write("[\n" + ",\n".join(lines) + "\n]\n" if predictions else "[]\n")

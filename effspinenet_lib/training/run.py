@@ -1,7 +1,7 @@
 """One training run: a folder named by its configuration, trained, evaluated, never run twice.
 
 `<runs_dir>/<key>/` holds config.json, data.json, curve.csv, tb/ and checkpoints while it trains,
-then model.safetensors, detections.json, metrics.json and, last of all, run.json.
+then model.safetensors, predictions.json, metrics.json and, last of all, run.json.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from effspinenet_lib import zoo
 from effspinenet_lib.data import (
     Augmentation,
     Dataset,
+    classes_of,
     open_dataset,
     require_same_categories,
     training_loader,
@@ -45,7 +46,7 @@ from effspinenet_lib.training.checkpoint import (
     save_weights,
 )
 from effspinenet_lib.training.config import RunConfig, describe_data
-from effspinenet_lib.training.evaluate import evaluate_detection, write_detections
+from effspinenet_lib.training.evaluate import evaluate, write_predictions
 from effspinenet_lib.training.logs import Curve
 from effspinenet_lib.training.loop import (
     Step,
@@ -62,7 +63,7 @@ __all__ = ["LOG", "REQUEST", "RunConfig", "RunResult", "read_result", "train_run
 CHECKPOINT_SECONDS = 60.0  # our choice: what a kill can cost at most
 FINISHED, PARTIAL = "finished", "partial"
 CONFIG, DATA, RECORD, METRICS = "config.json", "data.json", "run.json", "metrics.json"
-DETECTIONS, WEIGHTS, LOCK = "detections.json", "model.safetensors", "run.lock"
+PREDICTIONS, WEIGHTS, LOCK = "predictions.json", "model.safetensors", "run.lock"
 # Written by whoever starts a run in a process of its own; a forced run keeps them.
 REQUEST, LOG = "request.json", "worker.log"
 
@@ -221,8 +222,8 @@ def _train_and_evaluate(job: _Job, accelerator: Accelerator) -> RunResult:
 
 def _open_data(config: RunConfig) -> dict[str, Dataset]:
     data = {
-        "train": open_dataset(config.data, "train"),
-        "eval": open_dataset(config.data, "eval"),
+        "train": open_dataset(config.data, "train", config.task),
+        "eval": open_dataset(config.data, "eval", config.task),
     }
     require_same_categories(data["train"], data["eval"])
     return data
@@ -246,7 +247,10 @@ def _train(job: _Job, accelerator: Accelerator, dataset: Dataset) -> _Trained:
     config = job.config
     seed_everything(config.seed)
     plain = zoo.create_model(
-        config.model, task=config.task, num_classes=len(dataset.categories), **config.options
+        config.model,
+        task=config.task,
+        num_classes=classes_of(dataset, config.task),
+        **config.options,
     )
     model = prepare_model(plain, config.recipe, accelerator)
     optimizer = accelerator.prepare_optimizer(build_optimizer(model, config.recipe))
@@ -267,6 +271,7 @@ def _train(job: _Job, accelerator: Accelerator, dataset: Dataset) -> _Trained:
         workers=job.workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        task=config.task,
     )
     steps = train_steps(model, optimizer, batches, config.recipe, accelerator, config.seed, start)
     seconds = latest.wall_seconds if latest else 0.0
@@ -314,8 +319,14 @@ def _evaluate(job: _Job, accelerator: Accelerator, trained: _Trained, dataset: D
     """Evaluate the model and write the files that a run leaves, run.json last."""
     config, folder = job.config, job.folder
     began = time.monotonic()
-    evaluation = evaluate_detection(
-        trained.model, dataset, config.image_size, EVALUATION_BATCH, job.workers, job.progress
+    evaluation = evaluate(
+        trained.model,
+        dataset,
+        config.task,
+        config.image_size,
+        EVALUATION_BATCH,
+        job.workers,
+        job.progress,
     )
     metrics = {
         name: None if math.isnan(value) else value for name, value in evaluation.metrics.items()
@@ -326,7 +337,7 @@ def _evaluate(job: _Job, accelerator: Accelerator, trained: _Trained, dataset: D
         {
             "model": config.model,
             "task": config.task,
-            "num_classes": len(dataset.categories),
+            "num_classes": classes_of(dataset, config.task),
             "options": config.options,
             "categories": [{"id": c.id, "name": c.name} for c in dataset.categories],
             "image_size": config.image_size,
@@ -335,7 +346,7 @@ def _evaluate(job: _Job, accelerator: Accelerator, trained: _Trained, dataset: D
             "metrics": metrics,
         },
     )
-    write_detections(folder / DETECTIONS, evaluation.detections)
+    write_predictions(folder / PREDICTIONS, evaluation.predictions)
     write_json(folder / METRICS, metrics)
     record = _record(config, accelerator, trained, time.monotonic() - began)
     write_json(folder / RECORD, record)

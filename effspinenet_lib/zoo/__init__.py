@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from torch import nn
-
 from effspinenet_lib.backbones import BackboneOptions
 from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.specs import MODELS, SCALES, SEGMENTATION_SIZE, ModelSpec
+from effspinenet_lib.tasks.base import TaskModel
+from effspinenet_lib.zoo import image_models, mobile, one_stage  # noqa: F401 - they register
 from effspinenet_lib.zoo.registry import BASELINES, TASKS, Entry
 from effspinenet_lib.zoo.scale_permuted import build_scale_permuted
 
@@ -58,7 +58,7 @@ def _scale_permuted_entry(spec: ModelSpec) -> Entry:
         "segmentation": SEGMENTATION_SIZE,
     }
 
-    def build(task: str, num_classes: int, options: BackboneOptions) -> nn.Module:
+    def build(task: str, num_classes: int, options: BackboneOptions) -> TaskModel:
         return build_scale_permuted(spec, task, num_classes, options)
 
     return Entry(spec.name, sizes, spec.tables, build, BackboneOptions)
@@ -99,7 +99,7 @@ def check_model(name: str, task: str, options: Mapping[str, Any]) -> Any:
 
 def create_model(
     name: str, task: str = "detection", num_classes: int | None = None, **options: Any
-) -> nn.Module:
+) -> TaskModel:
     """Build a model with fresh weights.
 
     Args:
@@ -113,7 +113,7 @@ def create_model(
             `stochastic_depth`. `known_options` lists those of any model.
 
     Returns:
-        A `tasks.base.TaskModel`: images and targets in, losses in training, predictions in
+        Images and targets in, losses in training, predictions in
         evaluation.
 
     Raises:

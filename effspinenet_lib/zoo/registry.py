@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from effspinenet_lib.errors import UserError
+from effspinenet_lib.tasks.base import TaskModel
 
 # Detection and instance segmentation. Recovered: the paper's cost columns fit a head of 90
 # classes, COCO's highest category id.
@@ -25,7 +24,7 @@ TASKS: dict[str, int] = {
 }
 
 # (task, classes, options) -> model with fresh weights.
-Build = Callable[[str, int, Any], nn.Module]
+Build = Callable[[str, int, Any], TaskModel]
 
 
 @dataclass(frozen=True)

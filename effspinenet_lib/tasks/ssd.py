@@ -1,0 +1,262 @@
+"""SSDLite, and what makes a RetinaNet the lite detectors of its kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.ssdlite import SSDLiteHead
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from effspinenet_lib.errors import TrainingError, UserError
+from effspinenet_lib.layers import PyramidBackbone, SeparableConv, initialise, make_norm
+from effspinenet_lib.specs import OUTPUT_LEVELS, level_side
+from effspinenet_lib.tasks.anchors import (
+    NEGATIVE,
+    AnchorSettings,
+    decode_boxes,
+    encode_boxes,
+    match_anchors,
+)
+from effspinenet_lib.tasks.base import Target, TaskModel
+from effspinenet_lib.tasks.detection import RetinaNet, _crowds
+
+BACKGROUND = 0  # its column of the predictions; the classes follow
+
+
+@dataclass(frozen=True)
+class SSDSettings:
+    """Prior boxes, losses and post-processing.
+
+    Attributes:
+        smallest: side of the square priors of the finest level, of the image's side (SSDLite's
+            released configs; so are the next three).
+        largest: the same of the coarsest level; those between are spaced evenly.
+        aspect_ratios: and their inverses, beside 1.
+        lowest_scale: side of the finest level's one square prior; it has no others and only the
+            first of the ratios.
+        box_scale: factors on the four numbers of a box code (SSD's and the released configs').
+        negatives: negative priors for each positive one, the hardest (SSD's paper).
+        score_threshold: detections below are dropped (torchvision's SSDLite; so are the next two).
+        nms_iou: class-wise non-maximum suppression.
+        candidates: boxes a class and image that enter the suppression.
+        detections: boxes an image that leave it (COCO's limit).
+    """
+
+    smallest: float = 0.2
+    largest: float = 0.95
+    aspect_ratios: tuple[int, ...] = (2, 3)
+    lowest_scale: float = 0.1
+    box_scale: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    negatives: float = 3.0
+    score_threshold: float = 0.001
+    nms_iou: float = 0.55
+    candidates: int = 300
+    detections: int = 100
+
+
+class PriorBoxes(DefaultBoxGenerator):
+    """torchvision's prior boxes, with three a location at the finest level instead of six.
+
+    The released configs' default, which the cost columns confirm.
+    """
+
+    def __init__(self, settings: SSDSettings, levels: int) -> None:
+        ratios = [list(settings.aspect_ratios) for _ in range(levels)]
+        super().__init__(ratios, min_ratio=settings.smallest, max_ratio=settings.largest)
+        first = settings.aspect_ratios[0] ** 0.5
+        wide, narrow = settings.smallest * first, settings.smallest / first
+        lowest = settings.lowest_scale
+        pairs = [[lowest, lowest], [wide, narrow], [narrow, wide]]
+        self._wh_pairs[0] = torch.tensor(pairs, device="cpu")  # where torchvision has the others
+
+    def num_anchors_per_location(self) -> list[int]:
+        """Priors of one location, by level."""
+        return [len(pairs) for pairs in self._wh_pairs]
+
+
+class SSDLite(TaskModel):
+    """A one-stage detector with prior boxes and softmax scores.
+
+    The predictions have a column for the background, as the originals' have.
+
+    Args:
+        backbone: computes the features, of six levels in SSDLite.
+        num_classes: classes, without background.
+        settings: prior boxes, losses and post-processing.
+    """
+
+    def __init__(
+        self, backbone: PyramidBackbone, num_classes: int, settings: SSDSettings | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.settings = settings or SSDSettings()
+        self.matching = AnchorSettings()
+        dims = list(backbone.feature_dims.values())
+        self.priors = PriorBoxes(self.settings, len(dims))
+        self.head = SSDLiteHead(
+            dims, self.priors.num_anchors_per_location(), num_classes + 1, make_norm
+        )
+
+    def forward(
+        self, images: Tensor, targets: list[Target] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Compute losses in training, detections in evaluation.
+
+        Args:
+            images: [N, 3, H, W], normalised.
+            targets: for training, one dict an image: `boxes` [M, 4] in input pixels, `labels`
+                int64 [M] from 0 and, if any is, `iscrowd` bool [M].
+
+        Returns:
+            In training `classification` and `box`, scalar losses. In evaluation one dict an
+            image: `boxes` [K, 4] in input pixels, `scores` [K] falling, `labels` int64 [K].
+
+        Raises:
+            ValueError: training without targets.
+            UserError: training on one image whose coarsest features have one position.
+            TrainingError: the outputs are not finite.
+        """
+        if self.training and targets is None:
+            raise ValueError("targets are needed in training")
+        if self.training:
+            self._check_batch(images)
+        logits, codes, anchors = self.network(images)
+        if self.training and targets is not None:
+            return self.losses(logits, codes, anchors, targets)
+        if not logits.isfinite().all():
+            raise TrainingError(
+                "the model gives numbers that are not finite; its weights are broken: use those of "
+                "an earlier checkpoint, or train with a lower learning rate"
+            )
+        size = (images.shape[-2], images.shape[-1])
+        scores = logits.float().softmax(-1)[..., 1:]
+        return [
+            self.detections(score, code, anchors, size)
+            for score, code in zip(scores, codes.float(), strict=True)
+        ]
+
+    def network(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the network: class logits [N, A, 1 + C], box codes [N, A, 4], prior boxes [A, 4]."""
+        features = list(self.backbone(images).values())
+        outputs = self.head(features)
+        anchors = self.anchors(images, [(f.shape[-2], f.shape[-1]) for f in features])
+        return outputs["cls_logits"], outputs["bbox_regression"], anchors
+
+    def anchors(self, images: Tensor, sides: list[tuple[int, int]]) -> Tensor:
+        """Prior boxes [A, 4] in pixels of the images, for features of these sides."""
+        size = (images.shape[-2], images.shape[-1])
+        # The generator reads no values of these, but the sides, the type and the device.
+        grids = [torch.empty(1, 1, *side, device=images.device) for side in sides]
+        with torch.device("cpu"):
+            return self.priors(ImageList(images, [size]), grids)[0]
+
+    def losses(
+        self, logits: Tensor, codes: Tensor, anchors: Tensor, targets: list[Target]
+    ) -> dict[str, Tensor]:
+        """SSD's loss: smooth L1 and softmax over positives and the hardest negatives.
+
+        Both are sums over the batch divided by its positives. Priors in crowd regions are
+        neither positive nor negative.
+        """
+        matches = torch.stack(
+            [match_anchors(anchors, t["boxes"], _crowds(t), self.matching) for t in targets]
+        )
+        image, anchor = torch.nonzero(matches >= 0, as_tuple=True)
+        counts = torch.tensor([0] + [len(t["boxes"]) for t in targets], device=matches.device)
+        row = matches[image, anchor] + counts.cumsum(0)[image]
+        expected = torch.full_like(matches, BACKGROUND)
+        expected[image, anchor] = torch.cat([t["labels"] for t in targets])[row] + 1
+        boxes = torch.cat([t["boxes"] for t in targets])[row]
+
+        entropy = F.cross_entropy(logits.float().mT, expected, reduction="none")
+        positives = (matches >= 0).sum(1, keepdim=True)
+        hardness = entropy.detach().where(matches == NEGATIVE, -torch.inf)
+        rank = hardness.argsort(1, descending=True).argsort(1)
+        hardest = (rank < self.settings.negatives * positives) & (matches == NEGATIVE)
+        scale = codes.new_tensor(self.settings.box_scale, dtype=torch.float32)
+        distance = F.smooth_l1_loss(
+            codes[image, anchor].float(),
+            encode_boxes(boxes, anchors[anchor]) * scale,
+            reduction="sum",
+        )
+        normaliser = max(1, len(image))
+        return {
+            "classification": entropy[(matches >= 0) | hardest].sum() / normaliser,
+            "box": distance / normaliser,
+        }
+
+    def detections(
+        self, scores: Tensor, codes: Tensor, anchors: Tensor, size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Decode one image: scores [A, C] and codes [A, 4] to at most 100 boxes."""
+        settings = self.settings
+        values, anchor = scores.topk(min(settings.candidates, len(scores)), dim=0)
+        confident = values > settings.score_threshold
+        labels = confident.nonzero()[:, 1]
+        values, anchor = values[confident], anchor[confident]
+        codes = codes / codes.new_tensor(settings.box_scale)
+        boxes = clip_boxes_to_image(decode_boxes(codes[anchor], anchors[anchor]), size)
+        kept = batched_nms(boxes, values, labels, settings.nms_iou)[: settings.detections]
+        return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}
+
+    def _check_batch(self, images: Tensor) -> None:
+        """Refuse a batch that leaves a norm at the coarsest level one value a channel."""
+        count, _, height, width = images.shape
+        coarsest = max(self.backbone.feature_dims)
+        if count * level_side(height, coarsest) * level_side(width, coarsest) == 1:
+            raise UserError(
+                f"one image of {height}x{width} is too little for batch normalisation at stride "
+                f"{2**coarsest}; train on 2 images a batch or more"
+            )
+
+
+class SharedTower(PyramidBackbone):
+    """A pyramid and the separable convolutions that both branches of a detector share.
+
+    As in the released configs of FPNLite and MnasFPN: convolutions shared over the levels, a
+    norm for each level, ReLU6. The detector behind it has prediction layers only.
+
+    Args:
+        pyramid: gives features of one dimension.
+        dim: channels of the tower.
+        layers: its convolutions.
+    """
+
+    def __init__(self, pyramid: PyramidBackbone, dim: int, layers: int) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+        levels = pyramid.feature_dims
+        self.feature_dims = dict.fromkeys(levels, dim)
+        first = next(iter(levels.values()))
+        self.convs = nn.ModuleList(
+            SeparableConv(dim if layer else first, dim, bias=False) for layer in range(layers)
+        )
+        self.norms = nn.ModuleList(make_norm(dim) for _ in range(len(levels) * layers))
+        self.activation = nn.ReLU6(inplace=True)
+        initialise(self.convs)
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """Map images [N, 3, H, W] to level: [N, dim, ...], of the pyramid's levels and sides."""
+        towers: dict[int, Tensor] = {}
+        norms = iter(self.norms)
+        for level, features in self.pyramid(images).items():
+            for conv in self.convs:
+                features = self.activation(next(norms)(conv(features)))
+            towers[level] = features
+        return towers
+
+
+class ShortRetinaNet(RetinaNet):
+    """RetinaNet on a pyramid that ends before P7, such as MnasFPN's P3 to P6."""
+
+    def anchors(self, sides: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+        """Anchors [A, 4] for features of these sides; the levels that are missing have none."""
+        missing = len(OUTPUT_LEVELS) - len(sides)
+        return super().anchors((*sides, *[(0, 0)] * missing), device)

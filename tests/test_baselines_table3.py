@@ -1,0 +1,392 @@
+"""The detectors of Table 3: costs, wiring, pyramids, and features against torchvision's own."""
+
+from functools import partial
+
+import pytest
+import torch
+from timm.layers import DropPath
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import efficientnet_b0, resnet50
+from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from effspinenet_lib.backbones.extractors import TimmFeatures
+from effspinenet_lib.backbones.feature_pyramids import BiFPN, BiFPNCell, FeaturePyramid
+from effspinenet_lib.backbones.spinenet import AlphaResample, SpineNet
+from effspinenet_lib.cost import measure_cost
+from effspinenet_lib.errors import UnknownName, UserError
+from effspinenet_lib.specs import MODELS, SPINENET_49
+from effspinenet_lib.zoo import check_model, create_model, default_image_size, model_entry
+
+# Table 3: billions of Multi-Adds and millions of parameters.
+PRINTED = {
+    "efficientnet_b0_fpn": (2.5, 3.7),
+    "efficientnet_b1_fpn": (5.8, 6.3),
+    "efficientnet_b2_fpn": (10.0, 7.5),
+    "efficientdet_d0": (2.5, 3.9),
+    "efficientdet_d1": (6.0, 6.6),
+    "efficientdet_d2": (11.0, 8.1),
+    "resnet50_fpn": (96.8, 34.0),
+    "spinenet_49": (85.4, 28.5),
+}
+LEVELS = (3, 4, 5, 6, 7)
+
+
+def on_meta(name, **options):
+    with torch.device("meta"):
+        return create_model(name, **options)
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_costs_are_within_5_percent_of_the_printed_ones(name):
+    multi_adds, parameters = PRINTED[name]
+    with torch.device("meta"):
+        cost = measure_cost(create_model(name), default_image_size(name))
+    assert cost.multi_adds / 1e9 == pytest.approx(multi_adds, rel=0.05)
+    assert cost.parameters / 1e6 == pytest.approx(parameters, rel=0.05)
+    # The parameters come closer: within one unit of the last printed digit.
+    assert cost.parameters / 1e6 == pytest.approx(parameters, abs=0.1)
+    assert "table-03" in model_entry(name).tables
+
+
+@pytest.mark.parametrize("scale", ["d0", "d1", "d2"])
+def test_efficientdet_has_the_parameters_of_effdet(scale):
+    effdet = pytest.importorskip(
+        "effdet", reason="the package effdet is not installed; it is the reference for EfficientDet"
+    )
+    config = effdet.get_efficientdet_config(f"efficientdet_{scale}")
+    with torch.device("meta"):
+        reference = effdet.EfficientDet(config, pretrained_backbone=False)
+    ours = on_meta(f"efficientdet_{scale}", num_classes=config.num_classes)
+    assert config.num_classes == 90
+    assert sum(p.numel() for p in ours.parameters()) == sum(
+        p.numel() for p in reference.parameters()
+    )
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_every_norm_is_this_librarys(name):
+    norms = [layer for layer in on_meta(name).modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert {layer.eps for layer in norms} == {1e-3}
+    assert {round(layer.momentum, 6) for layer in norms} == {0.01}
+
+
+@pytest.mark.parametrize("size", [(224, 160), (97, 131), (64, 65)])
+@pytest.mark.parametrize("name", ["efficientnet_b0_fpn", "efficientdet_d0", "spinenet_49"])
+def test_feature_sides_are_ceilings(name, size):
+    backbone = on_meta(name).backbone
+    features = backbone(torch.zeros(2, 3, *size, device="meta"))
+    assert tuple(features) == LEVELS
+    for level, feature in features.items():
+        sides = tuple(-(-side // 2**level) for side in size)
+        assert feature.shape == (2, backbone.feature_dims[level], *sides)
+
+
+@pytest.mark.parametrize("name", ["resnet50_fpn", "efficientdet_d0", "spinenet_49"])
+def test_small_images_are_refused_with_the_reason(name):
+    with pytest.raises(UserError, match="at least 64 pixels"):
+        on_meta(name).network(torch.zeros(1, 3, 63, 128, device="meta"))
+
+
+# Feature extractors.
+
+
+def randomise_norms(module):
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.1)
+            nn.init.normal_(layer.running_mean, std=0.1)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+
+
+def test_resnet_features_are_torchvisions():
+    torch.manual_seed(0)
+    reference = resnet50(weights=None, norm_layer=partial(nn.BatchNorm2d, eps=1e-3)).eval()
+    randomise_norms(reference)
+    features = TimmFeatures("resnet50", stochastic_depth=0.2).eval()
+    weights = {k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")}
+    features.stages.load_state_dict(weights)
+    images = torch.randn(1, 3, 97, 64)
+    with torch.inference_mode():
+        found = features(images)
+        x = reference.maxpool(reference.relu(reference.bn1(reference.conv1(images))))
+        x = reference.layer1(x)
+        for level in (3, 4, 5):
+            x = getattr(reference, f"layer{level - 1}")(x)
+            assert features.feature_dims[level] == x.shape[1]
+            torch.testing.assert_close(found[level], x, rtol=1e-4, atol=1e-4)
+
+
+def test_efficientnet_features_are_torchvisions():
+    torch.manual_seed(0)
+    reference = efficientnet_b0(weights=None).features.eval()
+    randomise_norms(reference)
+    features = TimmFeatures("efficientnet_b0", stochastic_depth=0.2).eval()
+    last = 8  # the 1x1 convolution of the classifier, which a detector does not have
+    theirs = [v for k, v in reference.state_dict().items() if not k.startswith(f"{last}.")]
+    ours = features.stages.state_dict()
+    features.stages.load_state_dict(dict(zip(ours, theirs, strict=True)))
+    for layer in features.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eps = 1e-5  # torchvision's
+    images = torch.randn(1, 3, 97, 64)
+    with torch.inference_mode():
+        found = features(images)
+        x, stages = images, []
+        for stage in reference[:last]:
+            x = stage(x)
+            stages.append(x)
+    for level, stage in ((3, 3), (4, 5), (5, 7)):
+        torch.testing.assert_close(found[level], stages[stage], rtol=1e-4, atol=1e-4)
+
+
+def test_features_of_levels_that_a_network_has_not_are_refused():
+    with pytest.raises(ValueError, match=r"resnet50 has .*not of the levels \[6\]"):
+        TimmFeatures("resnet50", levels=(5, 6))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # timm counts blocks from 0; of EfficientNet's 16 the last has 15/16 of the rate.
+        ("efficientnet_b0_fpn", [0.24 * block / 16 for block in range(1, 16)]),
+        ("efficientdet_d0", [0.24 * block / 16 for block in range(1, 16)]),
+        ("resnet50_fpn", [0.24 * block / 15 for block in range(1, 16)]),
+        ("spinenet_49", [0.24 * block / 17 for block in range(1, 18)]),
+    ],
+)
+def test_stochastic_depth_grows_linearly_to_the_last_block(name, expected):
+    def rates(model):
+        return [
+            layer.drop_prob if isinstance(layer, DropPath) else layer.p
+            for layer in model.modules()
+            if isinstance(layer, DropPath | StochasticDepth)
+        ]
+
+    assert rates(on_meta(name, stochastic_depth=0.24)) == pytest.approx(expected)
+    assert not any(rates(on_meta(name, stochastic_depth=0.0)))
+
+
+@pytest.mark.parametrize(("activation", "other"), [("swish", "ReLU"), ("relu", "SiLU")])
+def test_resnet50_fpn_has_one_activation_throughout(activation, other):
+    layers = {
+        type(layer).__name__ for layer in on_meta("resnet50_fpn", activation=activation).modules()
+    }
+    assert other not in layers
+    assert {"ReLU", "SiLU"} & layers
+
+
+def test_the_defaults_are_the_recipe_of_table_3():
+    options = check_model("resnet50_fpn", "detection", {})
+    assert (options.activation, options.stochastic_depth) == ("swish", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"activation": "swich"}, UnknownName), ({"stochastic_depth": 1.0}, UserError)],
+)
+def test_values_that_mean_no_network_are_refused(options, error):
+    with pytest.raises(error):
+        check_model("resnet50_fpn", "detection", options)
+
+
+# Feature pyramids.
+
+
+class FixedStages(nn.Module):
+    """Stands in for a feature extractor: gives the stages that it was made with."""
+
+    def __init__(self, dims, images):
+        super().__init__()
+        self.feature_dims = dims
+        height, width = images.shape[-2:]
+        self.stages = {
+            level: torch.randn(len(images), dim, -(-height // 2**level), -(-width // 2**level))
+            for level, dim in dims.items()
+        }
+
+    def forward(self, images):
+        return dict(self.stages)
+
+
+def test_feature_pyramid_is_torchvisions():
+    torch.manual_seed(0)
+    images = torch.zeros(1, 3, 200, 136)
+    stages = FixedStages({3: 5, 4: 6, 5: 7}, images)
+    pyramid = FeaturePyramid(stages, 8, "relu", separable=False)
+    pyramid.norms = nn.ModuleList(nn.Identity() for _ in LEVELS)
+    reference = FeaturePyramidNetwork([5, 6, 7], 8, LastLevelP6P7(8, 8))
+    neck = pyramid.neck
+    for index, level in enumerate((3, 4, 5)):
+        reference.inner_blocks[index][0].load_state_dict(neck[f"lateral_{level}"].state_dict())
+        reference.layer_blocks[index][0].load_state_dict(neck[f"refine_{level}"].state_dict())
+    reference.extra_blocks.p6.load_state_dict(neck["coarser_6"].state_dict())
+    reference.extra_blocks.p7.load_state_dict(neck["coarser_7"].state_dict())
+    with torch.inference_mode():
+        expected = list(reference({str(k): v for k, v in stages.stages.items()}).values())
+        found = list(pyramid(images).values())
+    assert len(found) == len(expected) == 5
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_separable_feature_pyramid_has_no_dense_3x3_convolution():
+    pyramid = FeaturePyramid(
+        FixedStages({3: 5, 4: 6, 5: 7}, torch.zeros(1, 3, 64, 64)), 8, "swish", separable=True
+    )
+    spatial = [m for m in pyramid.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    assert [conv.groups for conv in spatial] == [8] * 5
+
+
+def brute_force_cell(cell, pyramid):
+    """EfficientDet's equations for one cell, written out for each level."""
+
+    def fuse(node, inputs):
+        weights = [max(float(w), 0.0) for w in node.fuse.weights]
+        inputs = [project(x) for project, x in zip(node.project, inputs, strict=True)]
+        fused = sum(w * x for w, x in zip(weights, inputs, strict=True)) / (sum(weights) + 1e-3)
+        _, separable, norm = node.refine
+        x = F.silu(fused)
+        x = F.conv2d(x, separable.depthwise.weight, padding=1, groups=x.shape[1])
+        return norm(F.conv2d(x, separable.pointwise.weight))
+
+    def up(x, like):
+        rows = torch.arange(like.shape[-2]) * x.shape[-2] // like.shape[-2]
+        columns = torch.arange(like.shape[-1]) * x.shape[-1] // like.shape[-1]
+        return x[..., rows, :][..., columns]
+
+    def down(x):
+        padded = F.pad(x, (1, 1, 1, 1), value=-torch.inf)
+        return padded.unfold(2, 3, 2).unfold(3, 3, 2).amax((-2, -1))
+
+    p3, p4, p5, p6, p7 = (pyramid[level] for level in LEVELS)
+    middle6 = fuse(cell.down["6"], [p6, up(p7, p6)])
+    middle5 = fuse(cell.down["5"], [p5, up(middle6, p5)])
+    middle4 = fuse(cell.down["4"], [p4, up(middle5, p4)])
+    out3 = fuse(cell.down["3"], [p3, up(middle4, p3)])
+    out4 = fuse(cell.up["4"], [p4, middle4, down(out3)])
+    out5 = fuse(cell.up["5"], [p5, middle5, down(out4)])
+    out6 = fuse(cell.up["6"], [p6, middle6, down(out5)])
+    out7 = fuse(cell.up["7"], [p7, down(out6)])
+    return dict(zip(LEVELS, (out3, out4, out5, out6, out7), strict=True))
+
+
+@pytest.mark.parametrize("dims", [dict.fromkeys(LEVELS, 6), {3: 4, 4: 5, 5: 7, 6: 6, 7: 6}])
+def test_bifpn_cell_against_efficientdets_equations(dims):
+    torch.manual_seed(0)
+    cell = BiFPNCell(dims, 6, "swish").eval()
+    randomise_norms(cell)
+    for name, weights in cell.named_parameters():
+        if name.endswith("fuse.weights"):
+            nn.init.uniform_(weights, -0.3, 2.0)  # some are negative: they must count as 0
+    height, width = 200, 136
+    pyramid = {
+        level: torch.randn(2, dim, -(-height // 2**level), -(-width // 2**level))
+        for level, dim in dims.items()
+    }
+    with torch.inference_mode():
+        found, expected = cell(pyramid), brute_force_cell(cell, pyramid)
+    for level in LEVELS:
+        torch.testing.assert_close(found[level], expected[level], rtol=1e-4, atol=1e-5)
+
+
+def test_bifpn_makes_its_coarse_levels_from_c5():
+    torch.manual_seed(0)
+    images = torch.zeros(1, 3, 200, 136)
+    pyramid = BiFPN(FixedStages({3: 5, 4: 6, 5: 7}, images), 8, 1, "swish").eval()
+    seen = {}
+    pyramid.cells[0].register_forward_pre_hook(lambda _, inputs: seen.update(inputs[0]))
+    with torch.inference_mode():
+        pyramid(images)
+        p6 = F.max_pool2d(pyramid.coarser(pyramid.extractor.stages[5]), 3, 2, 1)
+    torch.testing.assert_close(seen[6], p6)
+    torch.testing.assert_close(seen[7], F.max_pool2d(p6, 3, 2, 1))
+
+
+# SpineNet-49.
+
+
+def test_spinenet_49_is_wired_as_table_1_says():
+    """Its 17 blocks are Table 1's 18 without the one of level 1; the second stem block differs."""
+    ours, table = SPINENET_49.blocks, MODELS["eff_spinenet_d0"].backbone.blocks
+    assert [block.level for block in ours] == [block.level for block in table[1:]]
+    assert [block.is_output for block in ours] == [block.is_output for block in table[1:]]
+    for block, row in zip(ours[2:], table[3:], strict=True):
+        assert block.inputs == tuple(index - 1 for index in row.inputs)
+    assert [block.inputs for block in ours[:2]] == [(0,), (1,)]
+    # Block 13 of Table 1, added to block 16.
+    assert SPINENET_49.extra_inputs == {15: (12,)}
+
+
+def test_spinenet_49_has_the_published_blocks():
+    """SpineNet's paper and released code: 4 residual blocks, and the filters of each level."""
+    assert [b.index for b in SPINENET_49.blocks if not b.bottleneck] == [4, 7, 9, 10]
+    filters = {block.level: block.filters for block in SPINENET_49.blocks}
+    assert filters == {2: 64, 3: 128, 4: 256, 5: 256, 6: 256, 7: 256}
+    assert all(block.filters == filters[block.level] for block in SPINENET_49.blocks)
+    with torch.device("meta"):
+        dims = SpineNet(SPINENET_49, "swish", 0.0).feature_dims
+    assert dims == {3: 512, 4: 1024, 5: 1024, 6: 1024, 7: 1024}
+
+
+@pytest.fixture(scope="module")
+def spinenet():
+    torch.manual_seed(0)
+    return SpineNet(SPINENET_49, "swish", 0.2).eval()
+
+
+@pytest.mark.parametrize(
+    ("block", "changed"), [(12, {5, 6, 7}), (14, {3}), (13, {4, 5, 6, 7}), (16, {7})]
+)
+def test_an_output_depends_on_the_blocks_that_lead_to_it(spinenet, block, changed):
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        before = spinenet(images)
+        handle = spinenet.groups[block - 1].register_forward_hook(lambda *call: call[2] * 0)
+        after = spinenet(images)
+        handle.remove()
+    assert {level for level in LEVELS if not torch.equal(before[level], after[level])} == changed
+
+
+@pytest.mark.parametrize(("level", "sides"), [(6, (4, 3)), (4, (13, 9)), (2, (50, 34))])
+def test_alpha_resampling_against_its_steps(level, sides):
+    torch.manual_seed(0)
+    resample = AlphaResample(16, 4, 12, level, reduced=2, activation="relu").eval()
+    randomise_norms(resample)
+    features = torch.randn(2, 16, 13, 9)
+
+    def conv(layer, x, stride=1):
+        kernel, norm = layer[0].weight, layer[1]
+        x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+        return F.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-3
+        )
+
+    with torch.inference_mode():
+        x = conv(resample.reduce, features).relu()
+        assert x.shape[1] == 2
+        if level > 4:  # two levels down: one convolution, one pooling
+            x = F.max_pool2d(conv(resample.down[0], x, stride=2).relu(), 3, 2, 1)
+        if level < 4:
+            x = F.interpolate(x, size=sides)
+        expected = conv(resample.expand, x)
+        torch.testing.assert_close(resample(features, sides), expected, rtol=1e-4, atol=1e-5)
+    assert expected.shape == (2, 12, *sides)
+
+
+def test_spinenet_49_resamples_every_input_and_takes_up_the_idle_block(spinenet):
+    fusions = spinenet.fusions
+    resamples = {
+        (int(target), int(source)): layer
+        for target, fusion in fusions.items()
+        for source, layer in fusion.resample.items()
+    }
+    assert len(resamples) == 15 * 2 + 1
+    idle = resamples.pop((15, 12))
+    features = torch.randn(1, 1024, 2, 2)
+    assert torch.equal(idle(features, (2, 2)), features)
+    for (_, source), layer in resamples.items():
+        filters = SPINENET_49.blocks[source - 1].filters
+        assert layer.reduce[0].out_channels == filters // 2  # alpha = 0.5

@@ -1,0 +1,233 @@
+"""Evaluating instances, classification and segmentation: perfect models and known mistakes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from effspinenet_lib.data import Category, Dataset, ObjectCrops
+from effspinenet_lib.data.dataset import AnnotationsBuilder
+from effspinenet_lib.errors import UserError
+from effspinenet_lib.training.coco import METRICS
+from effspinenet_lib.training.evaluate import (
+    MASK_METRICS,
+    TASK_METRICS,
+    Evaluation,
+    evaluate,
+    paste_masks,
+)
+
+SIDE = 128  # of the input
+SIZES = ((90, 120), (120, 60), (64, 64), (33, 200))
+
+
+class Ellipses(Dataset):
+    """Grey images of unlike shapes with two or three ellipses of two classes."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(5)
+        builder = AnnotationsBuilder()
+        self.shapes: list[list[np.ndarray]] = []
+        for number, (height, width) in enumerate(SIZES):
+            index = builder.add_image(50 - number, f"{number}.png", height, width)
+            self.shapes.append([])
+            for label in (0, 1, 1)[: 2 + number % 2]:
+                x, y = rng.uniform(0, (width / 2, height / 2))
+                box = (int(x), int(y), int(x + width / 2.5), int(y + height / 2.5))
+                mask = ellipse(height, width, box)
+                self.shapes[-1].append(mask)
+                builder.add_box(index, box, label, False, float(mask.sum()))
+        super().__init__("ellipses", [Category(7, "seven"), Category(3, "three")], builder.build())
+
+    def load_image(self, index: int) -> np.ndarray:
+        return np.full((*SIZES[index], 3), 128, np.uint8)
+
+    def ground_truth(self) -> dict[str, Any]:
+        annotations = []
+        for index in range(len(self)):
+            rows = self.annotations.rows(index)
+            for place, row in enumerate(range(rows.start, rows.stop)):
+                x1, y1, x2, y2 = self.annotations.boxes[row].tolist()
+                polygon = outline((x1, y1, x2, y2))
+                annotations.append(
+                    {
+                        "id": row + 1,
+                        "image_id": self.image_id(index),
+                        "category_id": self.categories[self.annotations.labels[row]].id,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": float(self.shapes[index][place].sum()),
+                        "iscrowd": 0,
+                        "segmentation": [polygon],
+                    }
+                )
+        images = [
+            {"id": self.image_id(i), "file_name": f"{i}.png", "height": h, "width": w}
+            for i, (h, w) in enumerate(SIZES)
+        ]
+        categories = [{"id": category.id, "name": category.name} for category in self.categories]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def outline(box: tuple[float, ...]) -> list[float]:
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    x = (box[0] + box[2]) / 2 + (box[2] - box[0]) / 2 * np.cos(angle)
+    y = (box[1] + box[3]) / 2 + (box[3] - box[1]) / 2 * np.sin(angle)
+    return np.stack([x, y], 1).ravel().tolist()
+
+
+def ellipse(height: int, width: int, box: tuple[int, ...]) -> np.ndarray:
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    across = (columns - (box[0] + box[2]) / 2) / ((box[2] - box[0]) / 2)
+    down = (rows - (box[1] + box[3]) / 2) / ((box[3] - box[1]) / 2)
+    return across**2 + down**2 <= 1
+
+
+class Oracle(nn.Module):
+    """Knows the annotations of the images that it is shown in order."""
+
+    def __init__(self, dataset: Dataset, task: str) -> None:
+        super().__init__()
+        self.dataset, self.task, self.seen = dataset, task, 0
+
+    def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
+        outputs = [self.answer(self.seen + place) for place in range(len(images))]
+        self.seen += len(images)
+        return outputs
+
+    def answer(self, index: int) -> dict[str, Tensor]:
+        sample = self.dataset.load(index, self.task)
+        if self.task == "classification":
+            return {"scores": torch.eye(2)[int(sample.labels[0])]}
+        height, width = sample.image.shape[:2]
+        scale = SIDE / max(height, width)
+        if self.task == "segmentation":
+            logits = torch.zeros(3, SIDE, SIDE)
+            rows = np.minimum(((np.arange(SIDE) + 0.5) / scale).astype(int), height - 1)
+            columns = np.minimum(((np.arange(SIDE) + 0.5) / scale).astype(int), width - 1)
+            labels = torch.from_numpy(sample.semantic[rows[:, None], columns]).long()
+            return {"logits": logits.scatter(0, labels[None], 10.0)}
+        boxes = torch.from_numpy(sample.boxes)
+        masks = torch.from_numpy(sample.masks).float()
+        cut = [
+            roi_align(mask[None, None], [box[None]], (28, 28), sampling_ratio=4)[0, 0]
+            for mask, box in zip(masks, boxes, strict=True)
+        ]
+        return {
+            "boxes": boxes * scale,
+            "scores": torch.full((len(boxes),), 0.9),
+            "labels": torch.from_numpy(sample.labels),
+            "masks": torch.stack(cut),
+        }
+
+
+def measured(model: nn.Module, dataset: Dataset, task: str) -> Evaluation:
+    evaluation = evaluate(model, dataset, task, SIDE, 3, progress=False)
+    assert tuple(evaluation.metrics) == TASK_METRICS[task]
+    return evaluation
+
+
+def test_true_masks_score_high_and_as_pycocotools_says() -> None:
+    dataset = Ellipses()
+    evaluation = measured(Oracle(dataset, "instances"), dataset, "instances")
+    assert evaluation.metrics["AP"] == pytest.approx(100)
+    assert evaluation.metrics["AP50_mask"] == pytest.approx(100)
+    assert evaluation.metrics["AP_mask"] > 85  # 28 x 28 values blur the edges
+    truth = COCO()
+    truth.dataset = dataset.ground_truth()
+    truth.createIndex()
+    found = truth.loadRes(
+        [{k: v for k, v in r.items() if k != "bbox"} for r in copy.deepcopy(evaluation.predictions)]
+    )
+    reference = COCOeval(truth, found, "segm")
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+    for name, value in zip(METRICS, reference.stats, strict=True):
+        ours = evaluation.metrics[f"{name}_mask"]
+        assert ours == pytest.approx(100 * value if value >= 0 else float("nan"), nan_ok=True)
+    assert MASK_METRICS[0] == "AP_mask"
+
+
+def test_masks_that_fill_their_boxes_score_by_their_overlap() -> None:
+    """An ellipse is pi / 4 of its box: IoU 0.785, a match up to the threshold of 0.75."""
+    dataset = Ellipses()
+
+    class Filled(Oracle):
+        def answer(self, index: int) -> dict[str, Tensor]:
+            output = super().answer(index)
+            return {**output, "masks": torch.ones_like(output["masks"])}
+
+    metrics = measured(Filled(dataset, "instances"), dataset, "instances").metrics
+    assert metrics["AP"] == pytest.approx(100)
+    assert metrics["AP75_mask"] == pytest.approx(100)
+    assert metrics["AP_mask"] == pytest.approx(60)  # 6 of the 10 thresholds
+
+
+def test_pasted_masks_have_the_images_shape() -> None:
+    masks, boxes = torch.ones(1, 28, 28), torch.tensor([[2.0, 1.0, 6.0, 4.0]])
+    pasted = paste_masks(masks, boxes, (5, 9))
+    assert pasted.shape == (1, 5, 9)
+    rows, columns = torch.nonzero(pasted[0], as_tuple=True)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (1, 3, 2, 5)
+    assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (5, 9)).shape == (0, 5, 9)
+
+
+def test_true_classes_and_one_mistake() -> None:
+    crops = ObjectCrops(Ellipses())
+    perfect = measured(Oracle(crops, "classification"), crops, "classification")
+    assert perfect.metrics == {"top1": 100, "top5": 100}
+    assert [p["category_id"] for p in perfect.predictions] == [
+        r["category_id"] for r in crops.ground_truth()["annotations"]
+    ]
+
+    class Mistaken(Oracle):
+        def answer(self, index: int) -> dict[str, Tensor]:
+            scores = super().answer(index)["scores"]
+            return {"scores": scores.flip(0) if index == 2 else scores}
+
+    metrics = measured(Mistaken(crops, "classification"), crops, "classification").metrics
+    assert metrics["top1"] == pytest.approx(100 * (1 - 1 / len(crops)))
+    assert metrics["top5"] == 100
+
+
+def test_true_labels_come_back_in_original_pixels() -> None:
+    dataset = Ellipses()
+    metrics = measured(Oracle(dataset, "segmentation"), dataset, "segmentation").metrics
+    assert metrics["mIOU"] > 95  # resizing there and back moves edges by a part of a pixel
+
+
+def test_an_untaught_background_counts_against() -> None:
+    """Everything called class 1: its IoU is its share of all pixels, that of the others 0."""
+    dataset = Ellipses()
+
+    class One(Oracle):
+        def answer(self, index: int) -> dict[str, Tensor]:
+            logits = torch.zeros(3, SIDE, SIDE)
+            logits[1] = 1
+            return {"logits": logits}
+
+    labels = np.concatenate([dataset.semantic(i).ravel() for i in range(len(dataset))])
+    metrics = measured(One(dataset, "segmentation"), dataset, "segmentation").metrics
+    assert metrics["mIOU"] == pytest.approx(100 * (labels == 1).mean() / 3)
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_a_model_with_more_classes_than_the_data_is_refused(task: str) -> None:
+    dataset = Ellipses() if task == "segmentation" else ObjectCrops(Ellipses())
+
+    class Wider(Oracle):
+        def answer(self, index: int) -> dict[str, Tensor]:
+            if task == "classification":
+                return {"scores": torch.tensor([0.0, 0.0, 1.0])}
+            return {"logits": torch.zeros(4, SIDE, SIDE)}
+
+    with pytest.raises(UserError, match=r"class 2, counted from 0, .* has 2 categories"):
+        measured(Wider(dataset, task), dataset, task)
