@@ -159,6 +159,13 @@ def test_labels_and_masks_are_those_of_the_class(model):
     assert torch.allclose(found["masks"], torch.tensor(3.0).sigmoid())
 
 
+def test_labels_are_learnt_from_0_and_crowds_not_at_all(model):
+    crowd = make_target([[4, 6, 30, 40], [20, 20, 60, 62]], [1, 2], [True, False])
+    sum(model.train()(torch.randn(2, 3, SIDE, SIDE), [OBJECTS, crowd]).values()).backward()
+    gradients = model.regions.mask_predictor.weight.grad.flatten(1).abs().sum(1)
+    assert gradients.nonzero().flatten().tolist() == [1, 3, 5]  # OBJECTS has 0 and 4
+
+
 def test_coordinates_keep_their_precision_under_autocast(model):
     features = random_features()
     listed = ImageList(torch.zeros(2, 3, SIDE, SIDE), [(SIDE, SIDE)] * 2)
@@ -255,6 +262,19 @@ def test_proposals_and_their_losses_against_torchvision(model):
         assert torch.equal(one, other)
     assert losses == expected_losses
     assert all(loss > 0 for loss in losses.values())
+
+
+def test_images_whose_anchors_all_lie_in_crowds_have_no_proposal_loss(model):
+    objectness = torch.randn(20, 1, requires_grad=True)
+    codes, wanted = torch.randn(20, 4, requires_grad=True), [torch.zeros(10, 4)] * 2
+    ignored, negative = torch.full((10,), -1.0), torch.zeros(10)
+    losses = model.proposals.compute_loss(objectness, codes, [ignored, ignored], wanted)
+    assert [loss.item() for loss in losses] == [0, 0]
+    sum(losses).backward()
+    assert objectness.grad is not None
+    assert codes.grad is not None
+    loss, _ = model.proposals.compute_loss(objectness, codes, [ignored, negative], wanted)
+    assert loss.item() == pytest.approx(functional.softplus(objectness[10:]).mean().item())
 
 
 def share_inside(box, region):

@@ -210,7 +210,7 @@ def test_where_no_pixel_counts_the_loss_is_0():
     model = segmenter().train()
     targets = [{"semantic": torch.full((64, 64), 255)} for _ in range(2)]
     loss = model(torch.randn(2, 3, 64, 64), targets)["cross_entropy"]
-    assert float(loss) == 0
+    assert loss.item() == 0
     loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 

@@ -54,8 +54,7 @@ class MergingCell:
     unused: tuple[int, ...] = ()
 
 
-# The 7 cells that NAS-FPN's search found (its figure of the architecture; released code). The last
-# five are P3 to P7.
+# The 7 cells that NAS-FPN's search found (released code). The last five are P3 to P7.
 NAS_FPN_CELLS = (
     MergingCell(4, True, (1, 3)),
     MergingCell(4, False, (1, 5)),
@@ -171,7 +170,7 @@ class ExpandingBlock:
     expansion: int
 
 
-# MnasFPN's cell (released code, which has its paper's figure as data). The last four are P3 to P6.
+# MnasFPN's cell (released code). The last four are P3 to P6.
 MNAS_FPN_LEVELS = (3, 4, 5, 6)
 MNAS_FPN_CELL = (
     ExpandingBlock((1, 2), 4, 3, 256),

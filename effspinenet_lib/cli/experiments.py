@@ -158,6 +158,22 @@ def results(context: typer.Context, results_dir: ResultsDir = None) -> None:
 
 
 @results_app.command()
+def costs(results_dir: ResultsDir = None) -> None:
+    """Count every model whose cost the paper prints; write `cost/costs.csv`. About a minute."""
+    from effspinenet_lib.experiments import default_results_dir
+    from effspinenet_lib.experiments.costs import read_cost_table, write_cost_table
+    from effspinenet_lib.results import write_datapackage
+
+    folder = results_dir or default_results_dir()
+    path = write_cost_table(folder)
+    write_datapackage(folder)
+    shown = ("item", "row", "metric", "measured", "printed", "difference_percent")
+    table = read_cost_table(folder)[list(shown)].round(3).astype(str)
+    print_table("Costs", shown, table.to_numpy().tolist())
+    typer.echo(f"Wrote {path}")
+
+
+@results_app.command()
 def validate(results_dir: ResultsDir = None) -> None:
     """Check every results file against its description (datapackage.json).
 

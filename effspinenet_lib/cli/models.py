@@ -83,17 +83,17 @@ def wiring(
     Example: `effspinenet wiring eff_spinenet_d0 wiring.svg`
     """
     from effspinenet_lib.files import atomic_write, ensure_folder
-    from effspinenet_lib.report.diagrams import wiring_figure
-    from effspinenet_lib.specs import MODELS
+    from effspinenet_lib.report.diagrams import wiring_figure, wirings
 
-    if name not in MODELS:
-        raise UnknownName("scale-permuted model", name, MODELS)
+    known = wirings()
+    if name not in known:
+        raise UnknownName("scale-permuted model", name, known)
     kind = output.suffix.lower().removeprefix(".")
     if kind not in PICTURE_FORMATS:
         raise UserError(f"{output}: end its name in .{' or .'.join(PICTURE_FORMATS)}")
     ensure_folder(output.parent)
     with atomic_write(output, "wb") as handle:
-        figure = wiring_figure(MODELS[name].backbone)
+        figure = wiring_figure(known[name])
         figure.savefig(handle, format=kind, dpi=PICTURE_DPI, facecolor="white")
     typer.echo(f"Wrote {output}")
 

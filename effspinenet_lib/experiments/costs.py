@@ -11,6 +11,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from effspinenet_lib.cost import Cost, measure_cost
+from effspinenet_lib.experiments.cost_notes import cost_note, rests_on
 from effspinenet_lib.experiments.items import ITEMS
 from effspinenet_lib.files import ensure_folder, locked
 from effspinenet_lib.paper import ITEMS as TABLES
@@ -18,7 +19,7 @@ from effspinenet_lib.paper import paper_values
 from effspinenet_lib.results import current_commit, today
 from effspinenet_lib.results.csvfile import read_rows, to_frame, to_row, write_rows
 from effspinenet_lib.results.schemas import COST
-from effspinenet_lib.zoo import TASKS, create_model, default_image_size, model_entry
+from effspinenet_lib.zoo import TASKS, create_model, default_image_size
 
 COST_FOLDER, COST_FILE = "cost", "costs.csv"
 UNITS = {"multi_adds": 1e9, "parameters": 1e6}
@@ -57,8 +58,8 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
                 "printed": cell["value"],
                 "unit": cell["unit"],
                 "difference_percent": round(100 * (measured / cell["value"] - 1), 2),
-                "rests_on": model_entry(name).rests_on(task),
-                "note": model_entry(name).cost_note(task, cell["metric"]),
+                "rests_on": rests_on(name, task),
+                "note": cost_note(name),
                 **stamp,
             }
         )

@@ -28,14 +28,18 @@ from effspinenet_lib.report.style import (
     words,
 )
 from effspinenet_lib.specs import (
+    MODELS,
+    SPINENET_49,
     STEM_BLOCKS,
     STEM_INPUT,
     BackboneSpec,
     BlockSpec,
+    Wiring,
     level_side,
 )
 
 WIRING_WIDTH, WIRING_HEIGHT = 7.6, 4.6  # inches
+STEM_LEVEL = 1
 BOX_WIDTH, BOX_HEIGHT = 0.76, 0.58
 LINE_OFFSET = 0.12  # of the two lines of a block's text from its middle
 SMALLEST_BOX, LARGEST_BOX = 0.3, 0.62
@@ -180,12 +184,18 @@ def _arrow(axes: Axes, position: float) -> None:
     axes.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=FONT_SIZE, color=INK))
 
 
-def wiring(spec: BackboneSpec) -> Picture:
+def wirings() -> dict[str, Wiring]:
+    """The wiring of every scale-permuted model, by its name."""
+    scaled = {name: spec.backbone for name, spec in MODELS.items()}
+    return {**scaled, SPINENET_49.name: SPINENET_49}
+
+
+def wiring(spec: Wiring) -> Picture:
     """Draw the wiring of a scale-permuted network; see `wiring_figure`."""
     return to_picture(wiring_figure(spec), describe_wiring(spec))
 
 
-def wiring_figure(spec: BackboneSpec) -> Figure:
+def wiring_figure(spec: Wiring) -> Figure:
     """Draw a scale-permuted network: blocks in order, placed and coloured by level.
 
     A box holds the block's number and, below it, its channels; ×2 above it says that its
@@ -210,7 +220,7 @@ def wiring_figure(spec: BackboneSpec) -> Figure:
         return figure
 
 
-def describe_wiring(spec: BackboneSpec) -> str:
+def describe_wiring(spec: Wiring) -> str:
     """The wiring in words, block by block."""
     dims = words(str(block.feature_dim) for block in spec.blocks)
     sentences = [f"Wiring of {len(spec.blocks)} blocks in order after the stem convolution."]
@@ -262,7 +272,7 @@ def _draw_block(axes: Axes, block: BlockSpec) -> None:
         )
 
 
-def _link(axes: Axes, spec: BackboneSpec, source: int, target: int, line: str) -> None:
+def _link(axes: Axes, spec: Wiring, source: int, target: int, line: str) -> None:
     start, end = _place(spec, source), _place(spec, target)
     ends = (start[0] + BOX_WIDTH / 2, start[1]), (end[0] - BOX_WIDTH / 2, end[1])
     others = [_place(spec, block) for block in range(source + 1, target)]
@@ -281,8 +291,8 @@ def _link(axes: Axes, spec: BackboneSpec, source: int, target: int, line: str) -
     )
 
 
-def _place(spec: BackboneSpec, block: int) -> Point:
-    return (0.0, 1.0) if block == STEM_INPUT else (block, spec.blocks[block - 1].level)
+def _place(spec: Wiring, block: int) -> Point:
+    return (0.0, STEM_LEVEL) if block == STEM_INPUT else (block, spec.blocks[block - 1].level)
 
 
 def _control(start: Point, end: Point, bend: float) -> Point:
@@ -301,8 +311,8 @@ def _crossings(curve: NDArray[np.float64], boxes: list[Point]) -> int:
     return sum(bool((np.abs(curve - box) < reach).all(axis=1).any()) for box in boxes)
 
 
-def _level_axis(axes: Axes, spec: BackboneSpec) -> None:
-    levels = sorted({block.level for block in spec.blocks})
+def _level_axis(axes: Axes, spec: Wiring) -> None:
+    levels = sorted({STEM_LEVEL, *(block.level for block in spec.blocks)})
     axes.set(xlim=(-0.6, len(spec.blocks) + 0.6), ylim=(max(levels) + 0.75, min(levels) - 0.6))
     axes.set_yticks(levels, [f"L{level}" for level in levels])
     axes.set_xticks([])

@@ -14,6 +14,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.layers import NORM_EPSILON, NORM_MOMENTUM
+from effspinenet_lib.tasks.base import TaskModel
 from effspinenet_lib.tasks.classification import Classifier
 from effspinenet_lib.tasks.segmentation import Segmenter
 from effspinenet_lib.zoo.registry import DropOptions, baseline
@@ -98,7 +99,7 @@ class DeepLabHead(nn.Module):
 
 def _register_efficientnet(name: str, side: int, dropout: float) -> None:
     @baseline(name, {"classification": side}, ("table-10",), DropOptions)
-    def build(task: str, num_classes: int, options: DropOptions) -> nn.Module:
+    def build(task: str, num_classes: int, options: DropOptions) -> TaskModel:
         network: Any = timm.create_model(
             name,
             num_classes=num_classes,
@@ -116,19 +117,19 @@ for _name, (_side, _dropout) in EFFICIENTNETS.items():
 
 
 @baseline("mobilenetv2_deeplabv3", {"segmentation": DEEPLAB_SIZE}, ("table-11",), DeepLabOptions)
-def _mobilenetv2(task: str, num_classes: int, options: DeepLabOptions) -> nn.Module:
+def _mobilenetv2(task: str, num_classes: int, options: DeepLabOptions) -> TaskModel:
     """MobileNetV2's paper, Table 7: no 3x3 pooling branches, on the features of 320 channels."""
     return _deeplab("mobilenetv2_100", num_classes, options.output_stride, ())
 
 
 @baseline("resnet101_deeplabv3", {"segmentation": DEEPLAB_SIZE}, ("table-11",), DeepLabOptions)
-def _resnet101(task: str, num_classes: int, options: DeepLabOptions) -> nn.Module:
+def _resnet101(task: str, num_classes: int, options: DeepLabOptions) -> TaskModel:
     """DeepLabv3's paper, without its multi-grid, which costs nothing."""
     rates = ATROUS_RATES[options.output_stride]
     return _deeplab("resnet101s", num_classes, options.output_stride, rates)
 
 
-def _deeplab(name: str, num_classes: int, stride: int, rates: tuple[int, ...]) -> nn.Module:
+def _deeplab(name: str, num_classes: int, stride: int, rates: tuple[int, ...]) -> TaskModel:
     coarsest = (-1,)
     backbone: Any = timm.create_model(
         name, features_only=True, output_stride=stride, out_indices=coarsest

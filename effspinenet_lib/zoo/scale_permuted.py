@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-
-from torch import nn
 
 from effspinenet_lib.backbones import BackboneOptions, ScalePermutedBackbone
 from effspinenet_lib.specs import SCALES, ModelSpec
+from effspinenet_lib.tasks.base import TaskModel
 from effspinenet_lib.tasks.classification import Classifier, pyramid_classification_head
 from effspinenet_lib.tasks.detection import RetinaNet
 from effspinenet_lib.tasks.instances import MaskRCNN
@@ -16,7 +16,7 @@ from effspinenet_lib.tasks.segmentation import PyramidSegmentationHead, Segmente
 
 def build_scale_permuted(
     spec: ModelSpec, task: str, num_classes: int, options: BackboneOptions
-) -> nn.Module:
+) -> TaskModel:
     """A scale-permuted backbone under the head of a task.
 
     Raises:
@@ -30,7 +30,7 @@ def build_scale_permuted(
     head = (scale.head_dim, scale.head_layers)
     activation = options.activation
     dims = backbone.feature_dims
-    builders = {
+    builders: dict[str, Callable[[], TaskModel]] = {
         "detection": lambda: RetinaNet(backbone, num_classes, *head, activation),
         "instances": lambda: MaskRCNN(backbone, num_classes, *head, scale.box_fc_dim, activation),
         "classification": lambda: Classifier(
