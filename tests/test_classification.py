@@ -9,6 +9,7 @@ import torch
 import torchvision
 from timm.layers import DropPath
 from torch import nn
+from torch.nn import functional as F
 
 from effspinenet_lib import create_model, measure_cost
 from effspinenet_lib.backbones import BackboneOptions, ScalePermutedBackbone
@@ -89,7 +90,10 @@ def test_the_pyramids_mean_against_a_loop(sides):
     }
     with torch.inference_mode():
         merged = merge(features)
-        levels = [lateral(f) for lateral, f in zip(merge.lateral, features.values(), strict=True)]
+        levels = [
+            F.silu(lateral[1](F.conv2d(feature, lateral[0].weight)))
+            for lateral, feature in zip(merge.lateral, features.values(), strict=True)
+        ]
     height, width = sides[0]
     assert merged.shape == (2, 4, height, width)
     for y in range(height):

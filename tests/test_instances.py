@@ -70,7 +70,8 @@ def random_features(dim=24, side=SIDE, count=2):
 @pytest.mark.parametrize("name", PRINTED)
 def test_costs_are_within_3_percent_of_table_6(name):
     side, billions, millions = PRINTED[name]
-    cost = measure_cost(create_model(name, "instances"), side)
+    with torch.device("meta"):
+        cost = measure_cost(create_model(name, "instances"), side)
     assert cost.multi_adds / 1e9 == pytest.approx(billions, rel=0.03)
     assert cost.parameters / 1e6 == pytest.approx(millions, rel=0.03)
 

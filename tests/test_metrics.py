@@ -100,6 +100,8 @@ def test_a_hand_counted_miou():
     confusion.add(torch.tensor([[0, 1, 1], [1, 2, 3]]), expected)
     # Class 0: 1 of 2. Class 1: 2 of 4. Class 2, predicted only: 0 of 1. 3 (ignored) and 4: out.
     assert confusion.metrics()["mIOU"] == pytest.approx(100 * (0.5 + 0.5 + 0) / 3)
+    assert confusion.counts[1, 2] == 1  # expected 1, predicted 2
+    assert confusion.counts[2, 1] == 0
     shares = confusion.intersection_over_union()
     assert shares[:3].tolist() == [0.5, 0.5, 0.0]
     assert shares[3:].isnan().all()

@@ -1,12 +1,12 @@
 """What the paper leaves open, and how well each answer fits its cost columns.
 
 `cost` counts a model in closed form under any `Choices`; `scan` compares the answers on every
-printed #FLOPs and #Params cell of the scale-permuted models. `python -m effspinenet_lib.choices`
-writes the comparison.
+printed #FLOPs and #Params cell of the scale-permuted models. `effspinenet results choices` writes
+the comparison.
 """
 
-from effspinenet_lib.choices.arithmetic import ModelCost, cost
-from effspinenet_lib.choices.scan import fit, scan, write_scan
+from effspinenet_lib.choices.arithmetic import cost
+from effspinenet_lib.choices.scan import fit, read_scan, scan, write_scan
 from effspinenet_lib.choices.settings import (
     CHOICES,
     CLOSEST,
@@ -16,6 +16,7 @@ from effspinenet_lib.choices.settings import (
     Choice,
     Choices,
 )
+from effspinenet_lib.choices.tally import ModelCost
 
 __all__ = [
     "CHOICES",
@@ -28,6 +29,7 @@ __all__ = [
     "ModelCost",
     "cost",
     "fit",
+    "read_scan",
     "scan",
     "write_scan",
 ]

@@ -10,15 +10,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from effspinenet_lib.choices.arithmetic import ModelCost, cost
+import pandas as pd
+
+from effspinenet_lib.choices.arithmetic import cost
 from effspinenet_lib.choices.settings import CHOICES, CLOSEST, LIBRARY, SETS, Choice, Choices
+from effspinenet_lib.choices.tally import ModelCost
 from effspinenet_lib.files import ensure_folder, locked
 from effspinenet_lib.paper import RESULTS_DIR, paper_values
-from effspinenet_lib.results.csvfile import number_text, to_row, write_rows
-from effspinenet_lib.results.schemas import Field, Schema
+from effspinenet_lib.results.csvfile import (
+    number_text,
+    read_rows,
+    to_frame,
+    to_row,
+    write_rows,
+)
+from effspinenet_lib.results.schemas import CHOICE
 from effspinenet_lib.specs import BASES, MODELS, SCALES, SEGMENTATION_SIZE
 
-CHOICES_FILE = "choices.csv"
+CHOICES_FILE = "cost/choices.csv"
 TABLES = ("table-03", "table-06", "table-07", "table-08", "table-09", "table-10", "table-11")
 UNITS = {"multi_adds": 1e9, "parameters": 1e6}
 NEAR_PERCENT = 3.0
@@ -36,30 +45,6 @@ PAIRED = (
     "same_shape_conv",
     "counted",
     "classes",
-)
-
-SCHEMA = Schema(
-    "choice",
-    (
-        Field(
-            "scan",
-            "string",
-            "set: a whole set of answers; one, pair: that many answers changed in it.",
-            True,
-            enum=("set", "one", "pair"),
-        ),
-        Field("around", "string", "The set of answers.", True, enum=(*SETS, "closest")),
-        Field("choice", "string", "Field of Choices; of a pair, two joined by +; all of a set."),
-        Field("value", "string", "The answer; of a pair, two joined by +."),
-        Field("chosen", "string", "Whether the set has this answer.", True, enum=("yes", "no")),
-        Field("cells_within_3_percent", "integer", "Printed cells met within 3 %.", True),
-        Field("cells_as_printed", "integer", "Cells met to the digits printed.", True),
-        Field("cells", "integer", "Printed cells compared.", True),
-        Field("mean_deviation_percent", "number", "Mean absolute deviation.", True),
-        Field("worst_cell", "string", "The cell that is missed most: item, row, metric.", True),
-        Field("worst_deviation_percent", "number", "By how much, with its sign.", True),
-    ),
-    ("scan", "around", "choice", "value"),
 )
 
 
@@ -175,7 +160,7 @@ def scan() -> list[dict[str, Any]]:
     """Compare the sets, every answer in two of them, and pairs of the influential ones.
 
     Returns:
-        Records of `SCHEMA`, a few hundred.
+        Records of the schema `choice`, a few hundred.
     """
     records = [
         _record(("set", name, "", ""), chosen=name == "library", choices=choices)
@@ -243,5 +228,14 @@ def write_scan(path: str | Path = RESULTS_DIR / CHOICES_FILE) -> Path:
     ensure_folder(path.parent)
     records: Iterable[dict[str, Any]] = scan()
     with locked(path):
-        write_rows(path, SCHEMA, [to_row(record, SCHEMA, path.name) for record in records])
+        write_rows(path, CHOICE, [to_row(record, CHOICE, path.name) for record in records])
     return path
+
+
+def read_scan(path: str | Path = RESULTS_DIR / CHOICES_FILE) -> pd.DataFrame:
+    """The comparison as it was written, one row an answer.
+
+    Raises:
+        DataError: the file is missing or broken.
+    """
+    return to_frame(read_rows(Path(path), CHOICE), CHOICE)

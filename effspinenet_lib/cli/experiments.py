@@ -174,6 +174,24 @@ def costs(results_dir: ResultsDir = None) -> None:
 
 
 @results_app.command()
+def choices(results_dir: ResultsDir = None) -> None:
+    """Hold each choice that the paper leaves open against its costs; write `cost/choices.csv`."""
+    from effspinenet_lib.choices import read_scan, write_scan
+    from effspinenet_lib.choices.scan import CHOICES_FILE
+    from effspinenet_lib.experiments import default_results_dir
+    from effspinenet_lib.results import write_datapackage
+
+    folder = results_dir or default_results_dir()
+    path = write_scan(folder / CHOICES_FILE)
+    write_datapackage(folder)
+    sets = read_scan(path).query("scan == 'set'")
+    columns = ("around", "cells_within_3_percent", "cells_as_printed", "mean_deviation_percent")
+    headings = ("set of answers", "cells within 3 %", "as printed", "mean deviation, %")
+    print_table("Choices", headings, sets[list(columns)].astype(str).to_numpy().tolist())
+    typer.echo(f"Wrote {path}")
+
+
+@results_app.command()
 def validate(results_dir: ResultsDir = None) -> None:
     """Check every results file against its description (datapackage.json).
 

@@ -42,9 +42,9 @@ def _table(item: str, rows: pd.DataFrame) -> Table:
         cells = rows[rows["metric"] == metric].set_index("row")
         heading = f"{METRIC_NAMES[metric]} ({cells['unit'].iloc[0]})"
         columns[heading, "paper"] = [f"{cells['printed'][name]:g}" for name in names]
-        columns[heading, "measured"] = [f"{cells['measured'][name]:.3g}" for name in names]
+        columns[heading, "measured"] = [f"{cells['measured'][name]:#.3g}" for name in names]
         columns[heading, "difference"] = [
-            f"{cells['difference_percent'][name]:+.1f} %" for name in names
+            f"{round(cells['difference_percent'][name], 1) + 0.0:+.1f} %" for name in names
         ]
     sizes = rows.drop_duplicates("row").set_index("row")["image_size"]
     columns["", "pixels"] = [str(sizes[name]) for name in names]
@@ -95,12 +95,13 @@ def differences(costs: pd.DataFrame) -> Picture:
         axes.axvspan(-CLOSE_PERCENT, CLOSE_PERCENT, color="0.5", alpha=0.15, linewidth=0)
         for metric, marker in (("multi_adds", "o"), ("parameters", "s")):
             cells = costs[costs["metric"] == metric]
+            colours = [family_colour(name) for name in cells["row"]]
             axes.scatter(
                 cells["difference_percent"],
                 [names.index(label) for label in _labels(cells)],
                 marker=marker,
-                c=[family_colour(name) for name in cells["row"]],
-                facecolors=None if metric == "multi_adds" else "none",
+                edgecolors=colours,
+                facecolors=colours if metric == "multi_adds" else "none",
                 label=METRIC_NAMES[metric],
             )
         axes.set_yticks(range(len(names)), names)

@@ -258,6 +258,30 @@ COST = Schema(
     ("item", "row", "metric"),
 )
 
+CHOICE = Schema(
+    "choice",
+    (
+        Field(
+            "scan",
+            "string",
+            "set: a whole set of answers; one, pair: that many answers changed in it.",
+            True,
+            enum=("set", "one", "pair"),
+        ),
+        Field("around", "string", "The set of answers.", True),
+        Field("choice", "string", "What was chosen; of a pair, two joined by +; empty for a set."),
+        Field("value", "string", "The answer; of a pair, two joined by +."),
+        Field("chosen", "string", "Whether the set has this answer.", True, enum=("yes", "no")),
+        Field("cells_within_3_percent", "integer", "Printed cells met within 3 %.", True),
+        Field("cells_as_printed", "integer", "Cells met to the digits printed.", True),
+        Field("cells", "integer", "Printed cells compared.", True),
+        Field("mean_deviation_percent", "number", "Mean absolute deviation.", True),
+        Field("worst_cell", "string", "The cell that is missed most: item, row, metric.", True),
+        Field("worst_deviation_percent", "number", "By how much, with its sign.", True),
+    ),
+    ("scan", "around", "choice", "value"),
+)
+
 MEASUREMENT_COLUMNS = MEASUREMENT.columns
 RUN_COLUMNS = RUN.columns
 
@@ -269,6 +293,7 @@ def schema_of_file(name: str) -> Schema | None:
         "misprints.csv": MISPRINT,
         "claims.csv": CLAIM,
         "costs.csv": COST,
+        "choices.csv": CHOICE,
     }
     if re.fullmatch(ITEM_PATTERN + r"\.csv", name):
         return MEASUREMENT

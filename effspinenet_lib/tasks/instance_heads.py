@@ -107,9 +107,6 @@ class ProposalHead(nn.Module):
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Map [N, dim, H, W] of each level to [N, anchors, H, W] and [N, 4 anchors, H, W]."""
         predictions = [self.branch(f, level).float() for level, f in enumerate(features)]
-        if not self.training:
-            for prediction in predictions:
-                _check_finite(prediction)
         widths = [self.anchors, BOX_CODE * self.anchors]
         objectness, codes = zip(*(p.split(widths, 1) for p in predictions), strict=True)
         return list(objectness), list(codes)
@@ -148,6 +145,22 @@ class ProposalNetwork(RegionProposalNetwork):
             settings.proposal_nms_iou,
         )
         self.settings = settings.anchors
+
+    def filter_proposals(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        sizes: list[tuple[int, int]],
+        anchors: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Choose the best proposals of each image, and their scores.
+
+        Raises:
+            TrainingError: the outputs are not finite, in evaluation.
+        """
+        if not self.training:
+            _check_finite(proposals, objectness)
+        return super().filter_proposals(proposals, objectness, sizes, anchors)
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[Target]
@@ -310,8 +323,7 @@ class RegionBranches(RoIHeads):
     ) -> list[dict[str, Tensor]]:
         """Decode each image's proposals [.., 4]; the masks come from the boxes detected."""
         logits, codes = self.boxes(features, proposals)
-        _check_finite(logits)
-        _check_finite(codes)
+        _check_finite(logits, codes)
         found = self.postprocess_detections(logits, codes, proposals, [size] * len(proposals))
         boxes, _, labels = found
         masks = maskrcnn_inference(self.masks(features, boxes), labels)
@@ -340,13 +352,13 @@ def _in_crowd(boxes: Tensor, crowds: Tensor, settings: AnchorSettings) -> Tensor
     return match_anchors(boxes, crowds, everything, settings) == IGNORED
 
 
-def _check_finite(outputs: Tensor) -> None:
+def _check_finite(*outputs: Tensor) -> None:
     """Refuse outputs of broken weights.
 
     Raises:
         TrainingError: a number is not finite.
     """
-    if not outputs.isfinite().all():
+    if not all(output.isfinite().all() for output in outputs):
         raise TrainingError(
             "the model gives numbers that are not finite; its weights are broken: use those of "
             "an earlier checkpoint, or train with a lower learning rate"

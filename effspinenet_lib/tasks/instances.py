@@ -34,6 +34,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from effspinenet_lib.layers import PyramidBackbone, conv_norm, initialise
+from effspinenet_lib.specs import OUTPUT_LEVELS
 from effspinenet_lib.tasks.base import Target, TaskModel
 from effspinenet_lib.tasks.detection import _check_batch, _crowds
 from effspinenet_lib.tasks.instance_heads import (
@@ -132,7 +133,7 @@ class MaskRCNN(TaskModel):
         return {level: lateral(outputs[int(level)]) for level, lateral in self.lateral.items()}
 
     def network(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Run every layer on a fixed number of regions, each the whole image.
+        """Run every layer on a fixed number of regions, each the whole image on P3.
 
         Those are 1000 proposals and 100 detections an image, P and K below: so the cost columns
         of Table 6 fit.
@@ -145,6 +146,8 @@ class MaskRCNN(TaskModel):
             box codes [N P, 4 (C + 1)], mask logits [N K, C + 1, 28, 28].
         """
         features = self.features(images)
+        level = str(min(OUTPUT_LEVELS))
+        finest = {level: features[level]}  # one level: no choice that depends on data
         objectness, codes = self.proposals.head(list(features.values()))
         whole = images.new_tensor([[0, 0, images.shape[-1], images.shape[-2]]])
         boxes, masks = (
@@ -153,8 +156,8 @@ class MaskRCNN(TaskModel):
         )
         return (
             *concat_box_prediction_layers(objectness, codes),
-            *self.regions.boxes(features, boxes),
-            self.regions.masks(features, masks),
+            *self.regions.boxes(finest, boxes),
+            self.regions.masks(finest, masks),
         )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_bf16_available, set_seed
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from effspinenet_lib.data import Batch
@@ -95,7 +96,8 @@ def prepare_model(model: nn.Module, recipe: Recipe, accelerator: Accelerator) ->
             layer.momentum = 1 - recipe.norm_momentum
     if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
         # torch has no synchronised norm for processors
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # torch's own converter drops the activations inside timm's norms
+        model = convert_sync_batchnorm(model)
     model = model.to(accelerator.device)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)

@@ -1,0 +1,80 @@
+"""The committed cost table: complete, up to date, and as close to the print as it claims."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from effspinenet_lib.cost import measure_cost
+from effspinenet_lib.experiments import default_results_dir
+from effspinenet_lib.experiments.costs import UNITS, read_cost_table
+from effspinenet_lib.paper import paper_values
+from effspinenet_lib.report import costs as report
+from effspinenet_lib.zoo import create_model
+
+ITEMS = ("table-03", "table-06", "table-07", "table-08", "table-09", "table-10", "table-11")
+
+
+@pytest.fixture(scope="module")
+def costs() -> pd.DataFrame:
+    return read_cost_table(default_results_dir())
+
+
+def test_every_printed_cost_has_its_row(costs: pd.DataFrame) -> None:
+    paper = pd.concat([paper_values(item) for item in ITEMS])
+    paper = paper[paper["metric"].isin(UNITS)].dropna(subset="value")
+    printed = paper.set_index(["item", "row", "metric"])["value"]
+    listed = costs.set_index(["item", "row", "metric"])["printed"]
+    assert len(listed) == 72
+    pd.testing.assert_series_equal(
+        printed.sort_index(), listed.sort_index(), check_names=False, check_exact=True
+    )
+
+
+def test_the_differences_are_those_of_the_numbers(costs: pd.DataFrame) -> None:
+    computed = 100 * (costs["measured"] / costs["printed"] - 1)
+    assert (computed - costs["difference_percent"]).abs().max() < 0.01
+
+
+def test_33_of_36_own_cells_and_all_others_are_close_or_explained(costs: pd.DataFrame) -> None:
+    own = costs["model"].str.startswith(("eff_spinenet", "sp_efficientnet"))
+    assert own.sum() == 36
+    missed = costs[own & (costs["difference_percent"].abs() > 3)]
+    assert len(missed) <= 3
+    assert missed["note"].str.contains("%").all()
+    far = costs[~own & (costs["difference_percent"].abs() > 5)]
+    assert (far["note"] != "").all()
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("eff_spinenet_m0", "detection"),
+        ("eff_spinenet_d0", "instances"),
+        ("eff_spinenet_d1", "classification"),
+        ("eff_spinenet_d2", "segmentation"),
+        ("efficientdet_d0", "detection"),
+        ("mobilenetv3_small_ssdlite", "detection"),
+        ("efficientnet_b0", "classification"),
+    ],
+)
+def test_committed_costs_are_what_the_models_cost_now(
+    costs: pd.DataFrame, name: str, task: str
+) -> None:
+    rows = costs[(costs["model"] == name) & (costs["task"] == task)]
+    cost = measure_cost(create_model(name, task), int(rows["image_size"].iloc[0]))
+    for row in rows.itertuples(index=False):
+        measured = getattr(cost, str(row.metric)) / UNITS[str(row.metric)]
+        assert row.measured == pytest.approx(measured, abs=1e-6)
+
+
+def test_the_page_says_what_the_table_says(costs: pd.DataFrame) -> None:
+    sentence = report.fit_sentence(costs)
+    assert sentence.startswith("Of the 36 printed cells")
+    assert "M1 (#FLOPs -10.2 %)" in sentence
+    tables = report.cost_tables(costs)
+    assert len(tables) == len(ITEMS)
+    assert tables[0].frame.loc["Eff-SpineNet-D0"].tolist()[:3] == ["2.5", "2.51", "+0.5 %"]
+    perfect = costs.assign(difference_percent=0.0)
+    assert "not so" not in report.fit_sentence(perfect)
+    assert report.differences(costs).alt.endswith(sentence)
