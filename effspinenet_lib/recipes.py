@@ -276,7 +276,7 @@ SMALL_DATA_CLASSIFICATION = _declare(
     lr_drops=((), "our choice: none beside the cosine"),
     scale_jitter=((0.8, 1.25), "our choice: the object stays in the picture"),
     norm_freeze_steps=(400, "our choice: level 7 of a small picture is one value"),
-    **_PAPER_SGD,
+    **{**_PAPER_SGD, "clip_gradient_norm": (5.0, "our choice: frozen norms bound nothing")},
     **_SHORT_SCHEDULE,
 )
 
@@ -291,7 +291,7 @@ SMALL_DATA_SEGMENTATION = _declare(
     lr_drops=((), "our choice: none beside the cosine"),
     scale_jitter=((0.5, 2.0), "our choice: as small_data_detection"),
     norm_freeze_steps=(400, "our choice: level 7 of a small picture is one value"),
-    **_PAPER_SGD,
+    **{**_PAPER_SGD, "clip_gradient_norm": (5.0, "our choice: frozen norms bound nothing")},
     **_SHORT_SCHEDULE,
 )
 

@@ -18,7 +18,19 @@ from effspinenet_lib.cli.detect import detections
 from effspinenet_lib.cli.drawing import COLOURS, draw_boxes, sheet
 from effspinenet_lib.errors import CheckpointError, DataError, TrainingError, UserError
 
-COMMANDS = ("models", "cost", "train", "evaluate", "detect", "reproduce", "book", "data", "results")
+COMMANDS = (
+    "models",
+    "cost",
+    "wiring",
+    "export",
+    "train",
+    "evaluate",
+    "detect",
+    "reproduce",
+    "book",
+    "data",
+    "results",
+)
 TINY = ("--image-size", "64", "--batch-size", "2")
 
 
@@ -265,6 +277,49 @@ def test_training_leaves_weights_that_evaluate_to_the_same_metrics(run, scenes, 
     evaluated = run("evaluate", "--weights", weights, "--data", scenes)
     assert len(table_rows(evaluated.out)) == 12
     assert table_rows(evaluated.out) == table_rows(trained.out)
+
+
+def test_an_evaluation_leaves_cocos_result_format(run, scenes, weights, tmp_path):
+    output = tmp_path / "found"
+    command = ("evaluate", "--weights", weights, "--data", scenes, "--output", output)
+    assert run(*command).code == 0
+    assert {path.name for path in output.iterdir()} == {"predictions.json", "metrics.json"}
+    records = json.loads((output / "predictions.json").read_text())
+    assert all({"image_id", "category_id", "bbox", "score"} == set(record) for record in records)
+    assert len(json.loads((output / "metrics.json").read_text())) == 12
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics"), [("instances", 24), ("classification", 2), ("segmentation", 1)]
+)
+def test_the_other_tasks_train_evaluate_and_export(run, scenes, tmp_path, task, metrics):
+    rate = ("--learning-rate", 1e-4)  # one step of a full one on two images breaks weights
+    options = ("--task", task, "--steps", 1, "--output", tmp_path, *rate, *TINY)
+    trained = run("train", "--data", scenes, *options)
+    assert trained.code == 0, trained.error
+    assert len(table_rows(trained.out)) == metrics
+    (weights,) = tmp_path.glob("*/model.safetensors")
+    evaluated = run("evaluate", "--weights", weights, "--data", scenes)
+    assert table_rows(evaluated.out) == table_rows(trained.out)
+    program = tmp_path / "new" / "model.pt2"
+    exported = run("export", "--weights", weights, "--output", program)
+    assert exported.code == 0, exported.error
+    assert task in exported.out
+    assert program.stat().st_size > 100_000
+    picture = scenes / "val" / "000000.png"
+    detected = run("detect", picture, "--weights", weights, "--output", tmp_path / "found.png")
+    assert detected.code == (0 if task == "instances" else 2)
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_wiring_draws_every_scale_permuted_model(run, tmp_path, suffix):
+    for name in ("eff_spinenet_d1", "spinenet_49"):
+        output = tmp_path / "new" / f"{name}.{suffix}"
+        assert run("wiring", name, output).code == 0
+        head = output.read_bytes()[:400]
+        assert (b"<svg" in head) if suffix == "svg" else head.startswith(b"\x89PNG")
+    assert "end its name in .svg or .png" in run("wiring", name, tmp_path / "x.doc").error
+    assert "spinenet_49" in run("wiring", "spinenet_94", tmp_path / "x.svg").error
 
 
 def test_overfitting_evaluates_on_the_images_that_it_trains_on(run, scenes, tmp_path):

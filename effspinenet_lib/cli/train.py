@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +14,11 @@ from effspinenet_lib.errors import DataError
 from effspinenet_lib.recipes import EVALUATION_BATCH
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from effspinenet_lib.data import Dataset
     from effspinenet_lib.recipes import Recipe
+    from effspinenet_lib.training.prediction_log import PredictionLog
 
 Workers = Annotated[
     int, typer.Option(min=0, help="Processes that load images; 0: none but the trainer itself.")
@@ -153,6 +157,14 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = EVALUATION_BATCH,
     workers: Workers = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write predictions.json (COCO's result format) and metrics.json there. Detection "
+            "and instances: interrupted, the same command goes on.",
+        ),
+    ] = None,
 ) -> None:
     """Measure a trained model by the metrics of its task.
 
@@ -162,8 +174,10 @@ def evaluate(
     Example: `effspinenet evaluate --weights runs/0123456789ab/model.safetensors --data my_pictures`
     """
     from effspinenet_lib.data import open_dataset
+    from effspinenet_lib.files import write_json
     from effspinenet_lib.training.checkpoint import create_from_weights
     from effspinenet_lib.training.evaluate import evaluate as measure
+    from effspinenet_lib.training.evaluate import write_predictions
 
     model, facts = create_from_weights(weights)
     size = image_size or facts["image_size"]
@@ -173,8 +187,34 @@ def evaluate(
         facts["task"],
     )
     _check_categories(weights, facts["categories"], dataset)
-    evaluation = measure(model, dataset, facts["task"], size, batch_size, workers=workers)
+    arguments = (model, dataset, facts["task"], size, batch_size, workers)
+    with _log_of(output, weights, dataset, facts["task"], size) as log:
+        evaluation = measure(*arguments, log=log)
+    if output is not None:
+        write_predictions(output / "predictions.json", evaluation.predictions)
+        defined = {k: None if v != v else v for k, v in evaluation.metrics.items()}
+        write_json(output / "metrics.json", defined)
     _print_metrics(f"{facts['model']} on {dataset.name}", evaluation.metrics)
+
+
+def _log_of(
+    output: Path | None, weights: Path, dataset: Dataset, task: str, size: int
+) -> AbstractContextManager[PredictionLog | None]:
+    """Where an evaluation keeps what it has, so that it can go on; nothing without `output`."""
+    from hashlib import sha256
+
+    from effspinenet_lib.files import ensure_folder
+    from effspinenet_lib.training.config import describe_data
+    from effspinenet_lib.training.prediction_log import PredictionLog
+
+    if output is None:
+        return nullcontext()
+    ensure_folder(output)
+    if task not in ("detection", "instances"):
+        return nullcontext()
+    content = sha256(weights.read_bytes()).hexdigest()
+    facts = f"{content} {describe_data(dataset)['digest']} {size}"
+    return PredictionLog(output / "predictions.partial", sha256(facts.encode()).hexdigest())
 
 
 def _check_categories(weights: Path, categories: list[dict[str, Any]], dataset: Dataset) -> None:

@@ -224,12 +224,15 @@ def training_loader(
 
 
 def evaluation_loader(
-    dataset: Dataset, image_size: int, batch_size: int, workers: int = 0
+    dataset: Dataset, image_size: int, batch_size: int, workers: int = 0, start: int = 0
 ) -> DataLoader[Any]:
-    """All images once, in index order, unchanged but for resizing; the last batch may be short."""
-    images = range(len(dataset))
+    """All images from `start` on once, in index order, unchanged but for resizing.
+
+    The last batch may be short.
+    """
+    images = range(start, len(dataset))
     order = [
-        list(images[start : start + batch_size]) for start in range(0, len(images), batch_size)
+        list(images[begin : begin + batch_size]) for begin in range(0, len(images), batch_size)
     ]
     return _loader(_EvaluationItems(dataset, image_size), order, image_size, workers)
 

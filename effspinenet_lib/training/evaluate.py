@@ -23,6 +23,7 @@ from effspinenet_lib.errors import UserError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.training.coco import METRICS, coco_metrics
 from effspinenet_lib.training.metrics import Accuracy, ConfusionMatrix
+from effspinenet_lib.training.prediction_log import PredictionLog
 
 # Metrics of a task that are printed and compared, the most telling first.
 MASK_METRICS = tuple(f"{name}_mask" for name in METRICS)
@@ -170,6 +171,7 @@ def evaluate(
     batch_size: int,
     workers: int = 0,
     progress: bool = True,
+    log: PredictionLog | None = None,
 ) -> Evaluation:
     """Predict every image of a data set and compute the task's metrics.
 
@@ -185,6 +187,8 @@ def evaluate(
         batch_size: images at once.
         workers: processes that load images; 0: none beside this one.
         progress: show a bar where stderr is a terminal.
+        log: keeps the predictions of each image as they come, and holds those of an interrupted
+            evaluation, which are not made again; detection and instances only.
 
     Raises:
         UserError: the model has classes that the data set lacks.
@@ -192,20 +196,32 @@ def evaluate(
             gives numbers that are not finite.
     """
     evaluator = _EVALUATORS[task](dataset)
-    batches = evaluation_loader(dataset, image_size, batch_size, workers)
-    total = math.ceil(len(dataset) / batch_size)
-    parameter = next(model.parameters(), None)
     index = 0
+    if log is not None:
+        evaluator.predictions += log.records
+        index = log.images
+    batches = evaluation_loader(dataset, image_size, batch_size, workers, start=index)
+    parameter = next(model.parameters(), None)
     with (
         _evaluation_mode(model),
         torch.inference_mode(),
-        tqdm(batches, "evaluate", total, disable=None if progress else True) as bar,
+        tqdm(
+            desc="evaluate",
+            total=len(dataset),
+            initial=index,
+            unit="image",
+            disable=None if progress else True,
+        ) as bar,
     ):
-        for batch in bar:
+        for batch in batches:
             images = batch.images if parameter is None else batch.images.to(parameter.device)
             for output, scale in zip(model(images), batch.scales.tolist(), strict=True):
+                known = len(evaluator.predictions)
                 evaluator.add(index, output, scale)
+                if log is not None:
+                    log.add(evaluator.predictions[known:])
                 index += 1
+            bar.update(len(images))
     return Evaluation(evaluator.metrics(), evaluator.predictions)
 
 
