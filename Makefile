@@ -9,9 +9,11 @@ ITEMS ?= all
 
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.effspinenet-installed
+PARITY_VENV ?= .venv-parity
+PARITY_INSTALLED = $(PARITY_VENV)/.effspinenet-installed
 BOOK = _build/book/html/index.html
 
-.PHONY: help setup reproduce book test bench lint lint-format lint-code lint-types lint-imports \
+.PHONY: help setup reproduce book test bench parity lint lint-format lint-code lint-types lint-imports \
         lint-notebooks format clean
 
 help:
@@ -22,6 +24,7 @@ help:
 	@echo "make lint        check format, code, types, imports and notebooks"
 	@echo "make format      put the code in format"
 	@echo "make bench       measure speed against peers"
+	@echo "make parity      compare the released models with TensorFlow's, in $(PARITY_VENV)"
 	@echo "make clean       remove the book, smoke results and caches (results that are kept stay)"
 
 setup: $(INSTALLED)
@@ -53,6 +56,18 @@ test: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 	@echo "Benchmarks: benchmarks/"
+
+# TensorFlow needs older packages than the library's tools; hence an environment of its own.
+$(PARITY_INSTALLED): pyproject.toml
+	@test -x $(PARITY_VENV)/bin/pip || $(PYTHON) -m venv $(PARITY_VENV)
+	@echo "Installing TensorFlow and the library into $(PARITY_VENV) ..."
+	@$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[tensorflow]'
+	@touch $@
+
+parity: $(PARITY_INSTALLED)
+	$(PARITY_VENV)/bin/python -m benchmarks.parity
+	@echo "Parity: results/parity/parity.csv"
 
 lint: lint-format lint-code lint-types lint-imports lint-notebooks
 	@echo "Lint: all checks passed (settings: pyproject.toml)"

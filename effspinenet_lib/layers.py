@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.pool2d_same import MaxPool2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
@@ -16,16 +18,31 @@ NORM_EPSILON = 1e-3
 # Equation 1 prints 0.001 in the denominator.
 FUSION_EPSILON = 1e-3
 DEPTHWISE_KERNEL = 3
+POOLING_KERNEL = 3
+# The released code multiplies by this rounding of 1/6; with 1/6 its outputs differ by 1e-5.
+HARD_SIGMOID_SLOPE = 0.16667
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "swish": lambda: nn.SiLU(inplace=True),
     "relu": lambda: nn.ReLU(inplace=True),
+    "hard_swish": lambda: nn.Hardswish(inplace=True),
 }
 
 
 def make_activation(name: str) -> nn.Module:
-    """Make an activation module by name: `swish` (the paper's) or `relu` (Table 4)."""
+    """Make an activation: `swish` (the paper's), `relu` (Table 4) or `hard_swish` (released)."""
     return ACTIVATIONS[name]()
+
+
+def hard_sigmoid(values: Tensor) -> Tensor:
+    """The released code's hard sigmoid: relu6(values + 3) * 0.16667."""
+    return F.relu6(values + 3) * HARD_SIGMOID_SLOPE
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "hard_sigmoid": hard_sigmoid,
+}
 
 
 def make_norm(channels: int) -> nn.BatchNorm2d:
@@ -40,13 +57,16 @@ def conv_norm(
     stride: int = 1,
     groups: int = 1,
     activation: str | None = None,
+    same: bool = False,
 ) -> nn.Sequential:
     """Make a bias-free convolution with "same" padding, its norm and, if named, its activation.
 
-    A stride of 2 gives ceil(side / 2).
+    A stride of 2 gives ceil(side / 2). With `same` it is padded as in TensorFlow: on an even side
+    one pixel less before than after, where PyTorch's padding has as many at both ends.
     """
+    make_conv = Conv2dSame if same and stride > 1 else nn.Conv2d
     layers: list[nn.Module] = [
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
+        make_conv(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
         make_norm(outputs),
     ]
     if activation is not None:
@@ -54,19 +74,29 @@ def conv_norm(
     return nn.Sequential(*layers)
 
 
+def max_pool(same: bool = False) -> nn.Module:
+    """Make the 3x3 max pooling that halves the sides, rounded up; `same` as in `conv_norm`."""
+    if same:
+        return MaxPool2dSame(POOLING_KERNEL, stride=2)
+    return nn.MaxPool2d(POOLING_KERNEL, stride=2, padding=POOLING_KERNEL // 2)
+
+
 class SqueezeExcitation(nn.Module):
     """Scale channels by a gate computed from their global mean (sigmoid, EfficientNet)."""
 
-    def __init__(self, channels: int, squeezed: int, activation: str) -> None:
+    def __init__(
+        self, channels: int, squeezed: int, activation: str, gate: str = "sigmoid"
+    ) -> None:
         super().__init__()
         self.reduce = nn.Conv2d(channels, squeezed, 1)
         self.activation = make_activation(activation)
         self.expand = nn.Conv2d(squeezed, channels, 1)
+        self.gate = GATES[gate]
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [N, C, H, W] to the same shape."""
-        gate = features.mean((2, 3), keepdim=True)
-        return features * self.expand(self.activation(self.reduce(gate))).sigmoid()
+        mean = features.mean((2, 3), keepdim=True)
+        return features * self.gate(self.expand(self.activation(self.reduce(mean))))
 
 
 class MBConv(nn.Module):
@@ -81,6 +111,8 @@ class MBConv(nn.Module):
         squeeze_ratio: squeezed channels over *input* channels; None leaves the layer out.
         activation: `swish` or `relu`.
         drop_rate: probability of dropping the residual branch for a sample.
+        released: compute as the released code does: padding as in TensorFlow, and in
+            squeeze-and-excitation ReLU and a hard sigmoid.
 
     The input is added where shape and stride allow.
     """
@@ -95,17 +127,19 @@ class MBConv(nn.Module):
         squeeze_ratio: float | None,
         activation: str,
         drop_rate: float,
+        released: bool = False,
     ) -> None:
         super().__init__()
         expanded = inputs * expansion_ratio
         self.expand = conv_norm(inputs, expanded, activation=activation)
         self.depthwise = conv_norm(
-            expanded, expanded, kernel, stride, groups=expanded, activation=activation
+            expanded, expanded, kernel, stride, expanded, activation, same=released
         )
+        gating = ("relu", "hard_sigmoid") if released else (activation, "sigmoid")
         self.excite = (
             nn.Identity()
             if squeeze_ratio is None
-            else SqueezeExcitation(expanded, max(1, int(inputs * squeeze_ratio)), activation)
+            else SqueezeExcitation(expanded, max(1, int(inputs * squeeze_ratio)), *gating)
         )
         self.project = conv_norm(expanded, outputs)
         self.residual = stride == 1 and inputs == outputs
@@ -163,6 +197,10 @@ class Resample(nn.Module):
     the 1x1 alone, or nothing where the dimension is the same too. The split between
     space-to-depth and pooling is recovered from the cost columns; max pooling is our choice
     (SpineNet's).
+
+    With `released`, the name of an activation, the released code's way without space-to-depth:
+    the activation follows each depthwise convolution, padded as in TensorFlow, and the 1x1 is
+    there even between blocks of one level and dimension.
     """
 
     def __init__(
@@ -172,6 +210,7 @@ class Resample(nn.Module):
         outputs: int,
         output_level: int,
         space_to_depth: bool,
+        released: str | None = None,
     ) -> None:
         super().__init__()
         self.upsample = output_level < input_level
@@ -179,14 +218,15 @@ class Resample(nn.Module):
         layers: list[nn.Module] = []
         if steps and space_to_depth:
             layers.append(SpaceToDepth())
-            layers += [nn.MaxPool2d(3, stride=2, padding=1) for _ in range(steps - 1)]
+            layers += [max_pool() for _ in range(steps - 1)]
             inputs *= 4
         else:
+            same = released is not None
             layers += [
-                conv_norm(inputs, inputs, DEPTHWISE_KERNEL, stride=2, groups=inputs)
+                conv_norm(inputs, inputs, DEPTHWISE_KERNEL, 2, inputs, released, same)
                 for _ in range(steps)
             ]
-        if input_level != output_level or inputs != outputs:
+        if input_level != output_level or inputs != outputs or released is not None:
             layers.append(conv_norm(inputs, outputs))
         self.layers = nn.Sequential(*layers)
 

@@ -278,6 +278,20 @@ def test_images_whose_anchors_all_lie_in_crowds_have_no_proposal_loss(model):
     assert loss.item() == pytest.approx(functional.softplus(objectness[10:]).mean().item())
 
 
+def test_a_single_region_is_normed_by_the_moving_statistics(model):
+    features, region = random_features(count=1), torch.tensor([[5.0, 5.0, 40.0, 30.0]])
+    norm = model.regions.box_head[-2]
+    kept = norm.running_mean.clone()
+    evaluated, _ = model.eval().regions.boxes(features, [region])
+    for layer in model.regions.box_head:
+        layer.train(layer is norm)
+    trained, _ = model.regions.boxes(features, [region])
+    assert torch.allclose(evaluated, trained)
+    assert torch.equal(norm.running_mean, kept)
+    model.regions.boxes(features, [region.expand(2, -1)])
+    assert not torch.equal(norm.running_mean, kept)
+
+
 def share_inside(box, region):
     width = min(box[2], region[2]) - max(box[0], region[0])
     height = min(box[3], region[3]) - max(box[1], region[1])

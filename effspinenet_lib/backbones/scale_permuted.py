@@ -31,6 +31,7 @@ from effspinenet_lib.specs import (
 IMAGE_CHANNELS = 3
 STEM_KERNEL = 3
 STEM_LEVEL = 1
+RELEASED_BLOCKS = 16  # behind the stem, in the released code's lists of blocks
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,18 @@ class ScalePermutedBackbone(ScalePermutedNetwork):
         self.options = options
 
 
+def entry(spec: BackboneSpec, block: BlockSpec) -> tuple[int, int]:
+    """Input channels and stride of a block; only the stem blocks change level or dimension."""
+    if block.index > STEM_BLOCKS:
+        return block.feature_dim, 1
+    before = spec.blocks[block.index - 2] if block.index > 1 else None
+    stride = 2 ** (block.level - (before.level if before else STEM_LEVEL))
+    return before.feature_dim if before else spec.stem_dim, stride
+
+
 def _mbconv_group(spec: BackboneSpec, block: BlockSpec, options: BackboneOptions) -> nn.Sequential:
-    """Make the MBConv layers of a block; only the stem blocks change level or dimension."""
-    inputs, stride = block.feature_dim, 1
-    if block.index <= STEM_BLOCKS:
-        before = spec.blocks[block.index - 2] if block.index > 1 else None
-        inputs = before.feature_dim if before else spec.stem_dim
-        stride = 2 ** (block.level - (before.level if before else STEM_LEVEL))
+    """Make the MBConv layers of a block."""
+    inputs, stride = entry(spec, block)
     return nn.Sequential(
         *(
             MBConv(
@@ -218,6 +224,15 @@ def all_inputs(spec: Wiring, block: BlockSpec) -> tuple[int, ...]:
 def drop_rate(spec: Wiring, block: BlockSpec, last: float) -> float:
     """Stochastic depth of a block: linear in its number, `last` at the last block."""
     return last * block.index / len(spec.blocks)
+
+
+def released_drop_rate(block: BlockSpec, last: float) -> float:
+    """Stochastic depth in the released code: none in the stem blocks, `last` at the 16th behind.
+
+    SpineNet-49 has 15 blocks behind its stem here. The released code counts one more, whose
+    output at level 2 nothing uses.
+    """
+    return last * max(0, block.index - STEM_BLOCKS) / RELEASED_BLOCKS
 
 
 def check_image_size(height: int, width: int) -> None:

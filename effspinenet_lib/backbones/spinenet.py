@@ -15,12 +15,13 @@ from effspinenet_lib.backbones.scale_permuted import (
     ScalePermutedNetwork,
     all_inputs,
     drop_rate,
+    released_drop_rate,
 )
-from effspinenet_lib.layers import Resample, conv_norm
+from effspinenet_lib.layers import Resample, conv_norm, max_pool
 from effspinenet_lib.specs import STEM_BLOCKS, ResidualBlockSpec, SpineNetSpec
 
 STEM_KERNEL = 7  # ResNet's stem
-KERNEL = 3  # of the strided convolution and the max poolings
+KERNEL = 3  # of the strided convolution
 
 
 class SpineNet(ScalePermutedNetwork):
@@ -30,34 +31,44 @@ class SpineNet(ScalePermutedNetwork):
         spec: levels, wiring, kinds and dimensions of the blocks.
         activation: `swish` (the released config's and section 5.1.1's) or `relu`.
         stochastic_depth: drop rate of the last block; it grows linearly with depth.
+        released: compute as the released code does: padding as in TensorFlow, drop rates counted
+            from the first block behind the stem.
     """
 
-    def __init__(self, spec: SpineNetSpec, activation: str, stochastic_depth: float) -> None:
+    def __init__(
+        self,
+        spec: SpineNetSpec,
+        activation: str,
+        stochastic_depth: float,
+        released: bool = False,
+    ) -> None:
         super().__init__(
             spec,
             nn.Sequential(
                 conv_norm(
-                    IMAGE_CHANNELS, spec.stem_dim, STEM_KERNEL, stride=2, activation=activation
+                    IMAGE_CHANNELS,
+                    spec.stem_dim,
+                    STEM_KERNEL,
+                    stride=2,
+                    activation=activation,
+                    same=released,
                 ),
-                _max_pool(),
+                max_pool(released),
             ),
             [
                 _residual_block(
                     block,
                     spec.stem_dim if block.index == 1 else block.feature_dim,
                     activation,
-                    drop_rate(spec, block, stochastic_depth),
+                    released_drop_rate(block, stochastic_depth)
+                    if released
+                    else drop_rate(spec, block, stochastic_depth),
                 )
                 for block in spec.blocks
             ],
-            [_fusion(spec, block, activation) for block in spec.blocks[STEM_BLOCKS:]],
+            [_fusion(spec, block, activation, released) for block in spec.blocks[STEM_BLOCKS:]],
         )
         set_norms(self)
-
-
-def _max_pool() -> nn.MaxPool2d:
-    """Make the pooling that halves the sides, rounded up."""
-    return nn.MaxPool2d(KERNEL, stride=2, padding=KERNEL // 2)
 
 
 class AlphaResample(nn.Module):
@@ -75,6 +86,7 @@ class AlphaResample(nn.Module):
         output_level: of the result.
         reduced: channels between the 1x1 convolutions.
         activation: `swish` or `relu`.
+        same: pad as TensorFlow does, see `layers.conv_norm`.
     """
 
     def __init__(
@@ -85,13 +97,14 @@ class AlphaResample(nn.Module):
         output_level: int,
         reduced: int,
         activation: str,
+        same: bool = False,
     ) -> None:
         super().__init__()
         self.reduce = conv_norm(inputs, reduced, activation=activation)
         down: list[nn.Module] = []
         if output_level > input_level:
-            down.append(conv_norm(reduced, reduced, KERNEL, stride=2, activation=activation))
-            down += [_max_pool() for _ in range(output_level - input_level - 1)]
+            down.append(conv_norm(reduced, reduced, KERNEL, 2, activation=activation, same=same))
+            down += [max_pool(same) for _ in range(output_level - input_level - 1)]
         self.down = nn.Sequential(*down)
         self.upsample = output_level < input_level
         self.expand = conv_norm(reduced, outputs)
@@ -118,14 +131,16 @@ def _residual_block(
     )
 
 
-def _fusion(spec: SpineNetSpec, block: ResidualBlockSpec, activation: str) -> BlockFusion:
+def _fusion(
+    spec: SpineNetSpec, block: ResidualBlockSpec, activation: str, same: bool
+) -> BlockFusion:
     """Sum the resampled inputs and, as it is, an idle block of the same level and dimension."""
     resample: dict[int, nn.Module] = {}
     for index in all_inputs(spec, block):
         source = spec.blocks[index - 1]
         ends = (source.feature_dim, source.level, block.feature_dim, block.level)
         resample[index] = (
-            AlphaResample(*ends, int(source.filters * spec.resample_alpha), activation)
+            AlphaResample(*ends, int(source.filters * spec.resample_alpha), activation, same)
             if index in block.inputs
             else Resample(*ends, space_to_depth=False)
         )

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from effspinenet_lib import __version__
-from effspinenet_lib.cli import data, detect, experiments, models, train
+from effspinenet_lib.cli import convert, data, detect, experiments, models, train
 from effspinenet_lib.cli.console import set_up_messages
 from effspinenet_lib.errors import UserError
 
@@ -60,6 +60,7 @@ def start(
 models.add_commands(app)
 train.add_commands(app)
 detect.add_commands(app)
+convert.add_commands(app)
 experiments.add_commands(app)
 app.add_typer(data.app, name="data")
 

@@ -120,7 +120,7 @@ def train(
         model_options=parse_settings(option or []),
     )
     result = train_run(config, output, force=force, workers=workers)
-    _print_metrics(f"{model} on {data}, {task}", result.metrics)
+    _print_metrics(f"{model} on {data}, {task}", task, result.metrics)
     typer.echo(
         f"{result.steps} steps, {result.images} images, {result.wall_seconds:.0f} s, "
         f"{result.images_per_second:.1f} images/s in training"
@@ -129,9 +129,12 @@ def train(
     typer.echo(f"Weights: {result.folder / 'model.safetensors'}")
 
 
-def _print_metrics(title: str, metrics: dict[str, float]) -> None:
+def _print_metrics(title: str, task: str, metrics: dict[str, float]) -> None:
     """Print a task's metrics; one without anything to measure shows as a dash."""
-    print_table(title, ("metric", "value (%)"), list(metrics.items()))
+    from effspinenet_lib.training.evaluate import TASK_METRICS
+
+    rows = [(name, metrics[name]) for name in TASK_METRICS[task]]
+    print_table(title, ("metric", "value (%)"), rows)
 
 
 def _changed(
@@ -194,7 +197,7 @@ def evaluate(
         write_predictions(output / "predictions.json", evaluation.predictions)
         defined = {k: None if v != v else v for k, v in evaluation.metrics.items()}
         write_json(output / "metrics.json", defined)
-    _print_metrics(f"{facts['model']} on {dataset.name}", evaluation.metrics)
+    _print_metrics(f"{facts['model']} on {dataset.name}", facts["task"], evaluation.metrics)
 
 
 def _log_of(

@@ -5,7 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from effspinenet_lib.errors import TrainingError
 
 Target = dict[str, Tensor]
 
@@ -48,3 +51,21 @@ class TaskModel(nn.Module, ABC):
         Returns:
             Tensors, in a tuple where there are more than one.
         """
+
+
+def check_finite(*outputs: Tensor) -> None:
+    """Refuse the outputs of broken weights.
+
+    Raises:
+        TrainingError: a number is not finite.
+    """
+    if not all(output.isfinite().all() for output in outputs):
+        raise TrainingError(
+            "the model gives numbers that are not finite; its weights are broken: use those of "
+            "an earlier checkpoint, or train with a lower learning rate"
+        )
+
+
+def crowds(target: Target) -> Tensor:
+    """Which boxes of a target are crowd regions; none where it does not say."""
+    return target.get("iscrowd", torch.zeros_like(target["labels"], dtype=torch.bool))

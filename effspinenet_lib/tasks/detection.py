@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms, clip_boxes_to_image, sigmoid_focal_loss
+from torchvision.ops import batched_nms, clip_boxes_to_image, nms, sigmoid_focal_loss
 
-from effspinenet_lib.errors import TrainingError, UserError
+from effspinenet_lib.errors import UserError
 from effspinenet_lib.layers import (
     PyramidBackbone,
     SeparableConv,
@@ -29,7 +29,7 @@ from effspinenet_lib.tasks.anchors import (
     make_anchors,
     match_anchors,
 )
-from effspinenet_lib.tasks.base import TaskModel
+from effspinenet_lib.tasks.base import TaskModel, check_finite, crowds
 
 BOX_CODE = 4
 # RetinaNet: a location starts with this probability of holding an object, and the last layer's
@@ -52,6 +52,8 @@ class DetectionSettings:
         nms_iou: class-wise non-maximum suppression (released config).
         candidates: boxes an image that enter the suppression (released config).
         detections: boxes an image that leave it (COCO's limit; released config).
+        candidates_by_class: `candidates` counts each class for itself (released code), else all
+            classes of an image together.
     """
 
     focal_alpha: float = 0.25
@@ -62,13 +64,14 @@ class DetectionSettings:
     nms_iou: float = 0.5
     candidates: int = 5000
     detections: int = 100
+    candidates_by_class: bool = False
 
 
 class RetinaHead(nn.Module):
     """One branch: convolutions shared over the levels, a norm for each level.
 
     With separable convolutions the prediction layer is separable too (recovered from the cost
-    columns).
+    columns). With `biased` the convolutions before the norms have biases (released code).
     """
 
     def __init__(
@@ -79,10 +82,11 @@ class RetinaHead(nn.Module):
         levels: int,
         activation: str,
         separable: bool = True,
+        biased: bool = False,
     ) -> None:
         super().__init__()
         conv = SeparableConv if separable else dense_conv
-        self.convs = nn.ModuleList(conv(dim, dim, bias=False) for _ in range(layers))
+        self.convs = nn.ModuleList(conv(dim, dim, bias=biased) for _ in range(layers))
         self.layers = layers
         self.norms = nn.ModuleList(make_norm(dim) for _ in range(levels * layers))
         self.activation = make_activation(activation)
@@ -119,6 +123,9 @@ class RetinaNet(TaskModel):
         separable: separable convolutions in the heads, or dense ones (RetinaNet's, SpineNet's).
         project: bring every level to `head_dim` by a 1x1 convolution, norm and activation; else
             the backbone's features have this dimension already, as those of a feature pyramid.
+        released: as the released code: biases before the heads' norms, and logits of a class 0,
+            the background, that learns to be absent and is left out of the detections. The logits
+            are [N, A, 1 + num_classes] then; labels count from 0 without it, as ever.
     """
 
     def __init__(
@@ -132,10 +139,12 @@ class RetinaNet(TaskModel):
         settings: DetectionSettings | None = None,
         separable: bool = True,
         project: bool = True,
+        released: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_classes = num_classes
+        self.first_class = int(released)
         self.anchor_settings = anchors or AnchorSettings()
         self.settings = settings or DetectionSettings()
         dims = backbone.feature_dims
@@ -147,8 +156,9 @@ class RetinaNet(TaskModel):
         )
         initialise(self.lateral)
         count = self.anchor_settings.per_location
-        settled = (len(dims), activation, separable)
-        self.class_head = RetinaHead(head_dim, head_layers, count * num_classes, *settled)
+        settled = (len(dims), activation, separable, released)
+        self.logits = self.first_class + num_classes
+        self.class_head = RetinaHead(head_dim, head_layers, count * self.logits, *settled)
         self.box_head = RetinaHead(head_dim, head_layers, count * BOX_CODE, *settled)
         class_bias = self.class_head.last_conv.bias
         assert class_bias is not None
@@ -177,15 +187,11 @@ class RetinaNet(TaskModel):
         if self.training and targets is None:
             raise ValueError("targets are needed in training")
         if self.training:
-            _check_batch(images)
+            check_batch(images)
         logits, codes, anchors = self.network(images)
         if self.training and targets is not None:
             return self.losses(logits, codes, anchors, targets)
-        if not logits.isfinite().all():
-            raise TrainingError(
-                "the model gives numbers that are not finite; its weights are broken: use those of "
-                "an earlier checkpoint, or train with a lower learning rate"
-            )
+        check_finite(logits)
         size = (images.shape[-2], images.shape[-1])
         return [
             self.detections(scores, code, anchors, size)
@@ -193,12 +199,15 @@ class RetinaNet(TaskModel):
         ]
 
     def network(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the network: class logits [N, A, C], box codes [N, A, 4], anchors [A, 4]."""
+        """Run the network: class logits [N, A, C], box codes [N, A, 4], anchors [A, 4].
+
+        C is the number of classes, and one more, the first, where there is a background class.
+        """
         features = list(self.backbone(images).values())
         logits, codes = [], []
         for level, (lateral, feature) in enumerate(zip(self.lateral, features, strict=True)):
             projected = lateral(feature)
-            logits.append(_by_anchor(self.class_head(projected, level), self.num_classes))
+            logits.append(_by_anchor(self.class_head(projected, level), self.logits))
             codes.append(_by_anchor(self.box_head(projected, level), BOX_CODE))
         sides = tuple((f.shape[-2], f.shape[-1]) for f in features)
         return torch.cat(logits, 1), torch.cat(codes, 1), self.anchors(sides, images.device)
@@ -222,7 +231,7 @@ class RetinaNet(TaskModel):
         """
         settings = self.settings
         matches = torch.stack(
-            [match_anchors(anchors, t["boxes"], _crowds(t), self.anchor_settings) for t in targets]
+            [match_anchors(anchors, t["boxes"], crowds(t), self.anchor_settings) for t in targets]
         )
         image, anchor = torch.nonzero(matches >= 0, as_tuple=True)
         counts = torch.tensor([0] + [len(t["boxes"]) for t in targets], device=matches.device)
@@ -232,7 +241,7 @@ class RetinaNet(TaskModel):
 
         kept = matches != IGNORED
         expected = torch.zeros_like(logits, dtype=torch.float32)
-        expected[image, anchor, labels] = 1.0
+        expected[image, anchor, self.first_class + labels] = 1.0
         focal = sigmoid_focal_loss(
             logits[kept].float(), expected[kept], settings.focal_alpha, settings.focal_gamma
         )
@@ -253,6 +262,9 @@ class RetinaNet(TaskModel):
     ) -> dict[str, Tensor]:
         """Decode one image: scores [A, C] and codes [A, 4] to at most 100 boxes."""
         settings = self.settings
+        scores = scores[:, self.first_class :]
+        if settings.candidates_by_class:
+            return self._detections_by_class(scores, codes, anchors, size)
         confident = torch.nonzero(scores.flatten() > settings.score_threshold).squeeze(1)
         values = scores.flatten()[confident]
         values, order = values.topk(min(settings.candidates, len(values)))
@@ -263,8 +275,30 @@ class RetinaNet(TaskModel):
         kept = batched_nms(boxes, values, labels, settings.nms_iou)[: settings.detections]
         return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}
 
+    def _detections_by_class(
+        self, scores: Tensor, codes: Tensor, anchors: Tensor, size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Decode one image as the released code does, ties and boxes of no extent included.
 
-def _check_batch(images: Tensor) -> None:
+        Equal scores stand in order of class, then anchor. A box that clipping leaves in the
+        corner at 0, 0 alone is dropped. The boxes of the classes are moved apart in float64,
+        where that changes no overlap.
+        """
+        settings = self.settings
+        by_class = scores.T.contiguous()
+        values, anchor = by_class.sort(dim=1, descending=True, stable=True)
+        values, anchor = values[:, : settings.candidates], anchor[:, : settings.candidates]
+        labels, rank = torch.nonzero(values > settings.score_threshold, as_tuple=True)
+        values, anchor = values[labels, rank], anchor[labels, rank]
+        boxes = clip_boxes_to_image(decode_boxes(codes[anchor], anchors[anchor]), size)
+        extended = (boxes > 0).any(1)
+        values, labels, boxes = values[extended], labels[extended], boxes[extended]
+        apart = boxes.double() + (labels * 2 * max(size))[:, None]
+        kept = nms(apart, values.double(), settings.nms_iou)[: settings.detections]
+        return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}
+
+
+def check_batch(images: Tensor) -> None:
     """Refuse a batch that leaves a norm at the coarsest level one value a channel."""
     count, _, height, width = images.shape
     coarsest = max(OUTPUT_LEVELS)
@@ -273,11 +307,6 @@ def _check_batch(images: Tensor) -> None:
             f"one image of {height}x{width} is too little for batch normalisation at P{coarsest}; "
             f"train on 2 images a batch or more, or on images of over {2**coarsest} pixels"
         )
-
-
-def _crowds(target: dict[str, Tensor]) -> Tensor:
-    """Which boxes of a target are crowd regions; none where it does not say."""
-    return target.get("iscrowd", torch.zeros_like(target["labels"], dtype=torch.bool))
 
 
 def _by_anchor(prediction: Tensor, width: int) -> Tensor:

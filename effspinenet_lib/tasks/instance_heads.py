@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import (
@@ -23,11 +24,17 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
-from effspinenet_lib.errors import TrainingError
-from effspinenet_lib.layers import SeparableConv, initialise, make_activation, make_norm
+from effspinenet_lib.layers import (
+    NORM_EPSILON,
+    NORM_MOMENTUM,
+    SeparableConv,
+    initialise,
+    make_activation,
+    make_norm,
+)
 from effspinenet_lib.specs import OUTPUT_LEVELS
 from effspinenet_lib.tasks.anchors import IGNORED, AnchorSettings, make_anchors, match_anchors
-from effspinenet_lib.tasks.base import Target
+from effspinenet_lib.tasks.base import Target, check_finite
 from effspinenet_lib.tasks.detection import BOX_CODE, RetinaHead
 
 # Labels inside this module, as torchvision has them: objects from 1.
@@ -159,7 +166,7 @@ class ProposalNetwork(RegionProposalNetwork):
             TrainingError: the outputs are not finite, in evaluation.
         """
         if not self.training:
-            _check_finite(proposals, objectness)
+            check_finite(proposals, objectness)
         return super().filter_proposals(proposals, objectness, sizes, anchors)
 
     def assign_targets_to_anchors(
@@ -199,6 +206,16 @@ class _PyramidAlign(MultiScaleRoIAlign):
         self.map_levels = LevelMapper(min(OUTPUT_LEVELS), max(OUTPUT_LEVELS), scale, level)
 
 
+class _RegionNorm(nn.BatchNorm2d):
+    """The library's norm; a single region has no variance and takes the moving statistics."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        if len(features) != 1:
+            return super().forward(features)
+        mean, variance = self.running_mean, self.running_var
+        return F.batch_norm(features, mean, variance, self.weight, self.bias, eps=self.eps)
+
+
 class RegionBranches(RoIHeads):
     """The box and the mask branch, on torchvision's matching, sampling and post-processing.
 
@@ -208,7 +225,7 @@ class RegionBranches(RoIHeads):
         classes: classes, without background.
         dim: channels of the features and of the branches.
         layers: separable convolutions a branch.
-        fc_dim: width of the fully connected layer of the box branch.
+        fc_dim: width of the fully connected layer of the box branch, which has a norm (released).
         activation: `swish` or `relu`.
         settings: sampling, pooling and post-processing.
     """
@@ -225,7 +242,9 @@ class RegionBranches(RoIHeads):
         box_head = nn.Sequential(
             *_separable_convs(dim, layers, activation),
             nn.Flatten(),
-            nn.Linear(dim * settings.box_side**2, fc_dim),
+            nn.Linear(dim * settings.box_side**2, fc_dim, bias=False),
+            nn.Unflatten(1, (fc_dim, 1, 1)),
+            _RegionNorm(fc_dim, eps=NORM_EPSILON, momentum=NORM_MOMENTUM),
             make_activation(activation),
         )
         mask_head = nn.Sequential(
@@ -323,7 +342,7 @@ class RegionBranches(RoIHeads):
     ) -> list[dict[str, Tensor]]:
         """Decode each image's proposals [.., 4]; the masks come from the boxes detected."""
         logits, codes = self.boxes(features, proposals)
-        _check_finite(logits, codes)
+        check_finite(logits, codes)
         found = self.postprocess_detections(logits, codes, proposals, [size] * len(proposals))
         boxes, _, labels = found
         masks = maskrcnn_inference(self.masks(features, boxes), labels)
@@ -350,16 +369,3 @@ def _in_crowd(boxes: Tensor, crowds: Tensor, settings: AnchorSettings) -> Tensor
     """Which boxes [B, 4] lie in crowd regions [M, 4], by the rule of the detection task."""
     everything = torch.ones(len(crowds), dtype=torch.bool, device=crowds.device)
     return match_anchors(boxes, crowds, everything, settings) == IGNORED
-
-
-def _check_finite(*outputs: Tensor) -> None:
-    """Refuse outputs of broken weights.
-
-    Raises:
-        TrainingError: a number is not finite.
-    """
-    if not all(output.isfinite().all() for output in outputs):
-        raise TrainingError(
-            "the model gives numbers that are not finite; its weights are broken: use those of "
-            "an earlier checkpoint, or train with a lower learning rate"
-        )

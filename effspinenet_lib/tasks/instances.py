@@ -35,8 +35,8 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from effspinenet_lib.layers import PyramidBackbone, conv_norm, initialise
 from effspinenet_lib.specs import OUTPUT_LEVELS
-from effspinenet_lib.tasks.base import Target, TaskModel
-from effspinenet_lib.tasks.detection import _check_batch, _crowds
+from effspinenet_lib.tasks.base import Target, TaskModel, crowds
+from effspinenet_lib.tasks.detection import check_batch
 from effspinenet_lib.tasks.instance_heads import (
     NOT_SAMPLED,
     InstanceSettings,
@@ -114,7 +114,7 @@ class MaskRCNN(TaskModel):
         if self.training:
             if targets is None:
                 raise ValueError("targets are needed in training")
-            _check_batch(images)
+            check_batch(images)
             shifted = [_shift_labels(target) for target in targets]
         features = self.features(images)
         listed = ImageList(images, [size] * len(images))
@@ -163,5 +163,5 @@ class MaskRCNN(TaskModel):
 
 def _shift_labels(target: Target) -> Target:
     """A target as torchvision has it: labels from 1, and -1 for crowd regions."""
-    labels = torch.where(_crowds(target), NOT_SAMPLED, target["labels"] + 1)
+    labels = torch.where(crowds(target), NOT_SAMPLED, target["labels"] + 1)
     return {"boxes": target["boxes"], "labels": labels, "masks": target["masks"]}

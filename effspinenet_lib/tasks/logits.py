@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effspinenet_lib.errors import TrainingError, UserError
+from effspinenet_lib.errors import UserError
 from effspinenet_lib.layers import conv_norm, initialise
-from effspinenet_lib.tasks.base import Target, TaskModel
+from effspinenet_lib.tasks.base import Target, TaskModel, check_finite
 
 # What torch says of a batch that leaves a norm one value a channel.
 _TOO_FEW_VALUES = "more than 1 value per channel"
@@ -45,11 +45,7 @@ class LogitsModel(TaskModel):
                 raise ValueError("targets are needed in training")
             return {"cross_entropy": self.loss(self._training_logits(images).float(), targets)}
         logits = self.network(images).float()
-        if not logits.isfinite().all():
-            raise TrainingError(
-                "the model gives numbers that are not finite; its weights are broken: use those of "
-                "an earlier checkpoint, or train with a lower learning rate"
-            )
+        check_finite(logits)
         return self.predictions(logits, (images.shape[-2], images.shape[-1]))
 
     def network(self, images: Tensor) -> Tensor:

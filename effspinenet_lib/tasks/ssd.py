@@ -12,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from effspinenet_lib.errors import TrainingError, UserError
+from effspinenet_lib.errors import UserError
 from effspinenet_lib.layers import PyramidBackbone, SeparableConv, initialise, make_norm
 from effspinenet_lib.specs import OUTPUT_LEVELS, level_side
 from effspinenet_lib.tasks.anchors import (
@@ -22,8 +22,8 @@ from effspinenet_lib.tasks.anchors import (
     encode_boxes,
     match_anchors,
 )
-from effspinenet_lib.tasks.base import Target, TaskModel
-from effspinenet_lib.tasks.detection import RetinaNet, _crowds
+from effspinenet_lib.tasks.base import Target, TaskModel, check_finite, crowds
+from effspinenet_lib.tasks.detection import RetinaNet
 
 BACKGROUND = 0  # its column of the predictions; the classes follow
 
@@ -130,11 +130,7 @@ class SSDLite(TaskModel):
         logits, codes, anchors = self.network(images)
         if self.training and targets is not None:
             return self.losses(logits, codes, anchors, targets)
-        if not logits.isfinite().all():
-            raise TrainingError(
-                "the model gives numbers that are not finite; its weights are broken: use those of "
-                "an earlier checkpoint, or train with a lower learning rate"
-            )
+        check_finite(logits)
         size = (images.shape[-2], images.shape[-1])
         scores = logits.float().softmax(-1)[..., 1:]
         return [
@@ -166,7 +162,7 @@ class SSDLite(TaskModel):
         neither positive nor negative.
         """
         matches = torch.stack(
-            [match_anchors(anchors, t["boxes"], _crowds(t), self.matching) for t in targets]
+            [match_anchors(anchors, t["boxes"], crowds(t), self.matching) for t in targets]
         )
         image, anchor = torch.nonzero(matches >= 0, as_tuple=True)
         counts = torch.tensor([0] + [len(t["boxes"]) for t in targets], device=matches.device)

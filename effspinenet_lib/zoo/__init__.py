@@ -14,7 +14,7 @@ from effspinenet_lib.backbones import BackboneOptions
 from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.specs import MODELS, SCALES, SEGMENTATION_SIZE, ModelSpec
 from effspinenet_lib.tasks.base import TaskModel
-from effspinenet_lib.zoo import image_models, mobile, one_stage  # noqa: F401 - they register
+from effspinenet_lib.zoo import image_models, mobile, one_stage, released  # noqa: F401 - they register
 from effspinenet_lib.zoo.registry import BASELINES, TASKS, Entry
 from effspinenet_lib.zoo.scale_permuted import build_scale_permuted
 

@@ -23,11 +23,13 @@ from dataclasses import dataclass
 from effspinenet_lib.backbones.extractors import TimmFeatures
 from effspinenet_lib.backbones.feature_pyramids import BiFPN, FeaturePyramid
 from effspinenet_lib.backbones.spinenet import SpineNet
-from effspinenet_lib.errors import UnknownName
+from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.layers import ACTIVATIONS, PyramidBackbone
+from effspinenet_lib.released_specs import RELEASED
 from effspinenet_lib.specs import SCALES, SPINENET_49, Scale
 from effspinenet_lib.tasks.detection import RetinaNet
 from effspinenet_lib.zoo.registry import DropOptions, baseline
+from effspinenet_lib.zoo.released import build_released
 
 TABLES = ("table-03",)
 # EfficientNet of each scale; EfficientDet's and EfficientNet-FPN's sizes and head dimensions are
@@ -73,6 +75,28 @@ class ResNetOptions(OneStageOptions):
             raise UnknownName("activation", str(self.activation), ACTIVATIONS)
 
 
+@dataclass(frozen=True)
+class SpineNetOptions(OneStageOptions):
+    """Options of SpineNet-49.
+
+    Attributes:
+        released: the released code's arithmetic, into which the released weights fit, else
+            Table 3's row, whose layers are those of all other models here.
+    """
+
+    released: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean no network.
+
+        Raises:
+            UserError: the drop rate is out of range, or the switch is neither true nor false.
+        """
+        super().__post_init__()
+        if not isinstance(self.released, bool):
+            raise UserError(f"model option released is {self.released!r}; it must be true or false")
+
+
 def _separable_heads(pyramid: PyramidBackbone, num_classes: int, scale: Scale) -> RetinaNet:
     return RetinaNet(pyramid, num_classes, scale.head_dim, scale.head_layers, SWISH, project=False)
 
@@ -112,8 +136,10 @@ def _resnet50_fpn(task: str, num_classes: int, options: ResNetOptions) -> Retina
     )
 
 
-@baseline("spinenet_49", {"detection": DENSE_SIZE}, TABLES, OneStageOptions)
-def _spinenet_49(task: str, num_classes: int, options: OneStageOptions) -> RetinaNet:
+@baseline("spinenet_49", {"detection": DENSE_SIZE}, TABLES, SpineNetOptions)
+def _spinenet_49(task: str, num_classes: int, options: SpineNetOptions) -> RetinaNet:
     """SpineNet's 1x1 convolutions at its ends are the projections of the heads."""
+    if options.released:
+        return build_released(RELEASED["spinenet_49"], num_classes, options)
     backbone = SpineNet(SPINENET_49, SWISH, options.stochastic_depth)
     return RetinaNet(backbone, num_classes, DENSE_DIM, DENSE_LAYERS, SWISH, separable=False)

@@ -1,0 +1,73 @@
+"""Weights from a seed, the same on every machine, in either framework.
+
+Two implementations of a network are compared with weights that nobody trained: every tensor,
+the statistics and gains of the norms too, is drawn anew from the seed and its name.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+# Weights are uniform in +-sqrt(3 / fan in), a variance of 1 / fan in, which keeps activations of
+# the order of one. The last layers' are this much larger, so that the boxes differ from their
+# anchors and, with this bias, a few in a hundred scores pass the threshold.
+LAST_GAIN = {"class_head": 10.0, "box_head": 3.0}
+CLASS_BIAS = -4.5
+RANGES: dict[str, tuple[float, float]] = {
+    "gain": (0.5, 1.5),
+    "running_mean": (-0.2, 0.2),
+    "running_var": (0.5, 1.5),
+    "bias": (-0.2, 0.2),
+}
+
+
+def seeded_state(shapes: Mapping[str, Iterable[int]], seed: int) -> dict[str, NDArray[np.float32]]:
+    """Draw a released detector's state dict.
+
+    Args:
+        shapes: name -> shape of every tensor.
+        seed: any whole number.
+
+    Returns:
+        Name -> values; 0 for the norms' counters of batches.
+    """
+    return {name: _draw(name, tuple(shape), seed) for name, shape in shapes.items()}
+
+
+def seeded_images(count: int, side: int, seed: int) -> NDArray[np.float32]:
+    """Draw images [count, 3, side, side], uniform over the range of normalised pixels."""
+    generator = np.random.default_rng([seed, count, side])
+    values = generator.random((count, 3, side, side)) * 4 - 2
+    return values.astype(np.float32)
+
+
+def load_seeded(model: torch.nn.Module, seed: int) -> None:
+    """Put the drawn weights into a model."""
+    state = model.state_dict()
+    drawn = seeded_state({name: tensor.shape for name, tensor in state.items()}, seed)
+    model.load_state_dict(
+        {name: torch.from_numpy(drawn[name]).to(state[name].dtype) for name in state}
+    )
+
+
+def _draw(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+    if name.endswith("num_batches_tracked"):
+        return np.zeros(shape, np.float32)
+    leaf = name.rsplit(".", 1)[-1]
+    if len(shape) > 1:
+        bound = float(np.sqrt(3 / np.prod(shape[1:])))
+        if name.endswith(("predict.weight", "predict.pointwise.weight")):
+            bound *= LAST_GAIN[name.split(".")[0]]
+        low, high = -bound, bound
+    else:
+        low, high = RANGES["gain" if leaf == "weight" else leaf]
+    uniform = np.random.default_rng([seed, zlib.crc32(name.encode())]).random(shape)
+    values = low + (high - low) * uniform
+    if name in ("class_head.predict.bias", "class_head.predict.pointwise.bias"):
+        values += CLASS_BIAS
+    return values.astype(np.float32)
