@@ -62,10 +62,11 @@ $(PARITY_INSTALLED): pyproject.toml
 	@test -x $(PARITY_VENV)/bin/pip || $(PYTHON) -m venv $(PARITY_VENV)
 	@echo "Installing TensorFlow and the library into $(PARITY_VENV) ..."
 	@$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --editable '.[tensorflow]'
+	  --editable '.[tensorflow]' pytest
 	@touch $@
 
 parity: $(PARITY_INSTALLED)
+	$(PARITY_VENV)/bin/python -m pytest tests/test_released.py
 	$(PARITY_VENV)/bin/python -m benchmarks.parity
 	@echo "Parity: results/parity/parity.csv"
 

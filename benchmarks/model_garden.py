@@ -29,6 +29,16 @@ from effspinenet_lib.released.seeded import seeded_state
 from effspinenet_lib.released_specs import ReleasedSpec
 
 Arrays = dict[str, NDArray[Any]]
+# Lists that Keras keeps in a layer beside the attributes that a checkpoint names.
+BESIDE = {
+    "_metrics",
+    "_trainable_weights",
+    "_non_trainable_weights",
+    "_inbound_nodes_value",
+    "_outbound_nodes_value",
+    "_inbound_nodes",
+    "_outbound_nodes",
+}
 LEVELS = ("3", "4", "5", "6", "7")
 BOX_CODE = 4
 # From this library's order of axes to TensorFlow's; see released.names.
@@ -66,8 +76,8 @@ class GardenModel:
         model = create_released(spec.name)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         drawn = seeded_state(shapes, seed)
-        variables = self._variables()
-        names = {path: variable.name.split(":")[0] for path, variable in variables.items()}
+        self.variables = self._variables()
+        names = {path: variable.name.split(":")[0] for path, variable in self.variables.items()}
         for name, source in match_variables(model, names, "the Model Garden's model").items():
             value = drawn[name]
             if source.boxes:
@@ -76,7 +86,7 @@ class GardenModel:
             if value.ndim > 1:
                 depthwise = "depthwise_kernel" in source.path
                 value = value.transpose(TO_DEPTHWISE if depthwise else TO_KERNEL)
-            variables[source.path].assign(value)
+            self.variables[source.path].assign(value)
 
     def _variables(self) -> dict[str, Any]:
         """Variables by the path that a checkpoint gives them."""
@@ -91,10 +101,7 @@ class GardenModel:
                     walk(f"{path}/{number}", item)
             elif isinstance(thing, tf.Module):
                 for name, item in vars(thing).items():
-                    is_layers = isinstance(item, (list, tuple)) and name.startswith("_self")
-                    if not is_layers and name not in ("_metrics", "_trainable_weights"):
-                        if name in ("_non_trainable_weights", "_inbound_nodes", "_outbound_nodes"):
-                            continue
+                    if not name.startswith("_self") and name not in BESIDE:
                         walk(f"{path}/{name}", item)
 
         weighted = [layer for layer in self.model.backbone.layers if layer.weights]
@@ -133,15 +140,13 @@ class GardenModel:
     def losses(
         self,
         images: NDArray[np.float32],
-        boxes: list[NDArray[np.float32]],
-        labels: list[NDArray[np.int64]],
+        objects: list[tuple[NDArray[np.float32], NDArray[np.int64]]],
     ) -> dict[str, float]:
         """Losses of one training step: focal, and box with its weight.
 
         Args:
             images: [N, 3, S, S].
-            boxes: [M, 4] an image as x1 y1 x2 y2 in pixels.
-            labels: [M] an image, from 0.
+            objects: for each image boxes [M, 4] as x1 y1 x2 y2, and labels [M] from 0.
         """
         settings = self.task.task_config.model.anchor
         anchors = anchor.Anchor(
@@ -153,10 +158,10 @@ class GardenModel:
             image_size=(self.image_size, self.image_size),
         ).multilevel_boxes
         columns: list[list[Any]] = [[], [], [], []]
-        for these, classes in zip(boxes, labels, strict=True):
+        for boxes, classes in objects:
             labeled = anchor.AnchorLabeler(0.5, 0.5).label_anchors(
                 anchors,
-                tf.constant(these[:, [1, 0, 3, 2]]),
+                tf.constant(boxes[:, [1, 0, 3, 2]]),
                 tf.constant(classes[:, None] + 1, tf.int32),
             )
             for column, value in zip(columns, (*labeled[:2], *labeled[3:]), strict=True):

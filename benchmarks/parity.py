@@ -17,28 +17,31 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from benchmarks.model_garden import LEVELS, GardenModel, preprocess
+from benchmarks.model_garden import GardenModel, preprocess
 from effspinenet_lib.data.released import fit_released
 from effspinenet_lib.files import atomic_write
+from effspinenet_lib.released.compare import (
+    detection_differences,
+    outputs_by_level,
+    relative_difference,
+    training_losses,
+)
 from effspinenet_lib.released.convert import create_released, read_released
-from effspinenet_lib.released.seeded import seeded_images
+from effspinenet_lib.released.seeded import seeded_images, seeded_objects, seeded_places
 from effspinenet_lib.released_specs import RELEASED, ReleasedSpec
 from effspinenet_lib.tasks.detection import RetinaNet
 
-SEED = 2010
-IMAGES = 2
-OBJECTS = 7  # an image in the training step
-RELATIVE_LIMIT, PIXEL_LIMIT = 1e-5, 1e-3
+SEED, IMAGES = 2010, 2
+TENSOR_LIMIT, PIXEL_LIMIT = 1e-5, 1e-3
+PICTURE = (427, 640, 3)  # a size that many of COCO's pictures have
+# Four images: batch norms over two values, as P7 of two images has, magnify rounding a hundredfold.
+GOLDEN_SIZE, GOLDEN_IMAGES, GOLDEN_VALUES = 128, 4, 1024
 OUTPUT = Path("results/parity/parity.csv")
 COLUMNS = ("model", "image_size", "quantity", "measure", "value", "limit", "passed")
-GOLDEN_SIZE = 128
-GOLDEN_VALUES = 1024  # of each tensor, drawn from the seed
 
 
 class Row(NamedTuple):
@@ -56,128 +59,68 @@ class Row(NamedTuple):
         return bool(self.value <= self.limit)
 
 
-def relative(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
-    """L2 norm of the difference over that of the expected values."""
-    if ours.shape != theirs.shape:
-        return float("inf")
-    expected = theirs.astype(np.float64)
-    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
-
-
-def network_outputs(model: RetinaNet, images: torch.Tensor) -> dict[str, NDArray[Any]]:
-    """Levels and head outputs by level, as `GardenModel.outputs` names them."""
-    features = list(model.backbone(images).values())
-    arrays = {}
-    for number, (name, lateral) in enumerate(zip(LEVELS, model.lateral, strict=True)):
-        level = lateral(features[number])
-        arrays[f"level_{name}"] = level.numpy()
-        for head, branch, width in (
-            ("class", model.class_head, model.logits),
-            ("box", model.box_head, 4),
-        ):
-            output = branch(level, number).permute(0, 2, 3, 1)
-            arrays[f"{head}_{name}"] = output.reshape(len(images), -1, width).numpy()
-    return arrays
-
-
-def compare_outputs(
-    model: RetinaNet, garden: GardenModel
-) -> Iterator[tuple[str, str, float, float]]:
-    pixels = seeded_images(IMAGES, garden.image_size, SEED)
-    images = torch.from_numpy(pixels)
-    expected = garden.outputs(pixels)
-    with torch.inference_mode():
-        for name, values in network_outputs(model, images).items():
-            yield name, "relative_l2", relative(values, expected[name]), RELATIVE_LIMIT
-        found = model(images)
-    counts = [len(one["scores"]) for one in found]
-    wrong = int(counts != expected["count"].tolist())
-    boxes = scores = 0.0
-    for one, count, box, score, label in zip(
-        found, counts, *(expected[name] for name in ("boxes", "scores", "labels")), strict=True
-    ):
-        if not wrong:
-            wrong += int((one["labels"].numpy() != label[:count]).sum())
-            boxes = max(boxes, float(np.abs(one["boxes"].numpy() - box[:count]).max()))
-            scores = max(scores, float(np.abs(one["scores"].numpy() - score[:count]).max()))
-    yield "detections_class", "mismatches", wrong, 0
-    yield "detections_box", "maximum_pixels", boxes, PIXEL_LIMIT
-    yield "detections_score", "maximum_absolute", scores, RELATIVE_LIMIT
-
-
-def training_step(image_size: int) -> tuple[list[NDArray[np.float32]], list[NDArray[np.int64]]]:
-    """Seeded boxes x1 y1 x2 y2 of all sizes, and labels, of `IMAGES` images."""
-    boxes, labels = [], []
-    for image in range(IMAGES):
-        generator = np.random.default_rng([SEED, image])
-        sides = image_size * np.exp(generator.uniform(np.log(0.05), np.log(0.9), (OBJECTS, 2)))
-        corners = generator.random((OBJECTS, 2)) * (image_size - sides)
-        boxes.append(np.concatenate([corners, corners + sides], 1).astype(np.float32))
-        labels.append(generator.integers(0, 90, OBJECTS))
-    return boxes, labels
-
-
-def model_losses(model: RetinaNet, pixels: NDArray[np.float32], objects: Any) -> dict[str, float]:
-    """Losses of one training step without stochastic depth."""
-    targets = [
-        {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
-        for boxes, labels in zip(*objects, strict=True)
-    ]
-    model.train()
-    with torch.no_grad():
-        losses: Any = model(torch.from_numpy(pixels), targets)
-    model.eval()
-    return {name: float(loss) for name, loss in losses.items()}
-
-
 def compare(spec: ReleasedSpec) -> Iterator[Row]:
+    """Compare one detector at its published size."""
     size = spec.image_size
     garden = GardenModel(spec, size, SEED)
-    with tempfile.TemporaryDirectory() as folder:
-        garden.save(Path(folder))
-        state = read_released(Path(folder), spec.name)
     model = create_released(spec.name, stochastic_depth=0.0).eval()
-    model.load_state_dict(state)
-    for row in compare_outputs(model, garden):
-        yield Row(spec.name, size, *row)
-    objects = training_step(size)
-    pixels = seeded_images(IMAGES, size, SEED)
-    losses = model_losses(model, pixels, objects)
-    for name, expected in garden.losses(pixels, *objects).items():
-        difference = abs(losses[name] - expected) / expected
-        yield Row(spec.name, size, f"loss_{name}", "relative", difference, RELATIVE_LIMIT)
-    picture = np.random.default_rng(SEED).integers(0, 256, (427, 640, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        model.load_state_dict(read_released(garden.save(Path(folder)), spec.name))
+    for quantity, measure, value, limit in measure_differences(model, garden):
+        yield Row(spec.name, size, quantity, measure, value, limit)
+
+
+def measure_differences(
+    model: RetinaNet, garden: GardenModel
+) -> Iterator[tuple[str, str, float, float]]:
+    """Quantity, measure, difference and its limit."""
+    size = garden.image_size
+    images = seeded_images(IMAGES, size, SEED)
+    expected = garden.outputs(images)
+    for name, values in outputs_by_level(model, images).items():
+        yield name, "relative_l2", relative_difference(values, expected[name]), TENSOR_LIMIT
+    found = detection_differences(model, images, expected)
+    yield "detections_class", "mismatches", found["class"], 0
+    yield "detections_box", "maximum_pixels", found["box"], PIXEL_LIMIT
+    yield "detections_score", "maximum_absolute", found["score"], TENSOR_LIMIT
+    objects = seeded_objects(IMAGES, size, SEED)
+    losses = training_losses(model, images, objects)
+    for name, loss in garden.losses(images, objects).items():
+        yield f"loss_{name}", "relative", abs(losses[name] - loss) / loss, TENSOR_LIMIT
+    picture = np.random.default_rng(SEED).integers(0, 256, PICTURE, dtype=np.uint8)
     fitted = fit_released(picture, size)[0].numpy()
-    error = relative(fitted, preprocess(picture, size))
-    yield Row(spec.name, size, "input", "relative_l2", error, RELATIVE_LIMIT)
+    difference = relative_difference(fitted, preprocess(picture, size))
+    yield "input", "relative_l2", difference, TENSOR_LIMIT
 
 
 def write_golden(spec: ReleasedSpec, folder: Path) -> Path:
     """Write what the Model Garden gives for the seeded weights at a small size.
 
     The weights, images and objects are drawn anew by the tests; of each tensor the values at
-    seeded places are kept.
+    seeded places are kept, and of every variable path, name and shape.
     """
     garden = GardenModel(spec, GOLDEN_SIZE, SEED)
-    pixels = seeded_images(IMAGES, GOLDEN_SIZE, SEED)
+    images = seeded_images(GOLDEN_IMAGES, GOLDEN_SIZE, SEED)
     kept = {}
-    for name, values in garden.outputs(pixels).items():
+    for name, values in garden.outputs(images).items():
         kept[name] = values
-        if name.startswith(("level", "class", "box_")):
-            kept[name] = values.ravel()[golden_places(name, values.size)]
-    losses = garden.losses(pixels, *training_step(GOLDEN_SIZE))
-    kept.update({f"loss_{name}": np.float32(value) for name, value in losses.items()})
+        if name.startswith(("level_", "class_", "box_")):
+            places = seeded_places(name, values.size, GOLDEN_VALUES, SEED)
+            kept[name] = values.ravel()[places]
+    objects = seeded_objects(GOLDEN_IMAGES, GOLDEN_SIZE, SEED)
+    for name, value in garden.losses(images, objects).items():
+        kept[f"loss_{name}"] = np.float32(value)
+    variables = garden.variables
+    kept["variables"] = np.array(
+        [
+            f"{path} {variable.name.split(':')[0]} {'x'.join(map(str, variable.shape))}"
+            for path, variable in sorted(variables.items())
+        ]
+    )
     path = folder / f"{spec.name}.npz"
+    folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **kept)
     return path
-
-
-def golden_places(name: str, size: int) -> NDArray[np.int64]:
-    """Places in a flat tensor whose values are kept; those of a large one are drawn."""
-    if size <= GOLDEN_VALUES:
-        return np.arange(size)
-    generator = np.random.default_rng([SEED, *name.encode()])
-    return np.sort((generator.random(GOLDEN_VALUES) * size).astype(np.int64))
 
 
 def print_rows(rows: list[Row]) -> None:

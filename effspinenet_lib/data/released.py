@@ -25,7 +25,7 @@ def fit_released(picture: NDArray[np.uint8], image_size: int) -> tuple[Tensor, t
         The input float32 [3, S, S], and its pixels per pixel of the picture, down and across.
     """
     height, width = picture.shape[:2]
-    sides = np.float32([height, width])
+    sides = np.array([height, width], np.float32)
     scaled = np.rint(sides * (np.float32(image_size) / sides).min())
     rows, columns = (int(side) for side in scaled)
     pixels = torch.from_numpy(picture).permute(2, 0, 1).float() / 255

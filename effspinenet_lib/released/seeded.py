@@ -18,6 +18,10 @@ from numpy.typing import NDArray
 # anchors and, with this bias, a few in a hundred scores pass the threshold.
 LAST_GAIN = {"class_head": 10.0, "box_head": 3.0}
 CLASS_BIAS = -4.5
+OBJECTS = 7  # an image
+LEAST_SIDE = 24.0  # pixels; the smallest anchor's
+LARGEST_SHARE = 0.6  # of the image's side
+COCO_CLASSES = 90
 RANGES: dict[str, tuple[float, float]] = {
     "gain": (0.5, 1.5),
     "running_mean": (-0.2, 0.2),
@@ -44,6 +48,35 @@ def seeded_images(count: int, side: int, seed: int) -> NDArray[np.float32]:
     generator = np.random.default_rng([seed, count, side])
     values = generator.random((count, 3, side, side)) * 4 - 2
     return values.astype(np.float32)
+
+
+def seeded_objects(
+    count: int, side: int, seed: int
+) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """Draw the objects of `count` images: boxes [7, 4] as x1 y1 x2 y2, and labels [7] from 0.
+
+    Each overlaps an anchor well. A small object inside several anchors is as near to one as to
+    another, and rounding, which differs between frameworks, would choose the one that it gets.
+    """
+    objects = []
+    for image in range(count):
+        generator = np.random.default_rng([seed, image])
+        size = LEAST_SIDE * (LARGEST_SHARE * side / LEAST_SIDE) ** generator.random(OBJECTS)
+        ratio = 2 ** (generator.random(OBJECTS) - 0.5)
+        sides = np.stack([size * ratio, size / ratio], axis=1)
+        corners = generator.random((OBJECTS, 2)) * (side - sides)
+        labels = (generator.random(OBJECTS) * COCO_CLASSES).astype(np.int64)
+        boxes = np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
+        objects.append((boxes, labels))
+    return objects
+
+
+def seeded_places(name: str, size: int, count: int, seed: int) -> NDArray[np.int64]:
+    """Draw `count` ascending places in a flat tensor of `size` values; all of a smaller one."""
+    if size <= count:
+        return np.arange(size)
+    uniform = np.random.default_rng([seed, zlib.crc32(name.encode())]).random(count)
+    return np.sort((uniform * size).astype(np.int64))
 
 
 def load_seeded(model: torch.nn.Module, seed: int) -> None:

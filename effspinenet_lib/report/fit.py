@@ -121,7 +121,7 @@ def sets_table(rows: pd.DataFrame) -> Table:
             "as printed": list(sets["cells_as_printed"].astype(str)),
             "mean deviation": [f"{value:.2f} %" for value in sets["mean_deviation_percent"]],
             "missed most": [
-                f"{cell} ({value:+.1f} %)"
+                Text(f"{cell} ({value:+.1f} %)")
                 for cell, value in zip(
                     sets["worst_cell"], sets["worst_deviation_percent"], strict=True
                 )
