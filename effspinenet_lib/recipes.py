@@ -309,7 +309,7 @@ SMOKE_DETECTION = _declare(
     lr_drops=(((4, 0.1), (2, 0.01)), "our choice: so that every phase of the schedule runs"),
     scale_jitter=((0.8, 1.25), "our choice: as proxy_detection"),
     **_PAPER_SGD,
-    **{**_PAPER_REGULARISATION, "norm_freeze_steps": (2, "our choice: so that it runs")},
+    **_PAPER_REGULARISATION,
 )
 
 RECIPES: dict[str, Recipe] = {

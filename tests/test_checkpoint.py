@@ -254,7 +254,7 @@ def test_a_model_comes_back_from_its_weights(tmp_path: Path) -> None:
     assert same_state(again.state_dict(), model.state_dict())
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        expected, got = model.eval().network(images), again.predict(images)
+        expected, got = model.eval().network(images), again.network(images)
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 

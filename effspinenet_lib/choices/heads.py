@@ -103,9 +103,11 @@ def _instances(tally: Tally, scale: Scale, dims: dict[int, int], areas: dict[int
     _branch(tally, dim, scale.head_layers, boxes * BOX_AREA, 1, (), "")
     inputs = dim * BOX_AREA
     for _ in range(choices.fc_layers):
-        _linear(tally, inputs, scale.box_fc_dim, boxes)
+        tally.weights(inputs * scale.box_fc_dim, boxes)
         if choices.fc_norm:
             tally.norm(scale.box_fc_dim, boxes)
+        else:
+            tally.bias(scale.box_fc_dim, boxes)
         inputs = scale.box_fc_dim
     classes = choices.instance_classes
     _linear(tally, inputs, classes, boxes)

@@ -112,7 +112,7 @@ class Choices:
     proposal_prediction: str = "separable"
     proposal_anchors: int = 3
     fc_layers: int = 1
-    fc_norm: bool = False
+    fc_norm: bool = True
     box_per_class: bool = True
     mask_prediction: str = "1x1"
 

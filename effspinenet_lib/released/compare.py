@@ -12,6 +12,7 @@ from effspinenet_lib.specs import OUTPUT_LEVELS
 from effspinenet_lib.tasks.detection import BOX_CODE, RetinaNet
 
 Arrays = dict[str, NDArray[Any]]
+SCORE_TIE = 5e-6  # twice what rounding moves the scores of the largest detector by
 
 
 def outputs_by_level(model: RetinaNet, images: NDArray[np.float32]) -> Arrays:
@@ -73,6 +74,9 @@ def detection_differences(
 ) -> dict[str, float]:
     """Compare final detections, which must be in the same order.
 
+    Rounding alone decides the order of scores that differ by less than `SCORE_TIE`: detections
+    of such scores are paired by class and place.
+
     Args:
         model: a detector.
         images: [N, 3, S, S], normalised.
@@ -89,16 +93,35 @@ def detection_differences(
     worst = {"class": 0.0, "box": 0.0, "score": 0.0}
     for image, one in enumerate(found):
         count = int(expected["count"][image])
-        boxes, scores, labels = (one[name].numpy() for name in ("boxes", "scores", "labels"))
-        if len(scores) != count:
-            worst["class"] += abs(len(scores) - count)
+        ours = {name: values.numpy() for name, values in one.items()}
+        theirs = {name: expected[name][image, :count] for name in ours}
+        if len(ours["scores"]) != count:
+            worst["class"] += abs(len(ours["scores"]) - count)
             worst["box"] = worst["score"] = float("inf")
             continue
-        worst["class"] += float((labels != expected["labels"][image, :count]).sum())
-        for name, ours, theirs in (("box", boxes, "boxes"), ("score", scores, "scores")):
-            difference = np.abs(ours - expected[theirs][image, :count]).max(initial=0.0)
+        order = _settle_ties(ours, theirs)
+        worst["class"] += float((ours["labels"][order] != theirs["labels"]).sum())
+        for name, values in (("box", "boxes"), ("score", "scores")):
+            difference = np.abs(ours[values][order] - theirs[values]).max(initial=0.0)
             worst[name] = max(worst[name], float(difference))
     return worst
+
+
+def _settle_ties(ours: Arrays, theirs: Arrays) -> list[int]:
+    """Numbers of our detections in the expected order."""
+    order: list[int] = []
+    breaks = np.flatnonzero(-np.diff(theirs["scores"]) >= SCORE_TIE) + 1
+    for group in np.split(np.arange(len(theirs["scores"])), breaks):
+        left = group.tolist()
+        for number in group:
+            box, label = theirs["boxes"][number], theirs["labels"][number]
+            near = [
+                (bool(ours["labels"][n] != label), float(np.abs(ours["boxes"][n] - box).max()), n)
+                for n in left
+            ]
+            order.append(min(near)[2])
+            left.remove(order[-1])
+    return order
 
 
 def relative_difference(ours: NDArray[Any], theirs: NDArray[Any]) -> float:

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 # Weights are uniform in +-sqrt(3 / fan in), a variance of 1 / fan in, which keeps activations of
-# the order of one. The last layers' are this much larger, so that the boxes differ from their
-# anchors and, with this bias, a few in a hundred scores pass the threshold.
-LAST_GAIN = {"class_head": 10.0, "box_head": 3.0}
+# the order of one. Those of the classes' last layer are this much larger, so that with this bias a
+# few in a hundred scores pass the threshold.
+CLASS_GAIN = 10.0
 CLASS_BIAS = -4.5
 OBJECTS = 7  # an image
 LEAST_SIDE = 24.0  # pixels; the smallest anchor's
@@ -94,8 +94,8 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
     leaf = name.rsplit(".", 1)[-1]
     if len(shape) > 1:
         bound = float(np.sqrt(3 / np.prod(shape[1:])))
-        if name.endswith(("predict.weight", "predict.pointwise.weight")):
-            bound *= LAST_GAIN[name.split(".")[0]]
+        if name in ("class_head.predict.weight", "class_head.predict.pointwise.weight"):
+            bound *= CLASS_GAIN
         low, high = -bound, bound
     else:
         low, high = RANGES["gain" if leaf == "weight" else leaf]
