@@ -45,8 +45,11 @@ BOX_CODE = 4
 TO_KERNEL, TO_DEPTHWISE = (2, 3, 1, 0), (2, 3, 0, 1)
 
 
-def build_task(spec: ReleasedSpec, image_size: int, stochastic_depth: float) -> RetinaNetTask:
-    """The experiment's task with the settings of the model's published configuration."""
+def build_task(spec: ReleasedSpec, image_size: int) -> RetinaNetTask:
+    """The experiment's task with the settings of the model's published configuration.
+
+    Without stochastic depth, so that a training step can be compared.
+    """
     config: Any = exp_factory.get_exp_config(spec.experiment).task
     assert isinstance(config, configs.RetinaNetTask)
     model = config.model
@@ -55,7 +58,7 @@ def build_task(spec: ReleasedSpec, image_size: int, stochastic_depth: float) -> 
     model.head.num_filters = spec.head_dim
     backbone = model.backbone.get()
     backbone.model_id = spec.model_id
-    backbone.stochastic_depth_drop_rate = stochastic_depth
+    backbone.stochastic_depth_drop_rate = 0.0
     return RetinaNetTask(config)
 
 
@@ -66,11 +69,9 @@ class GardenModel:
     converter takes it from; a wrong match shows as outputs that differ.
     """
 
-    def __init__(
-        self, spec: ReleasedSpec, image_size: int, seed: int, stochastic_depth: float = 0.0
-    ) -> None:
-        self.spec, self.image_size = spec, image_size
-        self.task = build_task(spec, image_size, stochastic_depth)
+    def __init__(self, spec: ReleasedSpec, image_size: int, seed: int) -> None:
+        self.image_size = image_size
+        self.task = build_task(spec, image_size)
         self.model = self.task.build_model()
         self.model(tf.zeros([1, image_size, image_size, 3]), training=True)  # makes the head
         model = create_released(spec.name)

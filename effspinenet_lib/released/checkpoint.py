@@ -6,6 +6,7 @@ TensorFlow is imported where it is needed and nowhere else.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections import deque
 from collections.abc import Iterator
@@ -109,6 +110,7 @@ class GardenCheckpoint:
 
 
 def _tensorflow() -> Any:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no notes on the processor and its drivers
     try:
         return importlib.import_module("tensorflow")
     except ImportError as error:
