@@ -10,14 +10,29 @@ from effspinenet_lib.experiments import default_results_dir
 from effspinenet_lib.experiments.costs import UNITS, read_cost_table
 from effspinenet_lib.paper import paper_values
 from effspinenet_lib.report import costs as report
-from effspinenet_lib.zoo import create_model
+from effspinenet_lib.zoo import create_model, list_models, model_entry
 
 ITEMS = ("table-03", "table-06", "table-07", "table-08", "table-09", "table-10", "table-11")
 
 
 @pytest.fixture(scope="module")
-def costs() -> pd.DataFrame:
+def everything() -> pd.DataFrame:
     return read_cost_table(default_results_dir())
+
+
+@pytest.fixture(scope="module")
+def costs(everything: pd.DataFrame) -> pd.DataFrame:
+    return report.printed(everything)
+
+
+def test_every_model_is_counted_for_every_task(everything: pd.DataFrame) -> None:
+    pairs = set(everything[["model", "task"]].itertuples(index=False, name=None))
+    assert pairs == {
+        (name, task) for name in list_models() for task in model_entry(name).image_sizes
+    }
+    assert (everything.groupby(["model", "task"])["metric"].nunique() == 2).all()
+    table = report.unprinted_table(everything)
+    assert "eff_spinenet_m0" in table.frame.index
 
 
 def test_every_printed_cost_has_its_row(costs: pd.DataFrame) -> None:
@@ -64,7 +79,7 @@ def test_committed_costs_are_what_the_models_cost_now(
     rows = costs[(costs["model"] == name) & (costs["task"] == task)]
     cost = measure_cost(create_model(name, task), int(rows["image_size"].iloc[0]))
     for row in rows.itertuples(index=False):
-        measured = getattr(cost, str(row.metric)) / UNITS[str(row.metric)]
+        measured = getattr(cost, str(row.metric)) / UNITS[str(row.metric)][0]
         assert row.measured == pytest.approx(measured, abs=1e-6)
 
 

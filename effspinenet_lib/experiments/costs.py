@@ -1,9 +1,8 @@
-"""Every #FLOPs and #Params cell of the paper beside what the built model costs."""
+"""What every model costs for every task, beside the #FLOPs and #Params cells of the paper."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,40 @@ from effspinenet_lib.paper import paper_values
 from effspinenet_lib.results import current_commit, today
 from effspinenet_lib.results.csvfile import read_rows, to_frame, to_row, write_rows
 from effspinenet_lib.results.schemas import COST
-from effspinenet_lib.zoo import TASKS, create_model, default_image_size
+from effspinenet_lib.zoo import (
+    TASKS,
+    create_model,
+    default_image_size,
+    list_models,
+    model_entry,
+)
 
 COST_FOLDER, COST_FILE = "cost", "costs.csv"
-UNITS = {"multi_adds": 1e9, "parameters": 1e6}
+UNITS = {"multi_adds": (1e9, "B"), "parameters": (1e6, "M")}
 
 
 def cost_table(progress: bool = True) -> list[dict[str, Any]]:
-    """Build every model whose cost the paper prints and count it: one row a printed cell.
-
-    Models are built at the paper's image size and with the classes of the paper's benchmark.
+    """Count every model for every task that it can do, at the paper's image size and classes.
 
     Args:
         progress: show a bar where stderr is a terminal.
 
     Returns:
-        Records of the schema `cost`, in the order of the paper's tables.
+        Records of the schema `cost`: one for each cell that the paper prints, in the order of its
+        tables, then those that it does not print.
     """
-    cells = [cell for item in TABLES for cell in _printed_cells(item)]
     known: dict[tuple[Any, ...], Cost] = {}
     stamp = {"commit": current_commit(), "date": today()}
     records = []
-    for cell in tqdm(cells, "count", disable=None if progress else True):
+    for cell in tqdm(_cells(), "count", disable=None if progress else True):
         options = _options(cell["item"], cell["row"])
-        name, task = cell["model"], cell["task"]
+        name, task, printed = cell["model"], cell["task"], cell["value"]
         size = default_image_size(name, task)
         key = (name, task, size, tuple(options.items()))
         if key not in known:
             known[key] = measure_cost(create_model(name, task, **options), size)
-        measured = getattr(known[key], cell["metric"]) / UNITS[cell["metric"]]
+        scale, unit = UNITS[cell["metric"]]
+        measured = getattr(known[key], cell["metric"]) / scale
         records.append(
             {
                 **{column: cell[column] for column in ("item", "row", "model", "task", "metric")},
@@ -55,9 +59,9 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
                 "image_size": size,
                 "num_classes": TASKS[task],
                 "measured": round(measured, 6),
-                "printed": cell["value"],
-                "unit": cell["unit"],
-                "difference_percent": round(100 * (measured / cell["value"] - 1), 2),
+                "printed": printed,
+                "unit": unit,
+                "difference_percent": round(100 * (measured / printed - 1), 2),
                 "rests_on": rests_on(name, task),
                 "note": cost_note(name),
                 **stamp,
@@ -66,15 +70,28 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
     return records
 
 
-def _printed_cells(item: str) -> Iterable[dict[str, Any]]:
-    for cell in paper_values(item).to_dict("records"):
-        if cell["metric"] in UNITS and not math.isnan(cell["value"]):
-            yield {str(name): value for name, value in cell.items()}
+def _cells() -> list[dict[str, Any]]:
+    """What is counted; `value` is the printed number, NaN where the paper prints none."""
+    cells = [
+        {str(name): value for name, value in cell.items()}
+        for item in TABLES
+        for cell in paper_values(item).to_dict("records")
+        if cell["metric"] in UNITS and not math.isnan(cell["value"])
+    ]
+    printed = {(cell["model"], cell["task"], cell["metric"]) for cell in cells}
+    others = [
+        {"item": "", "row": "", "model": name, "task": task, "metric": metric, "value": math.nan}
+        for name in list_models()
+        for task in model_entry(name).image_sizes
+        for metric in UNITS
+        if (name, task, metric) not in printed
+    ]
+    return cells + others
 
 
 def _options(item: str, label: str) -> dict[str, Any]:
     """The model options that a row of a table switches."""
-    for row in ITEMS[item].rows:
+    for row in ITEMS[item].rows if item else ():
         if row.label == label:
             return dict(row.options)
     return {}

@@ -26,11 +26,38 @@ def is_own(model: str) -> bool:
     return model.startswith(OWN_FAMILIES)
 
 
+def printed(costs: pd.DataFrame) -> pd.DataFrame:
+    """The rows that the paper prints a number for."""
+    return costs.dropna(subset="printed")
+
+
+def unprinted_table(costs: pd.DataFrame) -> Table:
+    """The measured costs of models and tasks that the paper prints none for."""
+    rows = costs[costs["printed"].isna()]
+    wide = rows.pivot_table(
+        index=["model", "task", "image_size"], columns="metric", values="measured", sort=False
+    ).reset_index()
+    frame = pd.DataFrame(
+        {
+            "task": wide["task"],
+            "pixels": wide["image_size"].astype(str),
+            **{
+                f"{METRIC_NAMES[metric]} ({unit})": [
+                    "" if pd.isna(value) else f"{value:#.3g}" for value in wide[metric]
+                ]
+                for metric, unit in (("multi_adds", "B"), ("parameters", "M"))
+                if metric in wide
+            },
+        }
+    ).set_index(pd.Index(wide["model"], name="model"))
+    return Table(frame.fillna(""), "Costs that the paper does not print")
+
+
 def cost_tables(costs: pd.DataFrame) -> list[Table]:
     """One table for each table of the paper: printed, measured and the difference.
 
     Args:
-        costs: rows of the schema `cost`.
+        costs: rows of the schema `cost`, printed ones.
     """
     return [_table(str(item), rows) for item, rows in costs.groupby("item", sort=True)]
 

@@ -238,8 +238,10 @@ CLAIM = Schema(
 COST = Schema(
     "cost",
     (
-        _ITEM,
-        _ROW,
+        Field(
+            "item", "string", "Table that prints the number; empty if none.", pattern=ITEM_PATTERN
+        ),
+        Field("row", "string", "Row of the table, as the paper labels it; empty if none."),
         Field("model", "string", "Name for create_model.", True),
         Field("task", "string", "What the model was built for.", True, enum=TASKS),
         Field("metric", "string", "What was counted.", True, enum=("multi_adds", "parameters")),
@@ -247,15 +249,15 @@ COST = Schema(
         Field("image_size", "integer", "Side of the square image in pixels.", True, minimum=1),
         Field("num_classes", "integer", "Classes of the model.", True, minimum=1),
         Field("measured", "number", "Counted on the built model.", True),
-        Field("printed", "number", "The paper's number, as printed.", True),
+        Field("printed", "number", "The paper's number, as printed; empty if it prints none."),
         _UNIT,
-        Field("difference_percent", "number", "Measured over printed, less 100 %.", True),
+        Field("difference_percent", "number", "Measured over printed, less 100 %."),
         Field("rests_on", "string", "Choices that the paper leaves open and this number needs."),
         Field("note", "string", "Why the two differ, or what was tried."),
         _COMMIT,
         _DATE,
     ),
-    ("item", "row", "metric"),
+    ("item", "row", "model", "task", "metric"),
 )
 
 CHOICE = Schema(
