@@ -44,14 +44,14 @@ def outputs_by_level(model: RetinaNet, images: NDArray[np.float32]) -> Arrays:
 
 def training_losses(
     model: RetinaNet,
-    images: NDArray[np.float32],
+    images: NDArray[np.floating[Any]],
     objects: list[tuple[NDArray[np.float32], NDArray[np.int64]]],
 ) -> dict[str, float]:
     """Losses of one training step; the model is left in evaluation mode.
 
     Args:
         model: with a drop rate of 0, or the losses are random.
-        images: [N, 3, S, S], normalised.
+        images: [N, 3, S, S], normalised; float32 or float64, as the model is.
         objects: for each image boxes [M, 4] as x1 y1 x2 y2 in pixels, and labels [M] from 0.
     """
     targets = [
