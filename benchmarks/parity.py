@@ -160,8 +160,8 @@ def main() -> int:
         start = time.perf_counter()
         rows += compare(spec)
         print(f"{spec.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        write_rows(rows, arguments.output)
     print_rows(rows)
-    write_rows(rows, arguments.output)
     print(f"Wrote {arguments.output}")
     return 0 if all(row.passed for row in rows) else 1
 

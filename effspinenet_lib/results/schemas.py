@@ -284,6 +284,20 @@ CHOICE = Schema(
     ("scan", "around", "choice", "value"),
 )
 
+PARITY = Schema(
+    "parity",
+    (
+        Field("model", "string", "Name for create_model.", True),
+        Field("image_size", "integer", "Side of the square image in pixels.", True, minimum=1),
+        Field("quantity", "string", "What is compared: a level, a head, a loss.", True),
+        Field("measure", "string", "How the two are compared.", True),
+        Field("value", "number", "The difference.", True),
+        Field("limit", "number", "The difference that is allowed.", True),
+        Field("passed", "string", "Whether it is within.", True, enum=("true", "false")),
+    ),
+    ("model", "quantity"),
+)
+
 MEASUREMENT_COLUMNS = MEASUREMENT.columns
 RUN_COLUMNS = RUN.columns
 
@@ -296,6 +310,7 @@ def schema_of_file(name: str) -> Schema | None:
         "claims.csv": CLAIM,
         "costs.csv": COST,
         "choices.csv": CHOICE,
+        "parity.csv": PARITY,
     }
     if re.fullmatch(ITEM_PATTERN + r"\.csv", name):
         return MEASUREMENT
