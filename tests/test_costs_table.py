@@ -7,9 +7,10 @@ import pytest
 
 from effspinenet_lib.cost import measure_cost
 from effspinenet_lib.experiments import default_results_dir
-from effspinenet_lib.experiments.costs import UNITS, read_cost_table
+from effspinenet_lib.experiments.costs import read_cost_table
 from effspinenet_lib.paper import paper_values
 from effspinenet_lib.report import costs as report
+from effspinenet_lib.results.schemas import COST_UNITS
 from effspinenet_lib.zoo import create_model, list_models, model_entry
 
 ITEMS = ("table-03", "table-06", "table-07", "table-08", "table-09", "table-10", "table-11")
@@ -37,7 +38,7 @@ def test_every_model_is_counted_for_every_task(everything: pd.DataFrame) -> None
 
 def test_every_printed_cost_has_its_row(costs: pd.DataFrame) -> None:
     paper = pd.concat([paper_values(item) for item in ITEMS])
-    paper = paper[paper["metric"].isin(UNITS)].dropna(subset="value")
+    paper = paper[paper["metric"].isin(COST_UNITS)].dropna(subset="value")
     printed = paper.set_index(["item", "row", "metric"])["value"]
     listed = costs.set_index(["item", "row", "metric"])["printed"]
     assert len(listed) == 72
@@ -79,7 +80,7 @@ def test_committed_costs_are_what_the_models_cost_now(
     rows = costs[(costs["model"] == name) & (costs["task"] == task)]
     cost = measure_cost(create_model(name, task), int(rows["image_size"].iloc[0]))
     for row in rows.itertuples(index=False):
-        measured = getattr(cost, str(row.metric)) / UNITS[str(row.metric)][0]
+        measured = getattr(cost, str(row.metric)) / COST_UNITS[str(row.metric)][0]
         assert row.measured == pytest.approx(measured, abs=1e-6)
 
 

@@ -24,12 +24,11 @@ from effspinenet_lib.results.csvfile import (
     to_row,
     write_rows,
 )
-from effspinenet_lib.results.schemas import CHOICE
+from effspinenet_lib.results.schemas import CHOICE, COST_UNITS
 from effspinenet_lib.specs import BASES, MODELS, SCALES, SEGMENTATION_SIZE
 
 CHOICES_FILE = "cost/choices.csv"
 TABLES = ("table-03", "table-06", "table-07", "table-08", "table-09", "table-10", "table-11")
-UNITS = {"multi_adds": 1e9, "parameters": 1e6}
 NEAR_PERCENT = 3.0
 # Table 9's rows with a resampling or a fusion of their own.
 VARIANTS = {"model 1": (False, True), "model 2": (False, False)}
@@ -110,7 +109,7 @@ def printed_cells() -> tuple[Cell, ...]:
     cells = []
     for item in TABLES:
         frame = paper_values(item)
-        frame = frame[frame["metric"].isin(UNITS)]
+        frame = frame[frame["metric"].isin(COST_UNITS)]
         # A column is printed with as many digits as its longest number has.
         decimals = {
             metric: max(map(_decimals, column.dropna()))
@@ -139,7 +138,7 @@ def fit(choices: Choices) -> Fit:
         key = (cell.model, cell.task, cell.row if cell.row in VARIANTS else "")
         if key not in known:
             known[key] = _cost(cell, choices)
-        value = getattr(known[key], cell.metric) / UNITS[cell.metric]
+        value = getattr(known[key], cell.metric) / COST_UNITS[cell.metric][0]
         deviations[cell] = 100 * (value / cell.printed - 1)
         as_printed += round(value, cell.decimals) == cell.printed
     return Fit(deviations, as_printed)

@@ -159,7 +159,7 @@ def results(context: typer.Context, results_dir: ResultsDir = None) -> None:
 
 @results_app.command()
 def costs(results_dir: ResultsDir = None) -> None:
-    """Count every model whose cost the paper prints; write `cost/costs.csv`. About a minute."""
+    """Count every model for every task; write `cost/costs.csv`, print the cells of the paper."""
     from effspinenet_lib.experiments import default_results_dir
     from effspinenet_lib.experiments.costs import read_cost_table, write_cost_table
     from effspinenet_lib.results import write_datapackage
@@ -168,7 +168,8 @@ def costs(results_dir: ResultsDir = None) -> None:
     path = write_cost_table(folder)
     write_datapackage(folder)
     shown = ("item", "row", "metric", "measured", "printed", "difference_percent")
-    table = read_cost_table(folder)[list(shown)].round(3).astype(str)
+    printed = read_cost_table(folder).dropna(subset="printed")
+    table = printed[list(shown)].round(3).astype(str)
     print_table("Costs", shown, table.to_numpy().tolist())
     typer.echo(f"Wrote {path}")
 

@@ -17,7 +17,7 @@ from effspinenet_lib.paper import ITEMS as TABLES
 from effspinenet_lib.paper import paper_values
 from effspinenet_lib.results import current_commit, today
 from effspinenet_lib.results.csvfile import read_rows, to_frame, to_row, write_rows
-from effspinenet_lib.results.schemas import COST
+from effspinenet_lib.results.schemas import COST, COST_UNITS
 from effspinenet_lib.zoo import (
     TASKS,
     create_model,
@@ -27,7 +27,6 @@ from effspinenet_lib.zoo import (
 )
 
 COST_FOLDER, COST_FILE = "cost", "costs.csv"
-UNITS = {"multi_adds": (1e9, "B"), "parameters": (1e6, "M")}
 
 
 def cost_table(progress: bool = True) -> list[dict[str, Any]]:
@@ -50,7 +49,7 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
         key = (name, task, size, tuple(options.items()))
         if key not in known:
             known[key] = measure_cost(create_model(name, task, **options), size)
-        scale, unit = UNITS[cell["metric"]]
+        scale, unit = COST_UNITS[cell["metric"]]
         measured = getattr(known[key], cell["metric"]) / scale
         records.append(
             {
@@ -76,14 +75,14 @@ def _cells() -> list[dict[str, Any]]:
         {str(name): value for name, value in cell.items()}
         for item in TABLES
         for cell in paper_values(item).to_dict("records")
-        if cell["metric"] in UNITS and not math.isnan(cell["value"])
+        if cell["metric"] in COST_UNITS and not math.isnan(cell["value"])
     ]
     printed = {(cell["model"], cell["task"], cell["metric"]) for cell in cells}
     others = [
         {"item": "", "row": "", "model": name, "task": task, "metric": metric, "value": math.nan}
         for name in list_models()
         for task in model_entry(name).image_sizes
-        for metric in UNITS
+        for metric in COST_UNITS
         if (name, task, metric) not in printed
     ]
     return cells + others

@@ -19,10 +19,9 @@ from effspinenet_lib.experiments.parameters import Parameters
 from effspinenet_lib.paper import paper_values
 from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.results.schemas import COST_UNITS
 from effspinenet_lib.training.run import RunConfig
 from effspinenet_lib.zoo import create_model, default_image_size
-
-MULTI_ADDS_UNIT, PARAMETERS_UNIT = 1e9, 1e6
 
 
 @dataclass(frozen=True)
@@ -150,10 +149,8 @@ def _cost_rows(item: Item) -> list[dict[str, Any]]:
             **_common(row, row.model, f"zeros, 90 classes, {size}x{size}"),
             "source": "cost",
         }
-        for metric, value, unit in (
-            ("multi_adds", cost.multi_adds / MULTI_ADDS_UNIT, "B"),
-            ("parameters", cost.parameters / PARAMETERS_UNIT, "M"),
-        ):
+        for metric, (scale, unit) in COST_UNITS.items():
+            value = getattr(cost, metric) / scale
             rows.append({**common, "metric": metric, "value": value, "unit": unit})
     return rows
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from effspinenet_lib.report.style import FAMILY_COLOURS, family_of
 from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.results.schemas import COST_UNITS
 
 # Profiles whose accuracy may be shown as a result; that of a smoke run means nothing.
 RESULT_PROFILES = ("proxy", "paper")
@@ -166,21 +167,17 @@ class HasCost(Protocol):
 
 def cost_rows(row: str, model: str, cost: HasCost) -> list[dict[str, Any]]:
     """A measured cost as measurements, in the units of the paper's columns."""
-    values = {
-        "multi_adds": (cost.multi_adds / 1e9, "B"),
-        "parameters": (cost.parameters / 1e6, "M"),
-    }
     return [
         {
             "row": row,
             "model": model,
             "task": "detection",
             "metric": metric,
-            "value": value,
+            "value": getattr(cost, metric) / scale,
             "unit": unit,
             "source": COST,
         }
-        for metric, (value, unit) in values.items()
+        for metric, (scale, unit) in COST_UNITS.items()
     ]
 
 

@@ -235,6 +235,9 @@ CLAIM = Schema(
     ("claim",),
 )
 
+# Metric of a cost -> what its printed unit stands for, and the unit.
+COST_UNITS = {"multi_adds": (1e9, "B"), "parameters": (1e6, "M")}
+
 COST = Schema(
     "cost",
     (
