@@ -50,7 +50,9 @@ class Result:
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
     def run_command(*arguments):
         monkeypatch.setattr(sys, "argv", ["effspinenet", *map(str, arguments)])
         capsys.readouterr()

@@ -383,8 +383,9 @@ def test_a_model_that_gives_nan_is_refused() -> None:
 
 def test_boxes_are_cut_off_at_the_edges() -> None:
     boxes = torch.tensor([[-10.0, 20.0, 500.0, 30.0], [8.0, 8.0, 16.0, 12.0]])
-    assert to_original(boxes, 0.5, (50, 80)).tolist() == [[0, 40, 80, 50], [16, 16, 32, 24]]
-    assert to_original(torch.zeros(0, 4), 2.0, (5, 5)).shape == (0, 4)
+    assert to_original(boxes, (0.5, 0.5), (50, 80)).tolist() == [[0, 40, 80, 50], [16, 16, 32, 24]]
+    assert to_original(boxes, (0.5, 0.25), None)[:, 0].tolist() == [4 * x for x in boxes[:, 0]]
+    assert to_original(torch.zeros(0, 4), (2.0, 2.0), (5, 5)).shape == (0, 4)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from effspinenet_lib import __version__
-from effspinenet_lib.cli import convert, data, detect, experiments, models, train
+from effspinenet_lib.cli import convert, data, detect, evaluate, experiments, models, train
 from effspinenet_lib.cli.console import set_up_messages
 from effspinenet_lib.errors import UserError
 
@@ -59,6 +59,7 @@ def start(
 
 models.add_commands(app)
 train.add_commands(app)
+evaluate.add_commands(app)
 detect.add_commands(app)
 convert.add_commands(app)
 experiments.add_commands(app)

@@ -79,3 +79,11 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         if not isinstance(parsed[key.strip()], (str, bool, int, float)):
             raise UserError(f"option {text!r}: the value {value!r} is not one word or number")
     return parsed
+
+
+def print_metrics(title: str, task: str, metrics: dict[str, float]) -> None:
+    """Print a task's metrics; one without anything to measure shows as a dash."""
+    from effspinenet_lib.training.evaluate import TASK_METRICS
+
+    rows = [(name, metrics[name]) for name in TASK_METRICS[task]]
+    print_table(title, ("metric", "value (%)"), rows)

@@ -24,6 +24,10 @@ DATA_HELP = (
 Data = Annotated[str, typer.Option(metavar="DIR|shapescenes", help=DATA_HELP)]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of a ShapeScenes image.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the ShapeScenes images.")]
+EvalSplit = Annotated[str, typer.Option(help="Part of the data to evaluate on.")]
+Workers = Annotated[
+    int, typer.Option(min=0, help="Processes that load images; 0: none but the trainer itself.")
+]
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -39,13 +39,15 @@ def detect(
     Example: `effspinenet detect street.jpg --weights model.safetensors --output found.png`
     """
     from effspinenet_lib.cli.drawing import draw_boxes, save_picture, tint
+    from effspinenet_lib.data.released import FITTED
     from effspinenet_lib.training.checkpoint import create_from_weights
 
     model, facts = create_from_weights(weights)
     if facts["task"] not in ("detection", "instances"):
         raise UserError(f"{weights}: is a model for {facts['task']}; detect needs one that detects")
     pixels = read_picture(image)
-    found = detections(model, pixels, image_size or facts["image_size"])
+    size = image_size or facts["image_size"]
+    found = detections(model, pixels, size, facts.get("preprocessing", FITTED))
     kept = found["scores"] >= threshold
     boxes, scores, labels = (found[name][kept] for name in ("boxes", "scores", "labels"))
     names = [facts["categories"][label]["name"] for label in labels.tolist()]
@@ -79,13 +81,16 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
         raise DataError(f"{path}: cannot be decoded ({error}); save the picture again") from error
 
 
-def detections(model: nn.Module, picture: NDArray[np.uint8], image_size: int) -> dict[str, Tensor]:
+def detections(
+    model: nn.Module, picture: NDArray[np.uint8], image_size: int, preprocessing: str = "fitted"
+) -> dict[str, Tensor]:
     """Run a detector in evaluation mode on one picture.
 
     Args:
         model: as `create_model` gives it.
         picture: uint8 [H, W, 3].
         image_size: side of the square input; the picture's long side is resized to it.
+        preprocessing: one of `data.released.PREPROCESSINGS`.
 
     Returns:
         `boxes` [K, 4] in pixels of the picture, `scores` [K] falling, `labels` int64 [K] and, of
@@ -93,17 +98,15 @@ def detections(model: nn.Module, picture: NDArray[np.uint8], image_size: int) ->
     """
     import torch
 
-    from effspinenet_lib.data.augment import Placement, fitting_scale, normalise, place_image
+    from effspinenet_lib.data.released import fit_picture
     from effspinenet_lib.training.evaluate import paste_masks, to_original
 
     height, width = picture.shape[:2]
-    scale = fitting_scale(height, width, image_size)
-    canvas = torch.zeros(3, image_size, image_size)
-    normalise(place_image(picture, Placement(scale), image_size), canvas)
+    image, scales = fit_picture(picture, image_size, preprocessing)
     with torch.inference_mode():
-        device = next(model.parameters(), canvas).device
-        found: dict[str, Tensor] = model(canvas[None].to(device))[0]
-    boxes = to_original(found["boxes"], scale, (height, width))
+        device = next(model.parameters(), image).device
+        found: dict[str, Tensor] = model(image[None].to(device))[0]
+    boxes = to_original(found["boxes"], scales, (height, width))
     result = {"boxes": boxes, "scores": found["scores"].cpu(), "labels": found["labels"].cpu()}
     if "masks" in found:
         result["masks"] = paste_masks(found["masks"], boxes, (height, width))

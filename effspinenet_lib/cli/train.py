@@ -1,38 +1,26 @@
-"""`effspinenet train` and `evaluate`."""
+"""`effspinenet train`."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effspinenet_lib.cli.console import parse_settings, print_table
-from effspinenet_lib.cli.data import Data, data_config
-from effspinenet_lib.errors import DataError
-from effspinenet_lib.recipes import EVALUATION_BATCH
+from effspinenet_lib.cli.console import parse_settings, print_metrics
+from effspinenet_lib.cli.data import Data, EvalSplit, Workers, data_config
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from effspinenet_lib.data import Dataset
     from effspinenet_lib.recipes import Recipe
-    from effspinenet_lib.training.prediction_log import PredictionLog
 
-Workers = Annotated[
-    int, typer.Option(min=0, help="Processes that load images; 0: none but the trainer itself.")
-]
 Task = Annotated[
     str, typer.Option(help="`detection`, `instances`, `classification` or `segmentation`.")
 ]
-EvalSplit = Annotated[str, typer.Option(help="Part of the data to evaluate on.")]
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
     app.command()(train)
-    app.command()(evaluate)
 
 
 def train(
@@ -120,21 +108,13 @@ def train(
         model_options=parse_settings(option or []),
     )
     result = train_run(config, output, force=force, workers=workers)
-    _print_metrics(f"{model} on {data}, {task}", task, result.metrics)
+    print_metrics(f"{model} on {data}, {task}", task, result.metrics)
     typer.echo(
         f"{result.steps} steps, {result.images} images, {result.wall_seconds:.0f} s, "
         f"{result.images_per_second:.1f} images/s in training"
     )
     typer.echo(f"Run:     {result.folder}")
     typer.echo(f"Weights: {result.folder / 'model.safetensors'}")
-
-
-def _print_metrics(title: str, task: str, metrics: dict[str, float]) -> None:
-    """Print a task's metrics; one without anything to measure shows as a dash."""
-    from effspinenet_lib.training.evaluate import TASK_METRICS
-
-    rows = [(name, metrics[name]) for name in TASK_METRICS[task]]
-    print_table(title, ("metric", "value (%)"), rows)
 
 
 def _changed(
@@ -148,89 +128,3 @@ def _changed(
 
 def _without_augmentation(recipe: Recipe) -> Recipe:
     return recipe.with_(scale_jitter=(1.0, 1.0), flip_probability=0.0, stochastic_depth=0.0)
-
-
-def evaluate(
-    weights: Annotated[Path, typer.Option(metavar="FILE", help="As `train` writes them.")],
-    data: Data,
-    eval_split: EvalSplit = "val",
-    images: Annotated[int | None, typer.Option(min=1, help="Use only the first so many.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="[default: as the model was trained]")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = EVALUATION_BATCH,
-    workers: Workers = 0,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Write predictions.json (COCO's result format) and metrics.json there. Detection "
-            "and instances: interrupted, the same command goes on.",
-        ),
-    ] = None,
-) -> None:
-    """Measure a trained model by the metrics of its task.
-
-    Detection and instances: the 12 COCO metrics of boxes, and of masks. Classification: top-1
-    and top-5. Segmentation: mIOU.
-
-    Example: `effspinenet evaluate --weights runs/0123456789ab/model.safetensors --data my_pictures`
-    """
-    from effspinenet_lib.data import open_dataset
-    from effspinenet_lib.files import write_json
-    from effspinenet_lib.training.checkpoint import create_from_weights
-    from effspinenet_lib.training.evaluate import evaluate as measure
-    from effspinenet_lib.training.evaluate import write_predictions
-
-    model, facts = create_from_weights(weights)
-    size = image_size or facts["image_size"]
-    dataset = open_dataset(
-        data_config(data, eval_split=eval_split, images=images, image_size=size),
-        "eval",
-        facts["task"],
-    )
-    _check_categories(weights, facts["categories"], dataset)
-    arguments = (model, dataset, facts["task"], size, batch_size, workers)
-    with _log_of(output, weights, dataset, facts["task"], size) as log:
-        evaluation = measure(*arguments, log=log)
-    if output is not None:
-        write_predictions(output / "predictions.json", evaluation.predictions)
-        defined = {k: None if v != v else v for k, v in evaluation.metrics.items()}
-        write_json(output / "metrics.json", defined)
-    _print_metrics(f"{facts['model']} on {dataset.name}", facts["task"], evaluation.metrics)
-
-
-def _log_of(
-    output: Path | None, weights: Path, dataset: Dataset, task: str, size: int
-) -> AbstractContextManager[PredictionLog | None]:
-    """Where an evaluation keeps what it has, so that it can go on; nothing without `output`."""
-    from hashlib import sha256
-
-    from effspinenet_lib.files import ensure_folder
-    from effspinenet_lib.training.config import describe_data
-    from effspinenet_lib.training.prediction_log import PredictionLog
-
-    if output is None:
-        return nullcontext()
-    ensure_folder(output)
-    if task not in ("detection", "instances"):
-        return nullcontext()
-    content = sha256(weights.read_bytes()).hexdigest()
-    facts = f"{content} {describe_data(dataset)['digest']} {size}"
-    return PredictionLog(output / "predictions.partial", sha256(facts.encode()).hexdigest())
-
-
-def _check_categories(weights: Path, categories: list[dict[str, Any]], dataset: Dataset) -> None:
-    """Check that the labels of the weights mean the same in the data.
-
-    Raises:
-        DataError: they do not.
-    """
-    known = [category["name"] for category in categories]
-    found = [category.name for category in dataset.categories]
-    if known != found:
-        differing = sorted(set(known) ^ set(found)) or ["their order"]
-        raise DataError(
-            f"{weights} was trained on other categories than {dataset.name} has: "
-            f"{', '.join(differing[:5])}; evaluate on data with the same list"
-        )

@@ -23,7 +23,8 @@ from effspinenet_lib.data.augment import (
     training_target,
 )
 from effspinenet_lib.data.dataset import Dataset
-from effspinenet_lib.errors import UserError
+from effspinenet_lib.data.released import FITTED, PREPROCESSINGS, RELEASED, fit_released
+from effspinenet_lib.errors import UnknownName, UserError
 
 # Words that keep the random streams of order and augmentation apart.
 _ORDER_STREAM, _AUGMENTATION_STREAM = 0, 1
@@ -42,7 +43,7 @@ class Batch:
         targets: in training one dictionary an image, as `tasks.base` describes it for the task;
             none in evaluation.
         image_ids: the images' ids in the annotation file.
-        scales: float32 [N], input pixels per original pixel.
+        scales: float32 [N, 2], input pixels per original pixel, down and across.
         sizes: original height and width of every image.
     """
 
@@ -70,10 +71,10 @@ class Batch:
 
 @dataclass
 class _Item:
-    pixels: Tensor
+    pixels: Tensor  # uint8, or float32 where they are normalised already
     target: Target | None
     image_id: int
-    scale: float
+    scales: tuple[float, float]
     size: tuple[int, int]
 
 
@@ -84,12 +85,15 @@ class _Collate:
     def __call__(self, items: Sequence[_Item]) -> Batch:
         images = torch.zeros(len(items), 3, self.image_size, self.image_size)
         for item, canvas in zip(items, images, strict=True):
-            normalise(item.pixels, canvas)
+            if item.pixels.dtype == torch.uint8:
+                normalise(item.pixels, canvas)
+            else:
+                canvas.copy_(item.pixels)
         return Batch(
             images=images,
             targets=[item.target for item in items if item.target is not None],
             image_ids=tuple(item.image_id for item in items),
-            scales=torch.tensor([item.scale for item in items], dtype=torch.float32),
+            scales=torch.tensor([item.scales for item in items], dtype=torch.float32),
             sizes=[item.size for item in items],
         )
 
@@ -112,7 +116,7 @@ class _TrainingItems(TorchDataset[_Item]):
             pixels=place_image(sample.image, placement, self.image_size),
             target=training_target(sample, placement, self.image_size, self.task),
             image_id=sample.image_id,
-            scale=placement.scale,
+            scales=(placement.scale, placement.scale),
             size=(height, width),
         )
 
@@ -121,18 +125,18 @@ class _TrainingItems(TorchDataset[_Item]):
 class _EvaluationItems(TorchDataset[_Item]):
     dataset: Dataset
     image_size: int
+    preprocessing: str
 
     def __getitem__(self, index: int) -> _Item:
         sample = self.dataset.load(index)
         height, width = sample.image.shape[:2]
-        scale = fitting_scale(height, width, self.image_size)
-        return _Item(
-            pixels=place_image(sample.image, Placement(scale), self.image_size),
-            target=None,
-            image_id=sample.image_id,
-            scale=scale,
-            size=(height, width),
-        )
+        if self.preprocessing == RELEASED:
+            pixels, scales = fit_released(sample.image, self.image_size)
+        else:
+            scale = fitting_scale(height, width, self.image_size)
+            pixels = place_image(sample.image, Placement(scale), self.image_size)
+            scales = scale, scale
+        return _Item(pixels, None, sample.image_id, scales, (height, width))
 
 
 def _generator(*words: int) -> np.random.Generator:
@@ -224,17 +228,28 @@ def training_loader(
 
 
 def evaluation_loader(
-    dataset: Dataset, image_size: int, batch_size: int, workers: int = 0, start: int = 0
+    dataset: Dataset,
+    image_size: int,
+    batch_size: int,
+    workers: int = 0,
+    start: int = 0,
+    preprocessing: str = FITTED,
 ) -> DataLoader[Any]:
     """All images from `start` on once, in index order, unchanged but for resizing.
 
-    The last batch may be short.
+    The last batch may be short. `preprocessing` is one of `data.released.PREPROCESSINGS`.
+
+    Raises:
+        UnknownName: no such preprocessing.
     """
+    if preprocessing not in PREPROCESSINGS:
+        raise UnknownName("preprocessing", preprocessing, PREPROCESSINGS)
     images = range(start, len(dataset))
     order = [
         list(images[begin : begin + batch_size]) for begin in range(0, len(images), batch_size)
     ]
-    return _loader(_EvaluationItems(dataset, image_size), order, image_size, workers)
+    items = _EvaluationItems(dataset, image_size, preprocessing)
+    return _loader(items, order, image_size, workers)
 
 
 def _loader(

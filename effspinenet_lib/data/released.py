@@ -8,7 +8,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from effspinenet_lib.data.augment import MEAN, STD
+from effspinenet_lib.data.augment import (
+    MEAN,
+    STD,
+    Placement,
+    fitting_scale,
+    normalise,
+    place_image,
+)
+
+# How a picture becomes an input in evaluation: by `augment`, or by `fit_released`.
+FITTED, RELEASED = "fitted", "released"
+PREPROCESSINGS = (FITTED, RELEASED)
 
 
 def fit_released(picture: NDArray[np.uint8], image_size: int) -> tuple[Tensor, tuple[float, float]]:
@@ -34,3 +45,22 @@ def fit_released(picture: NDArray[np.uint8], image_size: int) -> tuple[Tensor, t
     down, across = scaled / sides
     padding = (0, image_size - columns, 0, image_size - rows)
     return functional.pad(resized, padding), (float(down), float(across))
+
+
+def fit_picture(
+    picture: NDArray[np.uint8], image_size: int, preprocessing: str
+) -> tuple[Tensor, tuple[float, float]]:
+    """The input that evaluation makes of a picture, and its scales, as `fit_released` gives them.
+
+    Args:
+        picture: uint8 [H, W, 3], RGB.
+        image_size: side of the square input in pixels.
+        preprocessing: one of `PREPROCESSINGS`.
+    """
+    if preprocessing == RELEASED:
+        return fit_released(picture, image_size)
+    height, width = picture.shape[:2]
+    scale = fitting_scale(height, width, image_size)
+    canvas = torch.zeros(3, image_size, image_size)
+    normalise(place_image(picture, Placement(scale), image_size), canvas)
+    return canvas, (scale, scale)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from effspinenet_lib.data.released import RELEASED as RELEASED_PREPROCESSING
 from effspinenet_lib.errors import CheckpointError, UnknownName
 from effspinenet_lib.released.checkpoint import GardenCheckpoint
 from effspinenet_lib.released.names import BOX_ORDER, Source, match_variables
@@ -95,20 +96,30 @@ def convert(path: Path, name: str, output: Path, average: bool = True) -> int:
     written.
     """
     state = read_released(path, name, average)
+    save_weights(output, state, released_metadata(name, path.name))
+    return sum(tensor.numel() for tensor in state.values())
+
+
+def released_metadata(name: str, checkpoint: str) -> dict[str, Any]:
+    """What the weights file of a released detector says of itself.
+
+    Args:
+        name: of the model, a key of `RELEASED`.
+        checkpoint: name of the checkpoint.
+    """
     spec = RELEASED[name]
     classes = TASKS[TASK]
-    metadata = {
+    return {
         "model": name,
         "task": TASK,
         "num_classes": classes,
         "options": released_options(spec),
         "image_size": spec.image_size,
+        "preprocessing": RELEASED_PREPROCESSING,
         "categories": [
             {"id": number, "name": COCO_NAMES.get(number, f"unused {number}")}
             for number in range(1, classes + 1)
         ],
-        "source": f"{SOURCE}, experiment {spec.experiment}, checkpoint {path.name}",
+        "source": f"{SOURCE}, experiment {spec.experiment}, checkpoint {checkpoint}",
         "metrics": spec.metrics,
     }
-    save_weights(output, state, metadata)
-    return sum(tensor.numel() for tensor in state.values())

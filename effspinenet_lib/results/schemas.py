@@ -301,6 +301,26 @@ PARITY = Schema(
     ("model", "quantity"),
 )
 
+EVALUATION = Schema(
+    "evaluation",
+    (
+        Field("weights", "string", "First 12 digits of the file's SHA-256.", True),
+        _MODEL,
+        Field("task", "string", "What the model was built for.", True, enum=TASKS),
+        Field("image_size", "integer", "Side of the square input in pixels.", True, minimum=1),
+        Field("data", "string", "Data set and part.", True),
+        Field("images", "integer", "Images evaluated.", True, minimum=1),
+        _METRIC,
+        Field("value", "number", "The number; empty where it is undefined."),
+        Field("published", "number", "What the authors of the weights publish, if they do."),
+        _UNIT,
+        Field("origin", "string", "Where the weights come from.", True),
+        _COMMIT,
+        _DATE,
+    ),
+    ("weights", "image_size", "data", "images", "metric"),
+)
+
 MEASUREMENT_COLUMNS = MEASUREMENT.columns
 RUN_COLUMNS = RUN.columns
 
@@ -314,6 +334,7 @@ def schema_of_file(name: str) -> Schema | None:
         "costs.csv": COST,
         "choices.csv": CHOICE,
         "parity.csv": PARITY,
+        "evaluations.csv": EVALUATION,
     }
     if re.fullmatch(ITEM_PATTERN + r"\.csv", name):
         return MEASUREMENT

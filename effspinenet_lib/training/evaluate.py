@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from effspinenet_lib.data import Dataset, classes_of, evaluation_loader
 from effspinenet_lib.data.augment import scaled_size
+from effspinenet_lib.data.released import FITTED, RELEASED
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.training.coco import METRICS, coco_metrics
@@ -33,6 +34,7 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
     "classification": ("top1", "top5"),
     "segmentation": ("mIOU",),
 }
+Scales = Sequence[float]  # input pixels per original pixel, down and across
 MASK_THRESHOLD = 0.5  # probability from which a pixel is the object's (Mask R-CNN)
 
 
@@ -51,55 +53,79 @@ class Evaluation:
     predictions: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How weights from elsewhere are evaluated; the defaults fit what this library trains.
+
+    Attributes:
+        preprocessing: one of `data.released.PREPROCESSINGS`. With "released" boxes are not cut
+            off at the image's edges, as in the released code.
+        category_ids: for detection and instances, the category id of each label, in the order of
+            the labels; None for one that the data does not have, whose predictions are left out.
+            By default the data set's own categories.
+    """
+
+    preprocessing: str = FITTED
+    category_ids: Sequence[int | None] | None = None
+
+
+OWN = Settings()
+
+
 class _Evaluator(ABC):
     """Collects the predictions of one data set."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, settings: Settings) -> None:
         self.dataset = dataset
+        self.settings = settings
         self.predictions: list[dict[str, Any]] = []
 
     @abstractmethod
-    def add(self, index: int, output: Mapping[str, Tensor], scale: float) -> None:
-        """Take the prediction of image `index`, whose input was at `scale`."""
+    def add(self, index: int, output: Mapping[str, Tensor], scales: Scales) -> None:
+        """Take the prediction of image `index`, whose input was at `scales`."""
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
         """The metrics of all that was added, in percent."""
 
-    def check_class(self, highest: int) -> None:
-        """Refuse a class that the data set lacks.
+    def category_id(self, label: int) -> int | None:
+        """The category of a label; None for one that does not count.
 
         Raises:
             UserError: the model has more classes than the data set.
         """
-        if highest >= len(self.dataset.categories):
+        known = self.settings.category_ids or [c.id for c in self.dataset.categories]
+        if label >= len(known):
             raise UserError(
-                f"the model found class {highest}, counted from 0, but {self.dataset.name} has "
-                f"{len(self.dataset.categories)} categories; create it with that num_classes"
+                f"the model found class {label}, counted from 0, but {self.dataset.name} has "
+                f"{len(known)} categories; create it with that num_classes"
             )
+        return known[label]
 
 
 class _Boxes(_Evaluator):
-    def add(self, index: int, output: Mapping[str, Tensor], scale: float) -> None:
+    def add(self, index: int, output: Mapping[str, Tensor], scales: Scales) -> None:
         height, width = self.dataset.annotations.sizes[index].tolist()
-        corners = to_original(output["boxes"], scale, (height, width))
+        released = self.settings.preprocessing == RELEASED
+        corners = to_original(output["boxes"], scales, None if released else (height, width))
         boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
-        labels = output["labels"].tolist()
-        self.check_class(max(labels, default=0))
+        categories = [self.category_id(label) for label in output["labels"].tolist()]
         records = [
             {
                 "image_id": self.dataset.image_id(index),
-                "category_id": self.dataset.categories[label].id,
+                "category_id": category,
                 "bbox": box,
                 "score": score,
             }
-            for box, score, label in zip(boxes, output["scores"].tolist(), labels, strict=True)
+            for box, score, category in zip(
+                boxes, output["scores"].tolist(), categories, strict=True
+            )
         ]
         if "masks" in output:
             masks = paste_masks(output["masks"], corners, (height, width))
             for record, mask in zip(records, masks, strict=True):
                 record["segmentation"] = _run_lengths(mask)
-        self.predictions += records
+        self.predictions += [record for record in records if record["category_id"] is not None]
 
     def metrics(self) -> dict[str, float]:
         return coco_metrics(self.dataset.ground_truth(), self.predictions)
@@ -112,22 +138,22 @@ class _Instances(_Boxes):
 
 
 class _Classes(_Evaluator):
-    def __init__(self, dataset: Dataset) -> None:
-        super().__init__(dataset)
+    def __init__(self, dataset: Dataset, settings: Settings) -> None:
+        super().__init__(dataset, settings)
         self.accuracy = Accuracy()
 
-    def add(self, index: int, output: Mapping[str, Tensor], scale: float) -> None:
-        del scale
+    def add(self, index: int, output: Mapping[str, Tensor], scales: Scales) -> None:
+        del scales
         scores = output["scores"].cpu()
         best = int(scores.argmax())
-        self.check_class(best)
+        category = self.category_id(best)
         row = self.dataset.annotations.rows(index).start
         label = torch.tensor([int(self.dataset.annotations.labels[row])])
         self.accuracy.add(scores[None], label)
         self.predictions.append(
             {
                 "image_id": self.dataset.image_id(index),
-                "category_id": self.dataset.categories[best].id,
+                "category_id": category,
                 "score": float(scores[best]),
             }
         )
@@ -137,17 +163,17 @@ class _Classes(_Evaluator):
 
 
 class _Pixels(_Evaluator):
-    def __init__(self, dataset: Dataset) -> None:
-        super().__init__(dataset)
+    def __init__(self, dataset: Dataset, settings: Settings) -> None:
+        super().__init__(dataset, settings)
         dataset.prepare("segmentation")
         self.confusion = ConfusionMatrix(classes_of(dataset, "segmentation"))
 
-    def add(self, index: int, output: Mapping[str, Tensor], scale: float) -> None:
+    def add(self, index: int, output: Mapping[str, Tensor], scales: Scales) -> None:
         height, width = self.dataset.annotations.sizes[index].tolist()
-        rows, columns = scaled_size(height, width, scale)
+        rows, columns = scaled_size(height, width, scales[0])
         shown = output["logits"][None, :, :rows, :columns]
         logits = F.interpolate(shown.float(), (height, width), mode="bilinear")[0]
-        self.check_class(len(logits) - 2)
+        self.category_id(len(logits) - 2)
         expected = torch.from_numpy(self.dataset.semantic(index)).long()
         self.confusion.add(logits.argmax(0).cpu(), expected)
 
@@ -172,6 +198,7 @@ def evaluate(
     workers: int = 0,
     progress: bool = True,
     log: PredictionLog | None = None,
+    settings: Settings = OWN,
 ) -> Evaluation:
     """Predict every image of a data set and compute the task's metrics.
 
@@ -189,18 +216,21 @@ def evaluate(
         progress: show a bar where stderr is a terminal.
         log: keeps the predictions of each image as they come, and holds those of an interrupted
             evaluation, which are not made again; detection and instances only.
+        settings: for weights from elsewhere.
 
     Raises:
         UserError: the model has classes that the data set lacks.
         DataError: an image cannot be read, the data set lacks what the task needs, or the model
             gives numbers that are not finite.
     """
-    evaluator = _EVALUATORS[task](dataset)
+    evaluator = _EVALUATORS[task](dataset, settings)
     index = 0
     if log is not None:
         evaluator.predictions += log.records
         index = log.images
-    batches = evaluation_loader(dataset, image_size, batch_size, workers, start=index)
+    batches = evaluation_loader(
+        dataset, image_size, batch_size, workers, index, settings.preprocessing
+    )
     parameter = next(model.parameters(), None)
     with (
         _evaluation_mode(model),
@@ -215,9 +245,9 @@ def evaluate(
     ):
         for batch in batches:
             images = batch.images if parameter is None else batch.images.to(parameter.device)
-            for output, scale in zip(model(images), batch.scales.tolist(), strict=True):
+            for output, scales in zip(model(images), batch.scales.tolist(), strict=True):
                 known = len(evaluator.predictions)
-                evaluator.add(index, output, scale)
+                evaluator.add(index, output, scales)
                 if log is not None:
                     log.add(evaluator.predictions[known:])
                 index += 1
@@ -237,20 +267,25 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def to_original(boxes: Tensor, scale: float, size: tuple[int, int]) -> Tensor:
-    """Map boxes from input pixels to the original image, cut off at its edges.
+def to_original(boxes: Tensor, scales: Scales, size: tuple[int, int] | None) -> Tensor:
+    """Map boxes from input pixels to the original image.
 
     Args:
         boxes: [K, 4], x1 y1 x2 y2 in input pixels.
-        scale: input pixels per original pixel.
-        size: height and width of the original image.
+        scales: input pixels per original pixel, down and across.
+        size: height and width of the original image, whose edges cut boxes off; None: they do
+            not.
 
     Returns:
         Boxes [K, 4] as float32 on the CPU, x1 y1 x2 y2 in original pixels.
     """
+    down, across = scales
+    original = boxes.detach().to("cpu", torch.float32) / torch.tensor([across, down, across, down])
+    if size is None:
+        return original
     height, width = size
     limits = torch.tensor([width, height, width, height], dtype=torch.float32)
-    return (boxes.detach().to("cpu", torch.float32) / scale).clamp(min=0).minimum(limits)
+    return original.clamp(min=0).minimum(limits)
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
