@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 NEAR_NAMES_SHOWN = 4
+PREEMPTED_EXIT = 75  # sysexits.h: a temporary failure, try again
 
 
 class UserError(Exception):
@@ -45,3 +46,9 @@ class TrainingError(UserError):
     """Training that cannot go on (a non-finite loss); the state before it is kept on disk."""
 
     exit_code = 5
+
+
+class Preempted(UserError):  # noqa: N818 - it says what happened
+    """A run that was asked to stop; its state is on disk, and the same command goes on."""
+
+    exit_code = PREEMPTED_EXIT

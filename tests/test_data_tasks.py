@@ -25,7 +25,7 @@ from effspinenet_lib.data import (
     training_loader,
 )
 from effspinenet_lib.data.augment import Placement, place_boxes, place_masks, place_semantic
-from effspinenet_lib.data.masks import SEMANTIC_IGNORE, RunLengths, paint_semantic
+from effspinenet_lib.data.masks import SEMANTIC_IGNORE, encode_masks, paint_semantic
 from effspinenet_lib.errors import DataError
 
 SCENES = DataConfig("shapescenes", train_images=30, eval_images=2, image_size=64)
@@ -93,7 +93,7 @@ def test_a_malformed_mask_names_its_annotation(shape: Any, message: str) -> None
     truth = copy.deepcopy(TRUTH)
     truth["annotations"][0]["segmentation"] = shape
     with pytest.raises(DataError, match=f"file.json: annotation 9: .*{message}"):
-        RunLengths(truth, "file.json").decode(slice(0, 1), 6, 8)
+        encode_masks(truth, "file.json").decode(slice(0, 1), 6, 8, "file.json")
 
 
 def test_a_folder_without_masks_says_so(tiny_coco: Path, tmp_path: Path) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import pickle
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 
 from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.recipes import CHANGED, RECIPES, Recipe, get_recipe
+from effspinenet_lib.recipes import CHANGED, RECIPES, Recipe, get_recipe, recipe_from_dict
+from effspinenet_lib.recipes.frame import recipes_frame
 
 SETTINGS = {f.name for f in fields(Recipe)} - {"name", "sources"}
+LATER = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -28,7 +32,24 @@ def test_every_setting_names_its_source(recipe: Recipe) -> None:
 def test_a_recipe_survives_json(recipe: Recipe) -> None:
     values = recipe.to_dict()
     assert json.loads(json.dumps(values)) == values
-    assert set(values) == SETTINGS | {"name"}
+    assert recipe_from_dict(json.loads(json.dumps(values))) == recipe
+    left_out = {name for name, default in LATER.items() if getattr(recipe, name) == default}
+    assert set(values) == SETTINGS - left_out | {"name"}
+
+
+def test_a_recipe_from_json_may_lack_what_its_named_one_has() -> None:
+    plain = get_recipe("paper_classification").with_(ema_decay=None, dropout=None)
+    assert recipe_from_dict(plain.to_dict()) == plain
+
+
+def test_the_keys_of_committed_runs_stay(repository: Path) -> None:
+    """What the proxy runs were keyed by is still what their configurations give."""
+    with open(repository / "results" / "proxy" / "runs.csv", encoding="utf-8") as handle:
+        recorded = [json.loads(row["config"])["recipe"] for row in csv.DictReader(handle)]
+    assert recorded
+    assert {json.dumps(recipe, sort_keys=True) for recipe in recorded} == {
+        json.dumps(get_recipe("proxy_detection").to_dict(), sort_keys=True)
+    }
 
 
 def test_the_paper_recipe_is_section_5_1_1() -> None:
@@ -53,17 +74,101 @@ def test_the_paper_recipe_agrees_with_the_released_config() -> None:
     assert recipe.stochastic_depth == 0.2
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_all_recipes_keep_what_the_paper_says_of_sgd(recipe: Recipe) -> None:
+SGD = {name: recipe for name, recipe in RECIPES.items() if recipe.optimizer == "sgd"}
+
+
+@pytest.mark.parametrize("recipe", SGD.values(), ids=SGD)
+def test_recipes_of_sgd_keep_what_the_paper_says_of_it(recipe: Recipe) -> None:
     paper = get_recipe("paper_detection")
     for name in ("momentum", "weight_decay", "flip_probability"):
         assert getattr(recipe, name) == getattr(paper, name)
-    # 5.1.1: steps for detection; 5.3: a cosine for segmentation
-    if recipe.name.endswith("detection"):
+    # 5.1.1: steps for detection; 5.3: a cosine for segmentation; the small searches choose one
+    if recipe.name.endswith(("classification", "segmentation", "_search")):
+        assert (recipe.schedule, recipe.lr_drops) == ("cosine", ())
+    else:
         assert recipe.schedule == "step"
         assert [factor for _, factor in recipe.lr_drops] == [0.1, 0.01]
-    else:
-        assert (recipe.schedule, recipe.lr_drops) == ("cosine", ())
+
+
+@pytest.mark.parametrize("epochs", [72, 200, 350, 500])
+def test_the_schedules_of_table_5_differ_in_their_length_alone(epochs: int) -> None:
+    recipe, paper = get_recipe(f"paper_detection_{epochs}_epochs"), get_recipe("paper_detection")
+    assert recipe.steps == epochs * (118_287 // 256)
+    assert recipe.with_(steps=paper.steps).to_dict() == {**paper.to_dict(), "name": recipe.name}
+
+
+def test_the_strategies_of_table_4_are_added_one_at_a_time() -> None:
+    baseline = get_recipe("paper_strategies_baseline")
+    trained = get_recipe("paper_strategies_ms_train")
+    full = get_recipe("paper_detection")
+    assert (baseline.steps, baseline.scale_jitter) == (72 * 462, (0.8, 1.2))
+    assert (trained.steps, trained.scale_jitter) == (650 * 462, (0.1, 2.0))
+    assert baseline.stochastic_depth == trained.stochastic_depth == 0.0
+    assert {**trained.to_dict(), "stochastic_depth": 0.2} == {
+        **full.to_dict(),
+        "name": trained.name,
+    }
+    for name in ("paper_strategies_ms_train_250_epochs", "paper_detection_250_epochs"):
+        assert get_recipe(name).steps == 250 * 462
+
+
+def test_the_segmentation_recipe_is_section_5_3() -> None:
+    recipe = get_recipe("paper_segmentation")
+    assert (recipe.steps, recipe.batch_size, recipe.learning_rate) == (10_000, 256, 0.05)
+    assert (recipe.schedule, recipe.warmup_steps) == ("cosine", 500)
+
+
+def test_the_classification_recipe_is_efficientnets() -> None:
+    """The figures of EfficientNet's paper, section 5.2, against those of its code."""
+    recipe, images = get_recipe("paper_classification"), 1_281_167
+    epoch = images / recipe.batch_size
+    assert recipe.steps / epoch == pytest.approx(350, abs=0.01)
+    assert recipe.decay_steps / epoch == pytest.approx(2.4, abs=0.001)
+    # the paper's initial rate of 0.256 is this one at the batch of 4096
+    assert recipe.for_batch(4_096).learning_rate == pytest.approx(0.256)
+    rmsprop = (recipe.optimizer, recipe.optimizer_decay, recipe.momentum, recipe.weight_decay)
+    assert rmsprop == ("rmsprop", 0.9, 0.9, 1e-5)
+
+
+def test_the_search_trains_its_samples_for_4500_steps() -> None:
+    trial, paper = get_recipe("paper_search_trial"), get_recipe("paper_detection")
+    assert trial.steps == 4_500
+    changed = {name for name in SETTINGS if getattr(trial, name) != getattr(paper, name)}
+    assert changed == {"steps", "lr_drops"}
+    for (before_end, _), (paper_before_end, _) in zip(trial.lr_drops, paper.lr_drops, strict=True):
+        share = paper_before_end / paper.steps
+        assert before_end / trial.steps == pytest.approx(share, abs=1e-4)
+
+
+def test_a_smaller_batch_sees_as_many_images_at_the_same_rate_for_each() -> None:
+    recipe = get_recipe("paper_detection")
+    small = recipe.for_batch(4)
+    assert small.steps == 300_300 * 64
+    assert small.learning_rate == 0.28 / 64
+    assert small.warmup_start == 0.0067 / 64
+    assert small.warmup_steps == 2_000 * 64
+    assert small.lr_drops == ((30 * 462 * 64, 0.1), (10 * 462 * 64, 0.01))
+    assert small.scaled_from_batch == 256
+    assert "256" in small.sources["learning_rate"]
+    assert small.for_batch(8).scaled_from_batch == 256
+    assert small.for_batch(8).steps == recipe.for_batch(8).steps
+    assert recipe.for_batch(256) is recipe
+
+
+def test_a_smaller_batch_keeps_the_length_of_an_average_in_images() -> None:
+    recipe = get_recipe("paper_classification")
+    small = recipe.for_batch(512)
+    assert small.ema_decay is not None
+    assert small.ema_decay**4 == pytest.approx(recipe.ema_decay)
+    assert small.decay_steps == 4 * recipe.decay_steps
+
+
+def test_the_table_of_recipes_has_every_setting_with_its_source() -> None:
+    frame = recipes_frame()
+    assert len(frame) == len(RECIPES) * len(SETTINGS)
+    shown = frame.set_index(["recipe", "setting"]).loc[("paper_detection", "steps")]
+    assert shown["value"] == "300,300"
+    assert shown["source"].startswith("paper 5.1.1")
 
 
 def test_a_changed_setting_says_so() -> None:
@@ -104,6 +209,12 @@ def test_a_recipe_scales_down_to_very_few_steps(recipe: Recipe, steps: int) -> N
         ({"flip_probability": 1.5}, "flip_probability"),
         ({"stochastic_depth": 1.0}, "stochastic_depth"),
         ({"clip_gradient_norm": 0.0}, "clip_gradient_norm"),
+        ({"optimizer": "rmsprop"}, "optimizer_decay is missing with optimizer 'rmsprop'"),
+        ({"optimizer_epsilon": 0.1}, "optimizer_epsilon has no meaning with optimizer 'sgd'"),
+        ({"schedule": "exponential"}, "decay_rate is missing with schedule 'exponential'"),
+        ({"decay_steps": 9}, "decay_steps has no meaning with schedule 'step'"),
+        ({"ema_decay": 1.5}, "ema_decay"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict, message: str) -> None:
@@ -116,6 +227,8 @@ def test_settings_that_cannot_work_are_refused(changes: dict, message: str) -> N
     ("changes", "near"),
     [
         ({"schedule": "cosin"}, "cosine"),
+        ({"optimizer": "rmsprob"}, "rmsprop"),
+        ({"auto_augment": "imagnet"}, "imagenet"),
         ({"precision": "bfloat"}, "bfloat16"),
         ({"learning_rat": 0.1}, "learning_rate"),
     ],

@@ -570,10 +570,10 @@ def run_script(*command: str, **variables: str) -> int:
 
 KILLED = """
 import os, signal, sys
-from effspinenet_lib.training import loop, run
+from effspinenet_lib.training import loop, run, trainer
 from test_training import SMOKE
 
-rate_at, save = loop.learning_rate_at, run.save_checkpoint
+rate_at, save = loop.learning_rate_at, trainer.save_checkpoint
 
 def rate_or_death(recipe, step):
     if step == 10:
@@ -581,7 +581,7 @@ def rate_or_death(recipe, step):
     return rate_at(recipe, step)
 
 loop.learning_rate_at = rate_or_death
-run.save_checkpoint = lambda folder, state: state.step in (2, 5) and save(folder, state)
+trainer.save_checkpoint = lambda folder, state, kept: state.step in (2, 5) and save(folder, state)
 run.train_run(SMOKE, sys.argv[1], checkpoint_seconds=0, progress=False)
 """
 

@@ -1,4 +1,4 @@
-"""The feature dimensions of Eff-SpineNet-D0 before they were rounded (Equations 2 to 4).
+"""From betas to feature dimensions (Equations 2 to 4), and the betas behind Table 1.
 
 Table 1 prints multiples of 8. With the search space of section 5.1.1 and Equation 4 they come
 apart: dimension i is sqrt(unit * beta_i) times SP-EfficientNet-B0's, where the unit is
@@ -11,10 +11,23 @@ the paper approximates it; costs fit best between, from 0.0784 to 0.0789.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
-from effspinenet_lib.specs import BASES, EXPANSION_RATIO, SCALES, block_multi_adds, level_side
+from effspinenet_lib.errors import UserError
+from effspinenet_lib.specs import (
+    BASES,
+    EXPANSION_RATIO,
+    SCALES,
+    BackboneSpec,
+    block_multi_adds,
+    level_side,
+    round_dim,
+)
 
 SEARCH_SPACE = (1, 5, 10, 15, 20)  # section 5.1.1
+TABLE_1_MULTIPLE = 8  # Table 1 prints multiples of 8: with `BETAS` this rounding gives all of it
+BETAS_JOINT = "-"
 # Recovered from Table 1, for blocks 1 to 18.
 BETAS = (10, 10, 5, 5, 15, 20, 20, 1, 20, 15, 5, 20, 10, 15, 15, 10, 10, 1)
 
@@ -44,3 +57,56 @@ def unrounded_dims(unit: float, betas: tuple[int, ...] = BETAS) -> tuple[float, 
         block.feature_dim * math.sqrt(unit * beta)
         for block, beta in zip(base.blocks, betas, strict=True)
     )
+
+
+def distributed(betas: Sequence[int]) -> BackboneSpec:
+    """The base distribution that betas give, rounded as Table 1 is; `scale_backbone` scales it.
+
+    `BETAS` give Table 1's Eff-SpineNet-D0, equal betas SP-EfficientNet-B0.
+
+    Args:
+        betas: of the 18 blocks, positive.
+
+    Raises:
+        UserError: another number of betas, or one that is not positive.
+    """
+    checked = check_betas(betas)
+    base = BASES["sp_efficientnet"]
+    dims = unrounded_dims(resource_unit(checked), checked)
+    blocks = tuple(
+        replace(block, feature_dim=round_dim(dim, TABLE_1_MULTIPLE))
+        for block, dim in zip(base.blocks, dims, strict=True)
+    )
+    return replace(base, name="distributed", blocks=blocks)
+
+
+def check_betas(betas: Sequence[int]) -> tuple[int, ...]:
+    """Betas as they are, or a refusal.
+
+    Raises:
+        UserError: another number of betas than blocks, or one that is no positive whole number.
+    """
+    count = len(BASES["sp_efficientnet"].blocks)
+    if len(betas) != count or any(type(beta) is not int or beta < 1 for beta in betas):
+        raise UserError(
+            f"betas are {betas_text(betas)!r}; they must be {count} positive whole numbers, such "
+            f"as {betas_text(BETAS)}"
+        )
+    return tuple(betas)
+
+
+def betas_text(betas: Sequence[int]) -> str:
+    """Betas as one word, such as 10-10-5, for options and CSV files."""
+    return BETAS_JOINT.join(map(str, betas))
+
+
+def parse_betas(text: str) -> tuple[int, ...]:
+    """The betas that `betas_text` gave `text` of.
+
+    Raises:
+        UserError: the text is none.
+    """
+    parts = text.split(BETAS_JOINT)
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"betas are {text!r}; write them as {betas_text(BETAS)}")
+    return check_betas([int(part) for part in parts])

@@ -12,7 +12,17 @@ from typing import Annotated
 import typer
 
 from effspinenet_lib import __version__
-from effspinenet_lib.cli import convert, data, detect, evaluate, experiments, models, train
+from effspinenet_lib.cli import (
+    convert,
+    data,
+    detect,
+    evaluate,
+    experiments,
+    models,
+    plan,
+    search,
+    train,
+)
 from effspinenet_lib.cli.console import set_up_messages
 from effspinenet_lib.errors import UserError
 
@@ -63,7 +73,9 @@ evaluate.add_commands(app)
 detect.add_commands(app)
 convert.add_commands(app)
 experiments.add_commands(app)
+plan.add_commands(app)
 app.add_typer(data.app, name="data")
+app.add_typer(search.app, name="search")
 
 
 def main() -> None:

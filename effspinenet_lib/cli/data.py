@@ -1,24 +1,24 @@
-"""`effspinenet data`: look at a data set, make ShapeScenes."""
+"""`effspinenet data`: fetch a data set, look at one, make ShapeScenes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from effspinenet_lib.cli.console import FAILED_CHECK, print_table
-from effspinenet_lib.errors import DataError, UnknownName, UserError
+from effspinenet_lib.errors import UnknownName, UserError
 
 if TYPE_CHECKING:
     from effspinenet_lib.data import DataConfig, Dataset
+    from effspinenet_lib.data.check import Row
 
 SHAPESCENES = "shapescenes"
-COCO_PREFIX = "instances_"
 DATA_HELP = (
-    "A folder in COCO or VOC layout, or `shapescenes` for the embedded data set, which is made "
-    "once and kept in `$EFFSPINENET_CACHE` (default `~/.cache/effspinenet`)."
+    "A folder in COCO, VOC or ImageNet layout, or `shapescenes` for the embedded data set, which "
+    "is made once and kept in `$EFFSPINENET_CACHE` (default `~/.cache/effspinenet`)."
 )
 
 Data = Annotated[str, typer.Option(metavar="DIR|shapescenes", help=DATA_HELP)]
@@ -31,7 +31,7 @@ Workers = Annotated[
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Check a data set, make the embedded one (ShapeScenes), draw samples.",
+    help="Fetch or check a data set, make the embedded one (ShapeScenes), draw samples.",
 )
 
 
@@ -42,6 +42,7 @@ def data_config(
     images: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
+    task: str = "detection",
 ) -> DataConfig:
     """What `--data` and the options beside it ask for.
 
@@ -52,6 +53,7 @@ def data_config(
         images: use only so many of each part.
         image_size: of ShapeScenes.
         seed: of ShapeScenes.
+        task: decides between boxes and label maps where a folder holds both (VOC).
 
     Raises:
         UserError: no such folder.
@@ -72,7 +74,7 @@ def data_config(
     if not Path(data).is_dir():
         raise UserError(f"{data}: no such folder; give a data set's folder, or `{SHAPESCENES}`")
     return DataConfig(
-        format=detect_format(data),
+        format=detect_format(data, task),
         root=str(Path(data).resolve()),  # the same run from whichever folder it is named
         train_split=train_split,
         eval_split=eval_split,
@@ -82,30 +84,87 @@ def data_config(
 
 
 @app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="`coco`, `voc` or `imagenet`.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The data folder to make.")],
+    source: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Fetch the archives from here, not their publishers."),
+    ] = None,
+    archives: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            help="Archives that you have; they are checked and kept. ImageNet needs it.",
+        ),
+    ] = None,
+) -> None:
+    """Make the folder of a public data set: fetch its archives, check them, unpack them.
+
+    - `coco`: COCO 2017's train and val images with their boxes and masks (20 GB to fetch)
+    - `voc`: VOC 2012 with SBD's label maps, and the list `train_aug` of 10,582 images (3.4 GB)
+    - `imagenet`: ILSVRC 2012, from the archives that its site gives to registered users
+
+    The same command goes on with what was interrupted, and does nothing where all is done.
+
+    Example: `effspinenet data fetch voc voc2012`
+    """
+    from effspinenet_lib.data.fetch import fetch as fetch_set
+
+    made = fetch_set(name, folder, source, archives)
+    typer.echo(f"{folder}: {'whole' if made else 'was fetched before'}")
+    typer.echo(f"Next: effspinenet data check {folder} --expect {name}")
+
+
+@app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="In COCO or VOC layout.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="In COCO, VOC or ImageNet layout.")],
     pictures: Annotated[bool, typer.Option(help="Also decode every picture.")] = True,
+    expect: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The data set that it should be: `coco`, `voc` or `imagenet`."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write counts and problems to a .json or .csv file."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that decode. [default: one a core]")
+    ] = None,
 ) -> None:
     """Count what each part of a data set holds and name what is wrong with it.
 
     The exit code is 1 if a part cannot be used as it is.
 
-    Example: `effspinenet data check my_pictures`
+    For example:
+
+    - `effspinenet data check my_pictures`
+    - `effspinenet data check coco --expect coco --report coco.csv`
     """
     from effspinenet_lib.data import detect_format
+    from effspinenet_lib.data.catalogue import KNOWN_SETS
+    from effspinenet_lib.data.check import REPORT_SUFFIXES, check_folder, write_report
 
-    layout = detect_format(folder)
+    if expect is not None and expect not in KNOWN_SETS:
+        raise UnknownName("data set to expect", expect, KNOWN_SETS)
+    if report is not None and report.suffix not in REPORT_SUFFIXES:
+        raise UnknownName("report format", report.suffix, REPORT_SUFFIXES)
+    known = KNOWN_SETS[expect] if expect else None
+    layout = known.format if known else detect_format(folder)
     typer.echo(f"{folder}: {layout.upper()} layout")
-    problems: list[str] = []
-    for split in _splits(folder, layout):
-        try:
-            dataset = _open(data_config(str(folder), train_split=split))
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        _print_counts(split, dataset)
-        if pictures:
-            problems += _unreadable(dataset)
+    rows: list[Row] = []
+    for part in check_folder(folder, layout, known, pictures, workers or os.cpu_count() or 1):
+        if part.dataset is not None:
+            _print_counts(part.split, part.dataset)
+        rows += part.rows
+    if report is not None:
+        write_report(report, folder, rows)
+        typer.echo(f"Wrote {report}")
+    problems = [row.problem for row in rows if row.problem]
     for problem in problems:
         typer.echo(f"problem: {problem}", err=True)
     if problems:
@@ -113,26 +172,18 @@ def check(
     typer.echo("Every part can be used.")
 
 
-def _splits(folder: Path, layout: str) -> list[str]:
-    """Names of the parts that a data folder has."""
-    if layout == "coco":
-        files = (folder / "annotations").glob("*.json")
-        found = sorted(path.stem.removeprefix(COCO_PREFIX) for path in files)
-    else:
-        found = sorted(path.stem for path in (folder / "ImageSets" / "Main").glob("*.txt"))
-    if not found:
-        raise DataError(f"{folder}: a {layout.upper()} layout without any split")
-    return found
-
-
 def _open(config: DataConfig) -> Dataset:
     from effspinenet_lib.data import open_dataset
+    from effspinenet_lib.data.source import ONLY_TASK
 
-    return open_dataset(config, "train")
+    return open_dataset(config, "train", ONLY_TASK.get(config.format, "detection"))
 
 
 def _print_counts(split: str, dataset: Dataset) -> None:
     facts = dataset.describe()
+    if dataset.photographs or not facts["objects"] + facts["crowds"]:
+        typer.echo(f"{split}: {facts['images']} images, {len(facts['classes'])} classes")
+        return
     classes = facts["classes"]
     rows = [
         (name, *sizes.values(), sum(sizes.values()))
@@ -146,17 +197,6 @@ def _print_counts(split: str, dataset: Dataset) -> None:
         ("class", *facts["sizes"], "objects"),
         rows,
     )
-
-
-def _unreadable(dataset: Dataset) -> Iterator[str]:
-    """Say of each picture that cannot be decoded what is wrong."""
-    from tqdm.auto import tqdm
-
-    for index in tqdm(range(len(dataset)), desc=dataset.name, unit="picture", disable=None):
-        try:
-            dataset.load_image(index)
-        except DataError as error:
-            yield str(error)
 
 
 @app.command()

@@ -26,7 +26,7 @@ ResultsDir = Annotated[
 ]
 DataRoot = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="COCO 2017; only the profile `paper` reads it."),
+    typer.Option(metavar="DIR", help="The paper's data; only the profile `paper` reads it."),
 ]
 Seeds = Annotated[str | None, typer.Option(metavar="0,1,2", help="[default: the profile's own]")]
 
@@ -109,7 +109,9 @@ def _chosen(names: list[str]) -> list[str]:
     chosen: list[str] = []
     for name in names:
         if name != ALL and get_item(name).notebook is None:
-            raise UserError(f"{name} is not rebuilt yet; these are: {', '.join(rebuilt)}")
+            row = next(iter(get_item(name).rows), None)
+            hint = f"; one row: `train --item {name} --row {row.model}`" if row else ""
+            raise UserError(f"{name} is not rebuilt yet; these are: {', '.join(rebuilt)}{hint}")
         chosen += rebuilt if name == ALL else [name]
     return list(dict.fromkeys(chosen))
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from effspinenet_lib.data.dataset import Annotations, Category
 from effspinenet_lib.data.formats import (
     FolderDataset,
     Truth,
+    annotations_of,
     check_images,
     finite_numbers,
     is_degenerate,
@@ -17,11 +20,16 @@ from effspinenet_lib.data.formats import (
     relative_name,
     warn_degenerate,
 )
+from effspinenet_lib.data.heldout import Part, parse_part, part_mask
+from effspinenet_lib.data.masks import RunLengths
+from effspinenet_lib.data.store import file_digest, stored
 from effspinenet_lib.errors import DataError
 from effspinenet_lib.files import read_json
 
 # COCO 2017's splits are known as train and val, its files carry the year.
 YEAR = "2017"
+# What smaller annotation files hold is read each time, in a second or two (our choice).
+LEAST_STORED_BYTES = 16 * 2**20
 
 
 class CocoFolder(FolderDataset):
@@ -29,7 +37,10 @@ class CocoFolder(FolderDataset):
 
     "train" also finds `instances_train2017.json`. Images are looked for in `<split>/`,
     `<split>2017/`, the same below `images/`, `images/` itself and the folder itself. Segmentations
-    are passed on in `ground_truth`, and read where a task needs masks.
+    are passed on in `ground_truth`, and read where a task needs masks. `train-held-100` and
+    `train-rest-100` are the two sides of the split that `heldout` cuts.
+
+    What a large annotation file holds is kept in the cache, where processes map it.
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str, images: int | None = None) -> None:
@@ -38,15 +49,25 @@ class CocoFolder(FolderDataset):
         Raises:
             DataError: the annotation file cannot be used or an image is missing; names the file
                 and the record.
+            UserError: the cache cannot be written, or a part is asked for that has no images.
         """
+        self.part = parse_part(split)
+        if self.part is not None:
+            split = self.part.split
         self.path = _annotation_file(Path(root), split)
         self.images = images
-        truth, dropped = _read(self.path, images)
-        warn_degenerate(self.path, dropped)
-        names = [image["file_name"] for image in truth["images"]]
+        self._key: list[Any] | None = None
+        if self.path.stat().st_size >= LEAST_STORED_BYTES:
+            self._key = [file_digest(self.path), self.part, images]
+        annotations, facts = self._listing()
+        self.dropped = tuple(facts["dropped"])
+        warn_degenerate(self.path, self.dropped)
+        names = [annotations.file_name(index) for index in range(len(annotations.image_ids))]
         folder = _image_folder(Path(root), split, names[0], self.path)
         check_images(folder, names, self.path)
-        super().__init__(f"{Path(root).name} {split}", truth, folder)
+        categories = [Category(*entry) for entry in facts["categories"]]
+        shown = split if self.part is None else self.part.name
+        super().__init__(f"{Path(root).name} {shown}", categories, annotations, folder)
 
     @property
     def origin(self) -> str:
@@ -55,8 +76,24 @@ class CocoFolder(FolderDataset):
 
     def ground_truth(self) -> Truth:
         """The annotations as a COCO dictionary, read from the file again."""
-        truth, _ = _read(self.path, self.images)
+        truth, _ = _read(self.path, self.images, self.part)
         return truth
+
+    def _listing(self) -> tuple[Annotations, dict[str, Any]]:
+        """The images and boxes; the categories and the dropped boxes."""
+
+        def make() -> tuple[Annotations, dict[str, Any]]:
+            truth, dropped = _read(self.path, self.images, self.part)
+            categories = [[entry["id"], entry["name"]] for entry in truth["categories"]]
+            return annotations_of(truth), {"dropped": dropped, "categories": categories}
+
+        return make() if self._key is None else stored(Annotations, self._key, make)
+
+    def _encode_masks(self) -> RunLengths:
+        def make() -> tuple[RunLengths, dict[str, Any]]:
+            return super(CocoFolder, self)._encode_masks(), {}
+
+        return (make() if self._key is None else stored(RunLengths, self._key, make))[0]
 
 
 def _annotation_file(root: Path, split: str) -> Path:
@@ -85,8 +122,8 @@ def _image_folder(root: Path, split: str, first_image: str, source: Path) -> Pat
     return existing[0]
 
 
-def _read(path: Path, limit: int | None) -> tuple[Truth, list[str]]:
-    """The checked content of an annotation file, and what was degenerate in it."""
+def _read(path: Path, limit: int | None, part: Part | None) -> tuple[Truth, list[str]]:
+    """The checked content of an annotation file or a part of it; what was degenerate in it."""
     content = read_json(path)
     tables = {}
     for key in ("images", "annotations", "categories"):
@@ -95,7 +132,11 @@ def _read(path: Path, limit: int | None) -> tuple[Truth, list[str]]:
             raise DataError(f"{path}: {key} must be a list")
     categories = _categories(tables["categories"], path)
     images = _images(tables["images"], path)
-    kept = dict(sorted(images.items())[:limit])
+    kept = dict(sorted(images.items()))
+    if part is not None:
+        mask = part_mask([image["file_name"] for image in kept.values()], part)
+        kept = {number: kept[number] for number, keep in zip(kept, mask, strict=True) if keep}
+    kept = dict(islice(kept.items(), limit))
     known = {category["id"] for category in categories}
     annotations, dropped = [], []
     for index, record in enumerate(tables["annotations"]):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from effspinenet_lib.data.dataset import AnnotationsBuilder, Dataset
+from effspinenet_lib.data.dataset import AnnotationsBuilder, Dataset, image_labels_truth
 
 # Side of a cut-out over the long side of the object (our choice).
 CROP_CONTEXT = 1.25
@@ -34,7 +34,7 @@ class ObjectCrops(Dataset):
         builder = AnnotationsBuilder()
         for number, (row, owner) in enumerate(zip(self._rows, self._owners, strict=True), start=1):
             side = int(self._sides[number - 1])
-            name = f"{table.file_names[owner]}#{row - table.starts[owner] + 1}"
+            name = f"{table.file_name(owner)}#{row - table.starts[owner] + 1}"
             index = builder.add_image(number, name, side, side)
             left, top = self._corners[number - 1]
             x1, y1, x2, y2 = table.boxes[row].tolist()
@@ -53,31 +53,4 @@ class ObjectCrops(Dataset):
 
     def ground_truth(self) -> dict[str, Any]:
         """The annotations as a COCO dictionary: one box an image."""
-        table = self.annotations
-        return {
-            "images": [
-                {"id": int(number), "file_name": str(name), "height": int(h), "width": int(w)}
-                for number, name, (h, w) in zip(
-                    table.image_ids, table.file_names, table.sizes, strict=True
-                )
-            ],
-            "annotations": [
-                {
-                    "id": row + 1,
-                    "image_id": row + 1,
-                    "category_id": self.categories[label].id,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": area,
-                    "iscrowd": 0,
-                }
-                for row, (label, (x1, y1, x2, y2), area) in enumerate(
-                    zip(
-                        table.labels.tolist(),
-                        table.boxes.tolist(),
-                        table.area.tolist(),
-                        strict=True,
-                    )
-                )
-            ],
-            "categories": [{"id": c.id, "name": c.name} for c in self.categories],
-        }
+        return image_labels_truth(self)

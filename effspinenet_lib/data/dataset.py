@@ -10,12 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from effspinenet_lib.data.masks import RunLengths, paint_semantic
+from effspinenet_lib.data.masks import RunLengths, encode_masks, paint_semantic
+from effspinenet_lib.data.store import Shared
 from effspinenet_lib.errors import DataError
 
 # COCO's area limits, in original pixels: small below the first, large above the second.
@@ -60,13 +61,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Annotations:
+class Annotations(Shared):
     """The images and boxes of a data set; boxes of image i are rows `starts[i]:starts[i + 1]`.
 
     Attributes:
         image_ids: int64 [N].
-        file_names: str [N].
-        sizes: int64 [N, 2], height and width.
+        file_names: str [N], or bytes [N] (UTF-8) where their number calls for a quarter of the
+            space.
+        sizes: int64 [N, 2], height and width; 0 where they are not known before the file is read.
         starts: int64 [N + 1].
         boxes: float32 [B, 4], x1 y1 x2 y2 in pixels, within the image.
         labels: int64 [B].
@@ -75,7 +77,7 @@ class Annotations:
     """
 
     image_ids: NDArray[np.int64]
-    file_names: NDArray[np.str_]
+    file_names: NDArray[np.str_] | NDArray[np.bytes_]
     sizes: NDArray[np.int64]
     starts: NDArray[np.int64]
     boxes: NDArray[np.float32]
@@ -86,6 +88,11 @@ class Annotations:
     def rows(self, index: int) -> slice:
         """Rows of the boxes of image `index`."""
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
+
+    def file_name(self, index: int) -> str:
+        """The name of image `index`."""
+        name = self.file_names[index]
+        return name.decode() if isinstance(name, bytes) else str(name)
 
 
 class AnnotationsBuilder:
@@ -145,7 +152,13 @@ class Dataset(ABC):
         name: the data set and split, for messages and results.
         categories: the classes; `Sample.labels` index into them.
         annotations: the boxes as arrays.
+        photographs: True where an image shows one object in whatever place, and is cropped for
+            the network (see `photographs`) rather than fitted into its input.
+        dropped: the annotations that are left out because they are degenerate, by name.
     """
+
+    photographs: ClassVar[bool] = False
+    dropped: tuple[str, ...] = ()
 
     def __init__(self, name: str, categories: Sequence[Category], annotations: Annotations) -> None:
         self.name = name
@@ -187,7 +200,10 @@ class Dataset(ABC):
             DataError: the data set lacks it.
         """
         if task in ("instances", "segmentation") and self._run_lengths is None:
-            self._run_lengths = RunLengths(self.ground_truth(), self.origin)
+            self._run_lengths = self._encode_masks()
+
+    def _encode_masks(self) -> RunLengths:
+        return encode_masks(self.ground_truth(), self.origin)
 
     def masks(self, index: int) -> NDArray[np.bool_]:
         """The masks of the boxes of image `index`, [M, H, W].
@@ -197,8 +213,9 @@ class Dataset(ABC):
         """
         self.prepare("instances")
         assert self._run_lengths is not None
+        rows = self.annotations.rows(index)
         height, width = self.annotations.sizes[index].tolist()
-        return self._run_lengths.decode(self.annotations.rows(index), height, width)
+        return self._run_lengths.decode(rows, height, width, self.origin)
 
     def semantic(self, index: int) -> NDArray[np.uint8]:
         """The semantic labels of image `index`, [H, W]; see `Sample.semantic`.
@@ -221,7 +238,7 @@ class Dataset(ABC):
             iscrowd=table.iscrowd[rows].copy(),
             area=table.area[rows].copy(),
             image_id=self.image_id(index),
-            file_name=str(table.file_names[index]),
+            file_name=table.file_name(index),
             masks=self.masks(index) if task == "instances" else None,
             semantic=self.semantic(index) if task == "segmentation" else None,
         )
@@ -245,6 +262,33 @@ class Dataset(ABC):
                 for category, row in zip(self.categories, counts.tolist(), strict=True)
             },
         }
+
+
+def image_labels_truth(dataset: Dataset) -> dict[str, Any]:
+    """The COCO dictionary of a data set of one box an image."""
+    table = dataset.annotations
+    return {
+        "images": [
+            {"id": int(number), "file_name": table.file_name(index), "height": h, "width": w}
+            for index, (number, (h, w)) in enumerate(
+                zip(table.image_ids, table.sizes.tolist(), strict=True)
+            )
+        ],
+        "annotations": [
+            {
+                "id": row + 1,
+                "image_id": int(table.image_ids[row]),
+                "category_id": dataset.categories[label].id,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": area,
+                "iscrowd": 0,
+            }
+            for row, (label, (x1, y1, x2, y2), area) in enumerate(
+                zip(table.labels.tolist(), table.boxes.tolist(), table.area.tolist(), strict=True)
+            )
+        ],
+        "categories": [{"id": c.id, "name": c.name} for c in dataset.categories],
+    }
 
 
 def classes_of(dataset: Dataset, task: str) -> int:

@@ -1,7 +1,7 @@
 """What data folders have in common: checked records, images on disk, counted warnings.
 
-The layouts themselves are in `coco` and `voc`; each turns its files into a COCO dictionary
-with the keys images, annotations and categories, which `FolderDataset` takes from there.
+The layouts themselves are in `coco`, `voc`, `voc_segmentation` and `imagenet`. The first two turn
+their files into a COCO dictionary with the keys images, annotations and categories.
 """
 
 from __future__ import annotations
@@ -111,18 +111,18 @@ def warn_degenerate(path: Path, dropped: Sequence[str]) -> None:
         warnings.warn(f"{path}: dropped {count} ({dropped[0]})", DataWarning, stacklevel=2)
 
 
-def read_image(path: Path, height: int, width: int) -> NDArray[np.uint8]:
-    """Decode an image to uint8 [height, width, 3], RGB.
+def decode_image(path: Path, mode: str | None = "RGB") -> NDArray[np.uint8]:
+    """Decode an image to uint8 [H, W, 3], or as it is stored if `mode` is None.
 
     The pixels are taken as they are stored, without turning by EXIF data: the boxes of COCO and
     VOC are given in stored pixels.
 
     Raises:
-        DataError: the file is missing, truncated, not an image or of another size.
+        DataError: the file is missing, truncated or not an image.
     """
     try:
         with Image.open(path) as picture:
-            pixels = np.array(picture.convert("RGB"))
+            return np.array(picture if mode is None else picture.convert(mode))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such image") from error
     except UnidentifiedImageError as error:
@@ -130,6 +130,15 @@ def read_image(path: Path, height: int, width: int) -> NDArray[np.uint8]:
     # Pillow's decoders raise these for damaged files.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: the image cannot be decoded ({error})") from error
+
+
+def read_image(path: Path, height: int, width: int) -> NDArray[np.uint8]:
+    """Decode an image to uint8 [height, width, 3], RGB.
+
+    Raises:
+        DataError: the file is missing, truncated, not an image or of another size.
+    """
+    pixels = decode_image(path)
     if pixels.shape != (height, width, 3):
         raise DataError(
             f"{path}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, "
@@ -138,29 +147,41 @@ def read_image(path: Path, height: int, width: int) -> NDArray[np.uint8]:
     return pixels
 
 
+class MissingImages(DataError):  # noqa: N818 - it says what happened
+    """Image files that are not there; `names` lists them all."""
+
+    def __init__(self, names: Sequence[str], folder: Path, source: Path) -> None:
+        others = f" ({len(names)} images are missing in all)" if len(names) > 1 else ""
+        first = f"{names[0]:.200}"
+        super().__init__(f"{source}: names the image {first}, not found in {folder}{others}")
+        self.names = tuple(names)
+
+
 def check_images(folder: Path, names: Sequence[str], source: Path) -> None:
     """Check that every image file exists.
 
     Raises:
-        DataError: the first one that does not, and the annotation file that names it.
+        MissingImages: those that do not; its message says the first and what names it.
     """
     # One listing of the folder is much faster than a question for each of 100,000 files.
     present = set(os.listdir(folder)) if folder.is_dir() else set()
     missing = [n for n in names if n not in present and not os.path.isfile(folder / n)]
     if missing:
-        others = f" ({len(missing)} images are missing in all)" if len(missing) > 1 else ""
-        raise DataError(
-            f"{source}: names the image {missing[0]:.200}, not found in {folder}{others}"
-        )
+        raise MissingImages(missing, folder, source)
 
 
 class FolderDataset(Dataset):
-    """Image files with annotations that a subclass reads into a COCO dictionary."""
+    """Image files in a folder, with the annotations that a subclass reads."""
 
-    def __init__(self, name: str, truth: Truth, image_folder: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        categories: Sequence[Category],
+        annotations: Annotations,
+        image_folder: Path,
+    ) -> None:
         self.image_folder = image_folder
-        categories = [Category(entry["id"], entry["name"]) for entry in truth["categories"]]
-        super().__init__(name, categories, _annotations(truth))
+        super().__init__(name, categories, annotations)
 
     def load_image(self, index: int) -> NDArray[np.uint8]:
         """Image `index` as uint8 [H, W, 3], RGB.
@@ -169,16 +190,24 @@ class FolderDataset(Dataset):
             DataError: the file is missing, truncated or of another size than annotated.
         """
         height, width = (int(side) for side in self.annotations.sizes[index])
-        return read_image(
-            self.image_folder / str(self.annotations.file_names[index]), height, width
-        )
+        return read_image(self.image_path(index), height, width)
+
+    def image_path(self, index: int) -> Path:
+        """The file of image `index`."""
+        return self.image_folder / self.annotations.file_name(index)
 
     @abstractmethod
     def ground_truth(self) -> Truth:
         """The annotations as a COCO dictionary, read from the files again."""
 
 
-def _annotations(truth: Truth) -> Annotations:
+def categories_of(truth: Truth) -> list[Category]:
+    """The categories of a COCO dictionary, in its order."""
+    return [Category(entry["id"], entry["name"]) for entry in truth["categories"]]
+
+
+def annotations_of(truth: Truth) -> Annotations:
+    """The images and boxes of a COCO dictionary; boxes are clipped to their images."""
     builder = AnnotationsBuilder()
     indices, sides = {}, {}
     for image in truth["images"]:

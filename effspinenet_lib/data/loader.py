@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
 
 from effspinenet_lib.data.augment import (
     Augmentation,
@@ -22,8 +22,11 @@ from effspinenet_lib.data.augment import (
     place_image,
     training_target,
 )
-from effspinenet_lib.data.dataset import Dataset
+from effspinenet_lib.data.dataset import Dataset, Sample
+from effspinenet_lib.data.padding import pad_target
+from effspinenet_lib.data.photographs import auto_augment, centre_view, check_policy, random_view
 from effspinenet_lib.data.released import FITTED, PREPROCESSINGS, RELEASED, fit_released
+from effspinenet_lib.data.workers import Batches, start_worker
 from effspinenet_lib.errors import UnknownName, UserError
 
 # Words that keep the random streams of order and augmentation apart.
@@ -43,7 +46,8 @@ class Batch:
         targets: in training one dictionary an image, as `tasks.base` describes it for the task;
             none in evaluation.
         image_ids: the images' ids in the annotation file.
-        scales: float32 [N, 2], input pixels per original pixel, down and across.
+        scales: float32 [N, 2], input pixels per original pixel, down and across; NaN for the
+            random crops of photographs.
         sizes: original height and width of every image.
     """
 
@@ -65,7 +69,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """The batch with its images in page-locked memory (called by torch's `DataLoader`)."""
+        """The batch with its images in page-locked memory (called by torch's loader)."""
         return replace(self, images=self.images.pin_memory())
 
 
@@ -81,6 +85,7 @@ class _Item:
 @dataclass(frozen=True)
 class _Collate:
     image_size: int
+    pad_targets: int | None = None
 
     def __call__(self, items: Sequence[_Item]) -> Batch:
         images = torch.zeros(len(items), 3, self.image_size, self.image_size)
@@ -91,11 +96,14 @@ class _Collate:
                 canvas.copy_(item.pixels)
         return Batch(
             images=images,
-            targets=[item.target for item in items if item.target is not None],
+            targets=[self._padded(item.target) for item in items if item.target is not None],
             image_ids=tuple(item.image_id for item in items),
             scales=torch.tensor([item.scales for item in items], dtype=torch.float32),
             sizes=[item.size for item in items],
         )
+
+    def _padded(self, target: Target) -> Target:
+        return target if self.pad_targets is None else pad_target(target, self.pad_targets)
 
 
 @dataclass(frozen=True)
@@ -105,12 +113,28 @@ class _TrainingItems(TorchDataset[_Item]):
     augmentation: Augmentation
     seed: int
     task: str
+    auto_augment: str
 
     def __getitem__(self, key: EpochAndIndex) -> _Item:
         epoch, index = key
         sample = self.dataset.load(index, self.task)
-        height, width = sample.image.shape[:2]
         generator = _generator(_AUGMENTATION_STREAM, self.seed, epoch, index)
+        item = (self._cropped if self.dataset.photographs else self._placed)(sample, generator)
+        item.pixels = auto_augment(item.pixels, self.auto_augment, generator)
+        return item
+
+    def _cropped(self, sample: Sample, generator: np.random.Generator) -> _Item:
+        flip = self.augmentation.flip_probability
+        return _Item(
+            pixels=random_view(sample.image, self.image_size, flip, generator),
+            target={"label": torch.tensor(int(sample.labels[0]))},
+            image_id=sample.image_id,
+            scales=(math.nan, math.nan),
+            size=(sample.image.shape[0], sample.image.shape[1]),
+        )
+
+    def _placed(self, sample: Sample, generator: np.random.Generator) -> _Item:
+        height, width = sample.image.shape[:2]
         placement = draw_placement(height, width, self.image_size, self.augmentation, generator)
         return _Item(
             pixels=place_image(sample.image, placement, self.image_size),
@@ -132,6 +156,9 @@ class _EvaluationItems(TorchDataset[_Item]):
         height, width = sample.image.shape[:2]
         if self.preprocessing == RELEASED:
             pixels, scales = fit_released(sample.image, self.image_size)
+        elif self.dataset.photographs:
+            pixels, scale = centre_view(sample.image, self.image_size)
+            scales = scale, scale
         else:
             scale = fitting_scale(height, width, self.image_size)
             pixels = place_image(sample.image, Placement(scale), self.image_size)
@@ -191,7 +218,9 @@ def training_loader(
     rank: int = 0,
     world_size: int = 1,
     task: str = "detection",
-) -> DataLoader[Any]:
+    auto_augment: str = "",
+    pad_targets: int | None = None,
+) -> Batches:
     """The batches of steps `start_step` to `total_steps - 1`.
 
     The batch of a step is a pure function of the data set, the seed and the step: neither the
@@ -210,9 +239,16 @@ def training_loader(
         rank: this process among `world_size`.
         world_size: training processes.
         task: what the targets are for.
+        auto_augment: the AutoAugment policy of `photographs.POLICIES`, for classification; ""
+            for none.
+        pad_targets: rows that the targets of detection are padded to by `data.padding`, so that
+            all batches have the same shapes; None: as many as there are objects. The targets of
+            classification and segmentation have one shape anyway.
 
     Raises:
-        UserError: an empty data set, or a batch that `world_size` does not divide.
+        UserError: an empty data set, a batch that `world_size` does not divide, AutoAugment for
+            a task with boxes or masks, which it would not move, or padding for instances, whose
+            training has shapes that depend on the proposals whatever the targets' are.
         DataError: the data set lacks what the task needs.
     """
     if len(dataset) == 0:
@@ -221,10 +257,26 @@ def training_loader(
         raise UserError(
             f"a batch of {batch_size} images cannot be shared equally by {world_size} processes"
         )
+    check_policy(auto_augment)
+    if auto_augment and task != "classification":
+        raise UserError(f"AutoAugment is for classification, not for {task}; leave it out")
+    if pad_targets is not None:
+        _check_padding(pad_targets, task)
     order = TrainingOrder(len(dataset), batch_size, seed, start_step, total_steps, rank, world_size)
     dataset.prepare(task)
-    items = _TrainingItems(dataset, image_size, augmentation, seed, task)
-    return _loader(items, order, image_size, workers)
+    items = _TrainingItems(dataset, image_size, augmentation, seed, task, auto_augment)
+    collate = _Collate(image_size, pad_targets if task == "detection" else None)
+    return _loader(items, order, collate, workers)
+
+
+def _check_padding(rows: int, task: str) -> None:
+    if rows < 1:
+        raise UserError(f"targets cannot be padded to {rows} rows; one is the least")
+    if task == "instances":
+        raise UserError(
+            "the training of instances has shapes that depend on the data (its proposals), which "
+            "padded targets do not change: train it on a device that needs no fixed shapes"
+        )
 
 
 def evaluation_loader(
@@ -234,8 +286,9 @@ def evaluation_loader(
     workers: int = 0,
     start: int = 0,
     preprocessing: str = FITTED,
-) -> DataLoader[Any]:
-    """All images from `start` on once, in index order, unchanged but for resizing.
+    end: int | None = None,
+) -> Batches:
+    """All images from `start` to before `end` once, in index order, unchanged but for resizing.
 
     The last batch may be short. `preprocessing` is one of `data.released.PREPROCESSINGS`.
 
@@ -244,35 +297,30 @@ def evaluation_loader(
     """
     if preprocessing not in PREPROCESSINGS:
         raise UnknownName("preprocessing", preprocessing, PREPROCESSINGS)
-    images = range(start, len(dataset))
+    images = range(start, len(dataset) if end is None else end)
     order = [
         list(images[begin : begin + batch_size]) for begin in range(0, len(images), batch_size)
     ]
     items = _EvaluationItems(dataset, image_size, preprocessing)
-    return _loader(items, order, image_size, workers)
+    return _loader(items, order, _Collate(image_size), workers)
 
 
 def _loader(
     items: TorchDataset[_Item],
     order: Sampler[list[EpochAndIndex]] | list[list[int]],
-    image_size: int,
+    collate: _Collate,
     workers: int,
-) -> DataLoader[Any]:
+) -> Batches:
     # A generator of its own keeps the loader from drawing on torch's global one, which would
     # make a resumed run's random numbers differ. It seeds the workers; the batches draw only on
     # the seeds of their own.
-    return DataLoader(
+    return Batches(
         items,
         batch_sampler=order,
-        collate_fn=_Collate(image_size),
+        collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         prefetch_factor=_PREFETCH if workers else None,
         pin_memory=torch.accelerator.is_available(),
         generator=torch.Generator().manual_seed(0),
     )
-
-
-def _start_worker(worker: int) -> None:
-    del worker
-    torch.set_num_threads(1)

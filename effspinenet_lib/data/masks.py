@@ -3,58 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from effspinenet_lib.data.store import Shared
 from effspinenet_lib.errors import DataError
 
 # Semantic labels: 0 is the background, then the categories in order; this one does not count.
 SEMANTIC_IGNORE = 255
 
 
-class RunLengths:
+@dataclass(frozen=True)
+class RunLengths(Shared):
     """The masks of all annotations of a data set, as COCO's compressed run lengths.
 
-    They lie in one array of bytes, so that worker processes share them.
+    Their order is that of `Annotations`: by image, then as they stand in the file. They lie in
+    one array of bytes, so that worker processes share them.
+
+    Attributes:
+        ids: int64 [B], the annotations' ids.
+        counts: uint8 [C], the run lengths of all, one after the other.
+        starts: int64 [B + 1], where those of each begin.
     """
 
-    def __init__(self, truth: Mapping[str, Any], origin: str) -> None:
-        """Encode the `segmentation` of every annotation of a COCO dictionary.
+    ids: NDArray[np.int64]
+    counts: NDArray[np.uint8]
+    starts: NDArray[np.int64]
 
-        Their order is that of `Annotations`: by image, then as they stand in the dictionary.
-
-        Raises:
-            DataError: an annotation has no segmentation or one that cannot be read; names it.
-        """
-        images = {image["id"]: index for index, image in enumerate(truth["images"])}
-        records = sorted(truth["annotations"], key=lambda record: images[record["image_id"]])
-        encoded = [
-            _encode(record, truth["images"][images[record["image_id"]]], origin)
-            for record in records
-        ]
-        self._origin = origin
-        self._ids = np.array([record["id"] for record in records], np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
-        self._starts = np.cumsum([0, *map(len, encoded)])
-
-    def decode(self, rows: slice, height: int, width: int) -> NDArray[np.bool_]:
+    def decode(self, rows: slice, height: int, width: int, origin: str) -> NDArray[np.bool_]:
         """The masks of rows of the annotations, [M, height, width].
 
         Raises:
-            DataError: the run lengths do not fill the image; names the annotation.
+            DataError: the run lengths do not fill the image; names the annotation of `origin`.
         """
         masks = np.zeros((rows.stop - rows.start, height, width), np.bool_)
         for mask, row in zip(masks, range(rows.start, rows.stop), strict=True):
-            counts = self._bytes[self._starts[row] : self._starts[row + 1]].tobytes()
+            counts = self.counts[self.starts[row] : self.starts[row + 1]].tobytes()
             try:
                 mask[:] = coco_mask.decode({"size": [height, width], "counts": counts})
             except ValueError as error:
-                where = f"{self._origin}: annotation {self._ids[row]}"
-                raise _unreadable(where, error) from error
+                raise _unreadable(f"{origin}: annotation {self.ids[row]}", error) from error
         return masks
+
+
+def encode_masks(truth: Mapping[str, Any], origin: str) -> RunLengths:
+    """Encode the `segmentation` of every annotation of a COCO dictionary.
+
+    Raises:
+        DataError: an annotation has no segmentation or one that cannot be read; names it.
+    """
+    images = {image["id"]: index for index, image in enumerate(truth["images"])}
+    records = sorted(truth["annotations"], key=lambda record: images[record["image_id"]])
+    encoded = [
+        _encode(record, truth["images"][images[record["image_id"]]], origin) for record in records
+    ]
+    return RunLengths(
+        ids=np.array([record["id"] for record in records], np.int64),
+        counts=np.frombuffer(b"".join(encoded), np.uint8),
+        starts=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+    )
 
 
 def _encode(record: Mapping[str, Any], image: Mapping[str, Any], origin: str) -> bytes:

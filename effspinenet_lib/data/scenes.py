@@ -24,16 +24,10 @@ from effspinenet_lib.data.shapes import (
     annotation_record,
     render_scene,
 )
+from effspinenet_lib.data.store import cache_folder
 from effspinenet_lib.files import atomic_write, ensure_folder, locked, read_json
 
-CACHE_VARIABLE = "EFFSPINENET_CACHE"
 DEFAULT_SETTINGS = SceneSettings()
-
-
-def cache_folder() -> Path:
-    """`$EFFSPINENET_CACHE`, or `~/.cache/effspinenet`."""
-    given = os.environ.get(CACHE_VARIABLE)
-    return Path(given) if given else Path.home() / ".cache" / "effspinenet"
 
 
 def generator_key(settings: SceneSettings = DEFAULT_SETTINGS) -> str:

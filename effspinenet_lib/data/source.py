@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +11,22 @@ from typing import Any, Literal
 from effspinenet_lib.data.coco import CocoFolder
 from effspinenet_lib.data.crops import ObjectCrops
 from effspinenet_lib.data.dataset import Dataset
+from effspinenet_lib.data.imagenet import ImageNetFolder, class_folders
 from effspinenet_lib.data.scenes import ShapeScenes, export_split, generator_key
 from effspinenet_lib.data.shapes import MAX_IMAGE_SIZE
 from effspinenet_lib.data.voc import VocFolder
+from effspinenet_lib.data.voc_segmentation import LISTS, VocSegmentationFolder
 from effspinenet_lib.errors import DataError, UnknownName, UserError
 
-FORMATS = ("shapescenes", "coco", "voc")
+FORMATS = ("shapescenes", "coco", "voc", "voc_segmentation", "imagenet")
+# Tasks of the formats that serve one task alone.
+ONLY_TASK = {"voc_segmentation": "segmentation", "imagenet": "classification"}
+_FOLDERS: Mapping[str, Callable[[str, str, int | None], Dataset]] = {
+    "coco": CocoFolder,
+    "voc": VocFolder,
+    "voc_segmentation": VocSegmentationFolder,
+    "imagenet": ImageNetFolder,
+}
 # The proxy profile's set (our choice): its runs see each training image two to three times.
 SCENE_TRAIN_IMAGES = 8000
 SCENE_EVAL_IMAGES = 500
@@ -29,18 +39,20 @@ class DataConfig:
     """The data of a run.
 
     Attributes:
-        format: "shapescenes", or "coco" or "voc" for a folder.
+        format: "shapescenes", or for a folder "coco", "voc", "voc_segmentation" (label maps) or
+            "imagenet" (a folder a class).
         root: the folder; None for ShapeScenes.
-        train_split: name of the split to train on.
+        train_split: name of the split to train on. In COCO's layout `train2017-rest-7392` is
+            train2017 without the 7392 images of `train2017-held-7392` (see `heldout`).
         eval_split: name of the split to evaluate on.
         train_images: ShapeScenes: how many are made (8,000 if None); folders: use only the first
-            so many in id order.
+            so many in id order (ImageNet: as evenly over the classes as can be).
         eval_images: the same for evaluation (500 if None).
         seed: ShapeScenes only.
         image_size: side of the images in pixels, ShapeScenes only (128 if None).
 
     Raises:
-        UnknownName: `format` is none of the three.
+        UnknownName: there is no such format.
         UserError: a folder format without `root`, or a number out of range.
     """
 
@@ -104,22 +116,30 @@ class DataConfig:
         return count
 
 
-def detect_format(root: str | os.PathLike[str]) -> str:
-    """The layout of a data folder: "coco" or "voc".
+def detect_format(root: str | os.PathLike[str], task: str = "detection") -> str:
+    """The layout of a data folder, one of `DataConfig`'s formats.
+
+    VOC's folder holds boxes and label maps: `task` decides which are meant.
 
     Raises:
-        DataError: the folder is missing or has neither layout.
+        DataError: the folder is missing or has no known layout.
     """
     folder = Path(root)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     if (folder / "annotations").is_dir() and any((folder / "annotations").glob("*.json")):
         return "coco"
-    if (folder / "Annotations").is_dir() and (folder / "ImageSets").is_dir():
+    boxes = (folder / "Annotations").is_dir() and (folder / "ImageSets").is_dir()
+    if (folder / LISTS).is_dir() and (task == "segmentation" or not boxes):
+        return "voc_segmentation"
+    if boxes:
         return "voc"
+    if (folder / "train").is_dir() and class_folders(folder / "train"):
+        return "imagenet"
     raise DataError(
         f"{folder}: neither a COCO folder (annotations/instances_<split>.json, <split>/) nor a "
-        "VOC folder (Annotations/*.xml, ImageSets/Main/<split>.txt, JPEGImages/)"
+        "VOC folder (Annotations/*.xml, ImageSets/Main/<split>.txt, JPEGImages/) nor an ImageNet "
+        "folder (train/<class>/*.JPEG, val/<class>/*.JPEG)"
     )
 
 
@@ -128,17 +148,21 @@ def open_dataset(
 ) -> Dataset:
     """Open the training or the evaluation part of the data.
 
-    For `classification` it is the single objects, cut out.
+    For `classification` it is the single objects, cut out, except where each image shows one.
 
     Raises:
-        UserError: `split` is neither, or the cache cannot be written.
+        UserError: `split` is neither, the format does not serve the task, or the cache cannot be
+            written.
         DataError: an annotation file cannot be used; names the file and the record.
     """
     if split not in ("train", "eval"):
         raise UnknownName("part of the data", split, ("train", "eval"))
+    only = ONLY_TASK.get(config.format, task)
+    if task != only:
+        raise UserError(f"data in the format {config.format!r} serves {only}, not {task}")
     name, images = config.split_of(split), config.images_of(split)
     whole = _open(config, name, images)
-    return ObjectCrops(whole) if task == "classification" else whole
+    return ObjectCrops(whole) if task == "classification" and not whole.photographs else whole
 
 
 def _open(config: DataConfig, name: str, images: int | None) -> Dataset:
@@ -147,8 +171,7 @@ def _open(config: DataConfig, name: str, images: int | None) -> Dataset:
         size = config.image_size or SCENE_IMAGE_SIZE
         return ShapeScenes(name, images, size, config.seed)
     assert config.root is not None
-    folder = CocoFolder if config.format == "coco" else VocFolder
-    return folder(config.root, name, images)
+    return _FOLDERS[config.format](config.root, name, images)
 
 
 def export_coco(config: DataConfig, folder: str | os.PathLike[str]) -> list[Path]:

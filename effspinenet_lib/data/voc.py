@@ -14,6 +14,8 @@ from xml.etree import ElementTree
 from effspinenet_lib.data.formats import (
     FolderDataset,
     Truth,
+    annotations_of,
+    categories_of,
     check_images,
     finite_numbers,
     is_degenerate,
@@ -43,11 +45,14 @@ class VocFolder(FolderDataset):
         self.stems = _split_stems(self.root, split)[:images]
         self.class_names = _class_names(self.root / "Annotations")
         truth, dropped = self._read()
+        self.dropped = tuple(dropped)
         warn_degenerate(self.root / "Annotations", dropped)
         folder = self.root / "JPEGImages"
         names = [image["file_name"] for image in truth["images"]]
         check_images(folder, names, _split_file(self.root, split))
-        super().__init__(f"{self.root.name} {split}", truth, folder)
+        super().__init__(
+            f"{self.root.name} {split}", categories_of(truth), annotations_of(truth), folder
+        )
 
     def ground_truth(self) -> Truth:
         """The annotations as a COCO dictionary, read from the files again."""

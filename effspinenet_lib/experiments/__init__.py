@@ -1,6 +1,14 @@
 """Which runs each table and figure of the paper needs, and running those that are missing."""
 
-from effspinenet_lib.experiments.items import ITEMS, PROFILES, Item, Profile, Row, get_item
+from effspinenet_lib.experiments.items import (
+    ITEMS,
+    PROFILES,
+    Item,
+    Profile,
+    Row,
+    find_row,
+    get_item,
+)
 from effspinenet_lib.experiments.parameters import (
     Parameters,
     check_parameters,
@@ -12,6 +20,7 @@ from effspinenet_lib.experiments.reproduction import (
     planned_runs,
     reproduce,
 )
+from effspinenet_lib.experiments.single import train_row
 
 __all__ = [
     "ITEMS",
@@ -23,8 +32,10 @@ __all__ = [
     "Row",
     "check_parameters",
     "default_results_dir",
+    "find_row",
     "get_item",
     "item_status",
     "planned_runs",
     "reproduce",
+    "train_row",
 ]

@@ -1,13 +1,15 @@
 """Many runs at once, each in a process of its own.
 
 A process that dies takes no other with it, and its run goes on from its last checkpoint when
-it is asked for again. Run as a program with the path of a configuration's JSON and the runs
+it is asked for again. Asked to stop, or left alone by the process that started it, it saves its
+state first. Run as a program with the path of a configuration's JSON and the runs
 folder, this module is one such process.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -31,8 +33,10 @@ from effspinenet_lib.training.run import (
     read_result,
     train_run,
 )
+from effspinenet_lib.training.stopping import stop_requests
 
 POLL_SECONDS = 0.5
+STOP_SECONDS = 120.0  # our choice: for a step and its checkpoint, before a run is ended regardless
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -69,10 +73,11 @@ def run_all(
 
     Raises:
         UserError: runs failed; those that did not were yielded first. Names each log.
+        Preempted: a signal asked to stop; the runs have saved their state.
     """
     waiting, failed = list(configs), []
     threads = max(1, usable_cores() // max(1, min(processes, len(waiting))))
-    with _workers() as running, _bar(configs, progress) as bar:
+    with stop_requests(), _workers() as running, _bar(configs, progress) as bar:
         while waiting or running:
             while waiting and len(running) < processes:
                 config = waiting.pop(0)
@@ -179,10 +184,12 @@ def _last_line(log: Path) -> str:
 
 
 def _stop_with_parent() -> None:
-    """End this process when the one that started it is gone, so that no run is left behind."""
+    """Stop this process when the one that started it is gone, so that no run is left behind."""
     parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_SECONDS)
     os._exit(1)
 
 

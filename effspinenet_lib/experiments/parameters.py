@@ -32,6 +32,7 @@ class Parameters:
     devices: int
     seeds: tuple[int, ...]
     force: bool
+    initial_weights: Path | None = None
 
 
 def default_results_dir() -> Path:
@@ -49,12 +50,14 @@ def check_parameters(
     seeds: str | int | Sequence[int] | None = None,
     engine: str = "local",
     force: bool = False,
+    initial_weights: str | os.PathLike[str] | None = None,
 ) -> Parameters:
     """Check a notebook's parameters before any work starts; "" and None take the default.
 
     Args:
         profile: `smoke`, `proxy` or `paper`.
-        data_root: COCO 2017 folder; only the `paper` profile reads it.
+        data_root: folder of the data that the paper uses for an item's task, such as COCO 2017;
+            only the `paper` profile reads it.
         results_dir: where the CSVs and runs go.
         accelerator: `auto`, `cpu`, `cuda` or `tpu`; `auto` takes an accelerator where there is
             one.
@@ -63,6 +66,8 @@ def check_parameters(
         seeds: such as "0,1,2", a number or a list; default the profile's own.
         engine: `local`.
         force: run again what is finished.
+        initial_weights: weights file that the paper's runs start from, in the place of the run
+            that an item names.
 
     Raises:
         UnknownName: an unknown profile, accelerator or engine.
@@ -82,8 +87,8 @@ def check_parameters(
     root = Path(data_root) if data_root else None
     if chosen.data is None and (root is None or not root.is_dir()):
         raise UserError(
-            f"the profile {profile!r} trains on COCO 2017: set data_root to its folder"
-            + (f" ({root} is none)" if root else "")
+            f"the profile {profile!r} trains on the paper's data (COCO 2017 for detection): set "
+            "data_root to its folder" + (f" ({root} is none)" if root else "")
         )
     folder = Path(results_dir) if results_dir else default_results_dir()
     ensure_folder(ResultsStore(folder, profile).folder)
@@ -95,6 +100,7 @@ def check_parameters(
         count,
         numbers or chosen.seeds,
         force,
+        Path(initial_weights).resolve() if initial_weights else None,
     )
 
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from effspinenet_lib.cost import measure_cost
-from effspinenet_lib.data import DataConfig
+from effspinenet_lib.errors import UserError
 from effspinenet_lib.experiments.fanout import run_all
-from effspinenet_lib.experiments.items import ITEMS, PROFILES, Item, Row, get_item
+from effspinenet_lib.experiments.items import ITEMS, PROFILES, Item, Profile, Row, get_item
+from effspinenet_lib.experiments.paper_data import paper_data
 from effspinenet_lib.experiments.parameters import Parameters
 from effspinenet_lib.paper import paper_values
 from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.results.schemas import COST_UNITS
-from effspinenet_lib.training.run import RunConfig
-from effspinenet_lib.zoo import create_model, default_image_size
+from effspinenet_lib.training.run import WEIGHTS, RunConfig
+from effspinenet_lib.zoo import TASKS, create_model, default_image_size
 
 
 @dataclass(frozen=True)
@@ -36,28 +37,66 @@ def planned_runs(item: Item, parameters: Parameters) -> list[PlannedRun]:
     """Runs that an item needs under a profile; rows may share a run.
 
     Seed by seed, so that an interrupted item has every row before any has a second seed.
+
+    Raises:
+        UserError: a row has no recipe for the profile.
+        DataError: the data root does not hold the data of a row's task.
     """
-    profile = parameters.profile
-    small = profile.data is not None
-    data = profile.data or DataConfig(
-        "coco", root=str(parameters.data_root), train_split="train2017", eval_split="val2017"
-    )
     return [
-        PlannedRun(
-            row,
-            RunConfig(
-                model=row.proxy_model if small else row.model,
-                task="detection",
-                image_size=profile.image_size or default_image_size(row.model),
-                data=data,
-                recipe=get_recipe(profile.recipe),
-                seed=seed,
-                model_options=dict(row.options),
-            ),
-        )
+        PlannedRun(row, configure_row(item, row, parameters, seed))
         for seed in parameters.seeds
         for row in item.rows
     ]
+
+
+def configure_row(item: Item, row: Row, parameters: Parameters, seed: int) -> RunConfig:
+    """The run that a row needs under a profile.
+
+    Raises:
+        UserError: the row has no recipe for the profile.
+        DataError: the data root does not hold the data of the row's task.
+    """
+    profile = parameters.profile
+    small = profile.data is not None
+    data = profile.data or paper_data(parameters.data_root, row.task)
+    return RunConfig(
+        model=row.proxy_model if small else row.model,
+        task=row.task,
+        image_size=profile.image_size or default_image_size(row.model, row.task),
+        data=data,
+        recipe=get_recipe(_recipe_name(item, row, profile)),
+        seed=seed,
+        model_options=dict(row.options),
+        initial_weights=None if small else _initial_weights(row, parameters, seed),
+    )
+
+
+def has_recipe(row: Row, profile: Profile) -> bool:
+    """Whether a row can be trained under a profile."""
+    return not row.recipes or profile.name in row.recipes
+
+
+def _recipe_name(item: Item, row: Row, profile: Profile) -> str:
+    if not has_recipe(row, profile):
+        raise UserError(
+            f"{item.id}, {row.label}: has no recipe in the profile {profile.name}, only in "
+            f"{' and '.join(row.recipes)}"
+        )
+    return row.recipes[profile.name] if row.recipes else profile.recipes[row.task]
+
+
+def _initial_weights(row: Row, parameters: Parameters, seed: int) -> str | None:
+    """Where the run that a row starts from leaves its weights; None for fresh weights."""
+    if parameters.initial_weights is not None:
+        return str(parameters.initial_weights)
+    if not row.starts_from:
+        return None
+    item = get_item(row.starts_from)
+    (origin,) = (other for other in item.rows if other.model == row.model)
+    # where the data lies is no part of the key
+    config = configure_row(item, origin, replace(parameters, data_root=None), seed)
+    store = ResultsStore(parameters.results_dir, parameters.profile.name)
+    return str(store.runs_folder / config.key / WEIGHTS)
 
 
 def reproduce(
@@ -86,7 +125,7 @@ def reproduce(
     """
     item = get_item(name)
     store = ResultsStore(parameters.results_dir, parameters.profile.name)
-    store.add_measurements(item.id, _cost_rows(item))
+    store.add_measurements(item.id, cost_rows(item.rows))
     planned = planned_runs(item, parameters)
     store.drop_runs(item.id, _outdated(item, planned, store))
     anew = forced if forced is not None else set()
@@ -99,7 +138,7 @@ def reproduce(
         if run.config.key in finished:
             metrics = store.metrics_of(run.config.key)
             record = store.run(run.config.key)
-            store.add_measurements(item.id, _run_rows(item, run, metrics, record))
+            store.add_measurements(item.id, run_rows(run, metrics, record))
     missing = {run.config.key: run.config for run in planned if run.config.key not in finished}
     anew.update(missing)
     for result in run_all(
@@ -113,7 +152,7 @@ def reproduce(
         # The run is recorded last: one that is killed between the two is recorded anew.
         for run in planned:
             if run.config.key == result.key:
-                rows = _run_rows(item, run, result.metrics, result.record)
+                rows = run_rows(run, result.metrics, result.record)
                 store.add_measurements(item.id, rows)
         store.add_run({**result.record, "profile": parameters.profile.name})
     return store
@@ -139,14 +178,14 @@ def _without_seed(config: dict[str, Any]) -> str:
     return json.dumps({**kept, "data": {**kept["data"], "root": None}}, sort_keys=True)
 
 
-def _cost_rows(item: Item) -> list[dict[str, Any]]:
+def cost_rows(trained: Sequence[Row]) -> list[dict[str, Any]]:
     """Measure each row's model at the paper's image size and number of classes."""
     rows = []
-    for row in item.rows:
-        size = default_image_size(row.model)
-        cost = measure_cost(create_model(row.model, **row.options), size)
+    for row in trained:
+        size = default_image_size(row.model, row.task)
+        cost = measure_cost(create_model(row.model, row.task, **row.options), size)
         common = {
-            **_common(row, row.model, f"zeros, 90 classes, {size}x{size}"),
+            **_common(row, row.model, f"zeros, {TASKS[row.task]} classes, {size}x{size}"),
             "source": "cost",
         }
         for metric, (scale, unit) in COST_UNITS.items():
@@ -155,19 +194,27 @@ def _cost_rows(item: Item) -> list[dict[str, Any]]:
     return rows
 
 
-def _run_rows(
-    item: Item, run: PlannedRun, metrics: Mapping[str, float], record: Mapping[str, Any]
+def run_rows(
+    run: PlannedRun, metrics: Mapping[str, float], record: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Rows of an item for a finished run, dated and marked by the run's own record."""
+    """Rows of an item for a run, dated and marked by the run's own record.
+
+    A run that stopped early, or whose recipe was scaled to another batch, says so in its note.
+    """
     config = run.config
-    options = ", ".join(f"{name}={value}" for name, value in run.row.options.items())
+    notes = [f"{name}={value}" for name, value in run.row.options.items()]
+    steps, batch = config.recipe.steps, config.recipe.batch_size
+    if int(record["steps"]) < steps:
+        notes.append(f"{int(record['steps']):,} of {steps:,} steps")
+    if config.recipe.scaled_from_batch is not None:
+        notes.append(f"recipe scaled from batch {config.recipe.scaled_from_batch} to {batch}")
     common = {
         **_common(run.row, config.model, describe_data(config)),
         "seed": config.seed,
         "run": config.key,
         "commit": record["commit"],
         "date": record["date"],
-        "note": options,
+        "note": ", ".join(notes),
     }
     return [
         {**common, "metric": metric, "value": value, "unit": "%"}
@@ -176,16 +223,20 @@ def _run_rows(
 
 
 def describe_data(config: RunConfig) -> str:
-    """What a run trained and was evaluated on, in a few words for the `data` column."""
+    """What a run trained and was evaluated on, in a few words for the `data` column.
+
+    A folder is called by its own name, so that a small one is not taken for the paper's data.
+    """
     data = config.data
-    parts = [data.format, f"{data.train_split}/{data.eval_split}"]
+    named = data.format if data.root is None else f"{data.format} ({Path(data.root).name})"
+    parts = [named, f"{data.train_split}/{data.eval_split}"]
     if data.train_images is not None:
         parts.append(f"{data.train_images}/{data.eval_images} images")
     return ", ".join([*parts, f"{config.image_size}x{config.image_size}"])
 
 
 def _common(row: Row, model: str, data: str) -> dict[str, Any]:
-    return {"row": row.label, "model": model, "task": "detection", "data": data}
+    return {"row": row.label, "model": model, "task": row.task, "data": data}
 
 
 def item_status(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:

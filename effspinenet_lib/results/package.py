@@ -17,15 +17,17 @@ FOLDER_SOURCES = {
     "paper": ("paper",),
     "cost": ("cost",),
     "parity": (),
+    "search": (),
     "proxy": ("proxy", "cost"),
     "paper_scale": ("paper_scale", "cost"),
     "smoke": ("smoke", "cost"),
 }
-PACKAGED_FOLDERS = ("paper", "cost", "parity", "proxy", "paper_scale")
+PACKAGED_FOLDERS = ("paper", "cost", "parity", "search", "proxy", "paper_scale")
 FOLDER_TITLES = {
     "paper": "transcribed from the paper, as printed",
     "cost": "counted on the built models",
     "parity": "released models against TensorFlow",
+    "search": "the space of resource distributions",
     "proxy": "measured by the proxy profile",
     "paper_scale": "measured at the paper's settings",
 }

@@ -321,6 +321,62 @@ EVALUATION = Schema(
     ("weights", "image_size", "data", "images", "metric"),
 )
 
+# reference: distributions that no method chose.
+SEARCH_METHODS = ("ppo", "reinforce", "random", "evolution", "reference")
+TRIAL_STATES = ("finished", "duplicate", "failed")
+
+SEARCH_TRIAL = Schema(
+    "search_trial",
+    (
+        Field("method", "string", "Who chose the sample.", True, enum=SEARCH_METHODS),
+        Field("seed", "integer", "Seed of the method and of the trial's run.", True, minimum=0),
+        Field("trial", "integer", "Number of the sample, from 0.", True, minimum=0),
+        Field("step", "integer", "Batch of samples that it belongs to, from 0.", True, minimum=0),
+        Field(
+            "state",
+            "string",
+            "duplicate: same run as an earlier trial, whose AP it has; failed: twice.",
+            True,
+            enum=TRIAL_STATES,
+        ),
+        Field("betas", "string", "Of the 18 blocks (Equation 4), such as 10-10-5.", True),
+        Field("feature_dims", "string", "Of the 18 blocks at the scale D0.", True),
+        Field("multi_adds_d0", "integer", "Multi-Adds at the scale D0, 512x512, 90 classes.", True),
+        Field("parameters_d0", "integer", "Parameters at the scale D0, 90 classes.", True),
+        Field("multi_adds", "integer", "Multi-Adds of the model that was trained.", True),
+        Field("parameters", "integer", "Parameters of the model that was trained.", True),
+        Field("AP", "number", "On the held-out images, percent; empty where the trial failed."),
+        Field("reward", "number", "What the method learned from; empty where it failed."),
+        Field("entropy", "number", "Of a choice, nats, when sampled; empty without a policy."),
+        Field("attempts", "integer", "How often it was started.", True, minimum=0),
+        Field("seconds", "number", "Training and evaluation.", minimum=0),
+        Field("run", "string", "Hash of the full configuration.", True, pattern=RUN_PATTERN),
+        Field("setting", "string", "What was trained, on what, by which recipe.", True),
+        Field("note", "string", "Why it failed, or whose result a duplicate has."),
+        _COMMIT,
+        _DATE,
+    ),
+    ("method", "seed", "trial"),
+)
+
+SPACE = Schema(
+    "space",
+    (
+        Field("claim", "string", "Identifier of the statement.", True, pattern=r"[a-z0-9-]+"),
+        Field("section", "string", "Where the paper states it; empty where it does not."),
+        Field("statement", "string", "What is counted.", True),
+        Field("equation", "string", "Equation 2 as used.", True, enum=("exact", "approximate")),
+        Field("stated", "string", "What the paper says; empty where nothing."),
+        Field("computed", "number", "Counted on the samples.", True),
+        _UNIT,
+        Field("verdict", "string", "Empty where nothing is stated.", enum=("holds", "mismatch")),
+        Field("samples", "integer", "Distributions drawn uniformly.", True, minimum=1),
+        _COMMIT,
+        _DATE,
+    ),
+    ("claim", "equation"),
+)
+
 MEASUREMENT_COLUMNS = MEASUREMENT.columns
 RUN_COLUMNS = RUN.columns
 
@@ -335,6 +391,8 @@ def schema_of_file(name: str) -> Schema | None:
         "choices.csv": CHOICE,
         "parity.csv": PARITY,
         "evaluations.csv": EVALUATION,
+        "search_trials.csv": SEARCH_TRIAL,
+        "space.csv": SPACE,
     }
     if re.fullmatch(ITEM_PATTERN + r"\.csv", name):
         return MEASUREMENT

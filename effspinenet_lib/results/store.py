@@ -18,11 +18,18 @@ from effspinenet_lib.files import locked
 from effspinenet_lib.results.csvfile import Row, key_of, read_rows, to_frame, to_row, write_rows
 from effspinenet_lib.results.keys import current_commit, today
 from effspinenet_lib.results.package import FOLDER_SOURCES, write_datapackage
-from effspinenet_lib.results.schemas import ITEM_PATTERN, MEASUREMENT, RUN, Schema
+from effspinenet_lib.results.schemas import (
+    ITEM_PATTERN,
+    MEASUREMENT,
+    RUN,
+    SEARCH_TRIAL,
+    Schema,
+)
 
 # Profile -> folder, which is also the source that its measured rows carry.
 FOLDERS = {"smoke": "smoke", "proxy": "proxy", "paper": "paper_scale"}
 RUNS_FILE = "runs.csv"
+TRIALS_FILE = "search_trials.csv"
 RUNS_FOLDER = "runs"  # one folder a run: what is not committed
 CURVE_FILE = "curve.csv"  # in a run's folder
 
@@ -111,6 +118,39 @@ class ResultsStore:
         what = f"run {record.get('run', '?')}"
         row = to_row({"profile": self.profile, **stamped}, RUN, what)
         self._upsert(self.folder / RUNS_FILE, RUN, [row])
+
+    def trials(self) -> pd.DataFrame:
+        """Read the trials of the searches, one row each.
+
+        Raises:
+            DataError: the file has a broken row; names the file and the line.
+        """
+        return to_frame(self._rows(self.folder / TRIALS_FILE, SEARCH_TRIAL), SEARCH_TRIAL)
+
+    def add_trials(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add trials, each replacing the one of the same method, seed and number.
+
+        Raises:
+            DataError: a record breaks the schema, or the file on disk is broken; nothing is
+                changed.
+            UserError: the file cannot be written; nothing is changed.
+        """
+        rows = [to_row(one, SEARCH_TRIAL, f"trial {one['trial']}") for one in _stamped(records)]
+        self._upsert(self.folder / TRIALS_FILE, SEARCH_TRIAL, rows)
+
+    def drop_trials(self, method: str, seed: int) -> None:
+        """Drop what one search recorded.
+
+        Raises:
+            DataError: the file on disk is broken; nothing is changed.
+            UserError: the file cannot be written; nothing is changed.
+        """
+        path = self.folder / TRIALS_FILE
+        with locked(path):
+            old = self._rows(path, SEARCH_TRIAL)
+            kept = [row for row in old if (row["method"], row["seed"]) != (method, str(seed))]
+            if len(kept) < len(old):
+                write_rows(path, SEARCH_TRIAL, kept)
 
     def drop_runs(self, item: str, runs: Collection[str]) -> None:
         """Drop the measurements of an item that these runs made; the runs stay in runs.csv.

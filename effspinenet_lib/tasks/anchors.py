@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
+from effspinenet_lib.data.padding import pad_target
 from effspinenet_lib.specs import OUTPUT_LEVELS
+from effspinenet_lib.tasks.base import Target, crowds
 
 NEGATIVE = -1
 IGNORED = -2
@@ -84,9 +85,12 @@ def match_anchors(
 ) -> Tensor:
     """Match each anchor to an object.
 
+    An object's best anchor is its own whatever their overlap; the last of several objects with
+    the same best anchor gets it. The shapes of all that is computed depend on A and M alone.
+
     Args:
         anchors: [A, 4].
-        boxes: [M, 4] of one image.
+        boxes: [M, 4] of one image; a box without extent is never matched.
         iscrowd: bool [M]; crowd regions are never matched.
         settings: thresholds.
 
@@ -94,28 +98,80 @@ def match_anchors(
         int64 [A]: the object's index, `NEGATIVE`, or `IGNORED`.
     """
     matches = torch.full((len(anchors),), NEGATIVE, device=anchors.device)
-    crowds, objects = boxes[iscrowd], boxes[~iscrowd]
-    if len(crowds):
-        inside = _share_inside(anchors, crowds).amax(1) >= settings.crowd_overlap
-        matches[inside] = IGNORED
-    if len(objects):
-        numbers = torch.arange(len(boxes), device=anchors.device)[~iscrowd]
-        iou = box_iou(anchors, objects)
-        best, which = iou.max(1)
-        positive = best >= settings.match_iou
-        matches[positive] = numbers[which[positive]]
-        best_anchors = iou.argmax(0)
-        overlapping = iou.amax(0) > 0
-        matches[best_anchors[overlapping]] = numbers[overlapping]
-    return matches
+    if not len(boxes):
+        return matches
+    shared, areas = _intersections(anchors, boxes), _areas(anchors)
+    covered = (shared * iscrowd[:, None]).amax(0) / areas
+    matches = matches.masked_fill(covered >= settings.crowd_overlap, IGNORED)
+    # next to a crowd's endless area every overlap is 0
+    areas_of_objects = _areas(boxes).masked_fill(iscrowd, torch.inf)
+    iou = shared / (areas + areas_of_objects[:, None] - shared)
+    best, which = iou.max(0)
+    matches = which.where(best >= settings.match_iou, matches)
+    overlap, best_anchors = iou.max(1)
+    # those of objects that overlap no anchor go to a place behind the last anchor
+    places = best_anchors.where(overlap > 0, len(anchors))
+    owners = torch.full((len(anchors) + 1,), NEGATIVE, device=anchors.device)
+    numbers = torch.arange(len(boxes), device=anchors.device)
+    owners = owners.scatter_reduce(0, places, numbers, "amax")[:-1]
+    return owners.where(owners >= 0, matches)
 
 
-def _share_inside(anchors: Tensor, regions: Tensor) -> Tensor:
-    """Share [A, R] of each anchor's area that lies in each region."""
-    corner = torch.maximum(anchors[:, None, :2], regions[:, :2])
-    opposite = torch.minimum(anchors[:, None, 2:], regions[:, 2:])
-    overlap = (opposite - corner).clamp(min=0).prod(-1)
-    return overlap / (anchors[:, 2:] - anchors[:, :2]).prod(-1)[:, None]
+def _areas(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _intersections(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Area [M, A] that each of M boxes shares with each of A anchors."""
+    # one coordinate at a time: rows of A numbers are read in order
+    left, top, right, bottom = anchors.T.contiguous()
+    x1, y1, x2, y2 = boxes.T[:, :, None]
+    width = (torch.minimum(right, x2) - torch.maximum(left, x1)).clamp(min=0)
+    return width * (torch.minimum(bottom, y2) - torch.maximum(top, y1)).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the anchors of a batch are to find.
+
+    Attributes:
+        positive: bool [N, A]: the anchor belongs to an object.
+        ignored: bool [N, A]: it is neither positive nor negative.
+        labels: int64 [N, A]: the object's label; `NEGATIVE` where there is none.
+        boxes: [N, A, 4]: the object's box; the anchor itself where there is none.
+    """
+
+    positive: Tensor
+    ignored: Tensor
+    labels: Tensor
+    boxes: Tensor
+
+
+def assign_anchors(
+    anchors: Tensor, targets: Sequence[Target], settings: AnchorSettings
+) -> Assignment:
+    """Assign the anchors [A, 4] to the objects of each image.
+
+    Args:
+        anchors: [A, 4].
+        targets: one dict an image, as `tasks.base` describes it for detection; rows that
+            `data.padding` added make no difference.
+        settings: thresholds.
+    """
+    # a row can be read of every target then
+    filled = [target if len(target["labels"]) else pad_target(target, 1) for target in targets]
+    matches = [match_anchors(anchors, t["boxes"], crowds(t), settings) for t in filled]
+    rows = [match.clamp(min=0) for match in matches]
+    matched = torch.stack(matches)
+    positive = matched >= 0
+    labels = torch.stack([t["labels"][row] for t, row in zip(filled, rows, strict=True)])
+    boxes = torch.stack([t["boxes"][row] for t, row in zip(filled, rows, strict=True)])
+    return Assignment(
+        positive=positive,
+        ignored=matched == IGNORED,
+        labels=labels.where(positive, NEGATIVE),
+        boxes=boxes.where(positive[..., None], anchors),
+    )
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:

@@ -52,6 +52,27 @@ class TaskModel(nn.Module, ABC):
             Tensors, in a tuple where there are more than one.
         """
 
+    def loss_count(self, images: Tensor, targets: list[Target]) -> Tensor:
+        """What the losses are means over; here, the images.
+
+        A batch's count is the sum of those of its parts, and `loss_divisor` of it is what its
+        losses are divided by. So the losses of parts, computed one after the other or by several
+        processes, can be weighted to add up to those of the batch.
+
+        Args:
+            images: as for training, [N, 3, H, W].
+            targets: as for training.
+
+        Returns:
+            A scalar on the device of the images.
+        """
+        del targets
+        return torch.full((), float(len(images)), device=images.device)
+
+    def loss_divisor(self, count: Tensor) -> Tensor:
+        """What the losses of a batch of this `loss_count` are divided by."""
+        return count
+
 
 def check_finite(*outputs: Tensor) -> None:
     """Refuse the outputs of broken weights.

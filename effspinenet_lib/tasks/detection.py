@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms, clip_boxes_to_image, nms, sigmoid_focal_loss
+from torchvision.ops import batched_nms, clip_boxes_to_image, nms
 
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.layers import (
@@ -22,14 +22,16 @@ from effspinenet_lib.layers import (
 )
 from effspinenet_lib.specs import OUTPUT_LEVELS, level_side
 from effspinenet_lib.tasks.anchors import (
-    IGNORED,
+    NEGATIVE,
     AnchorSettings,
+    assign_anchors,
     decode_boxes,
     encode_boxes,
     make_anchors,
     match_anchors,
 )
 from effspinenet_lib.tasks.base import TaskModel, check_finite, crowds
+from effspinenet_lib.tasks.focal import focal_loss_sum
 
 BOX_CODE = 4
 # RetinaNet: a location starts with this probability of holding an object, and the last layer's
@@ -218,6 +220,23 @@ class RetinaNet(TaskModel):
             self._anchors[sides] = make_anchors(sides, self.anchor_settings, device)
         return self._anchors[sides]
 
+    def loss_count(self, images: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+        """Positive anchors of the batch."""
+        size = (images.shape[-2], images.shape[-1])
+        sides = tuple(
+            (level_side(size[0], level), level_side(size[1], level))
+            for level in self.backbone.feature_dims
+        )
+        anchors = self.anchors(sides, images.device)
+        matches = [
+            match_anchors(anchors, t["boxes"], crowds(t), self.anchor_settings) for t in targets
+        ]
+        return (torch.stack(matches) >= 0).sum()
+
+    def loss_divisor(self, count: Tensor) -> Tensor:
+        """The positives plus one, as in the released code."""
+        return count + 1
+
     def losses(
         self,
         logits: Tensor,
@@ -227,33 +246,28 @@ class RetinaNet(TaskModel):
     ) -> dict[str, Tensor]:
         """Focal and Huber loss over the batch, divided by its positives plus one.
 
-        The normalisation is the released code's.
+        The normalisation is the released code's. No shape depends on values.
         """
         settings = self.settings
-        matches = torch.stack(
-            [match_anchors(anchors, t["boxes"], crowds(t), self.anchor_settings) for t in targets]
+        assigned = assign_anchors(anchors, targets, self.anchor_settings)
+        positive = assigned.positive
+        focal = focal_loss_sum(
+            logits,
+            (assigned.labels + self.first_class).where(positive, NEGATIVE),
+            ~assigned.ignored,
+            settings.focal_alpha,
+            settings.focal_gamma,
         )
-        image, anchor = torch.nonzero(matches >= 0, as_tuple=True)
-        counts = torch.tensor([0] + [len(t["boxes"]) for t in targets], device=matches.device)
-        row = matches[image, anchor] + counts.cumsum(0)[image]
-        labels = torch.cat([t["labels"] for t in targets])[row]
-        boxes = torch.cat([t["boxes"] for t in targets])[row]
-
-        kept = matches != IGNORED
-        expected = torch.zeros_like(logits, dtype=torch.float32)
-        expected[image, anchor, self.first_class + labels] = 1.0
-        focal = sigmoid_focal_loss(
-            logits[kept].float(), expected[kept], settings.focal_alpha, settings.focal_gamma
-        )
+        wanted = encode_boxes(assigned.boxes, anchors)
         huber = F.huber_loss(
-            codes[image, anchor].float(),
-            encode_boxes(boxes, anchors[anchor]),
+            codes.float().where(positive[..., None], wanted),
+            wanted,
             reduction="sum",
             delta=settings.huber_delta,
         )
-        normaliser = len(image) + 1
+        normaliser = positive.sum() + 1
         return {
-            "classification": focal.sum() / normaliser,
+            "classification": focal / normaliser,
             "box": settings.box_loss_weight * huber / BOX_CODE / normaliser,
         }
 

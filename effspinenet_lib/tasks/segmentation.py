@@ -33,6 +33,15 @@ class Segmenter(LogitsModel):
         )
         return summed / (labels != SEMANTIC_IGNORE).sum().clamp(min=1)
 
+    def loss_count(self, images: Tensor, targets: list[Target]) -> Tensor:
+        """Pixels that count."""
+        del images
+        return torch.stack([(t["semantic"] != SEMANTIC_IGNORE).sum() for t in targets]).sum()
+
+    def loss_divisor(self, count: Tensor) -> Tensor:
+        """The pixels, or one."""
+        return count.clamp(min=1)
+
     def predictions(self, logits: Tensor, size: tuple[int, int]) -> list[dict[str, Tensor]]:
         """`logits` [C, H, W] of each image."""
         return [{"logits": image} for image in upsample(logits, size)]

@@ -16,8 +16,8 @@ from effspinenet_lib.errors import UserError
 from effspinenet_lib.layers import PyramidBackbone, SeparableConv, initialise, make_norm
 from effspinenet_lib.specs import OUTPUT_LEVELS, level_side
 from effspinenet_lib.tasks.anchors import (
-    NEGATIVE,
     AnchorSettings,
+    assign_anchors,
     decode_boxes,
     encode_boxes,
     match_anchors,
@@ -153,6 +153,20 @@ class SSDLite(TaskModel):
         with torch.device("cpu"):
             return self.priors(ImageList(images, [size]), grids)[0]
 
+    def loss_count(self, images: Tensor, targets: list[Target]) -> Tensor:
+        """Positive prior boxes of the batch."""
+        sides = [
+            (level_side(images.shape[-2], level), level_side(images.shape[-1], level))
+            for level in self.backbone.feature_dims
+        ]
+        anchors = self.anchors(images, sides)
+        matches = [match_anchors(anchors, t["boxes"], crowds(t), self.matching) for t in targets]
+        return (torch.stack(matches) >= 0).sum()
+
+    def loss_divisor(self, count: Tensor) -> Tensor:
+        """The positives, or one."""
+        return count.clamp(min=1)
+
     def losses(
         self, logits: Tensor, codes: Tensor, anchors: Tensor, targets: list[Target]
     ) -> dict[str, Tensor]:
@@ -161,30 +175,23 @@ class SSDLite(TaskModel):
         Both are sums over the batch divided by its positives. Priors in crowd regions are
         neither positive nor negative.
         """
-        matches = torch.stack(
-            [match_anchors(anchors, t["boxes"], crowds(t), self.matching) for t in targets]
-        )
-        image, anchor = torch.nonzero(matches >= 0, as_tuple=True)
-        counts = torch.tensor([0] + [len(t["boxes"]) for t in targets], device=matches.device)
-        row = matches[image, anchor] + counts.cumsum(0)[image]
-        expected = torch.full_like(matches, BACKGROUND)
-        expected[image, anchor] = torch.cat([t["labels"] for t in targets])[row] + 1
-        boxes = torch.cat([t["boxes"] for t in targets])[row]
+        assigned = assign_anchors(anchors, targets, self.matching)
+        positive = assigned.positive
+        negative = ~(positive | assigned.ignored)
+        expected = (assigned.labels + 1).where(positive, BACKGROUND)
 
         entropy = F.cross_entropy(logits.float().mT, expected, reduction="none")
-        positives = (matches >= 0).sum(1, keepdim=True)
-        hardness = entropy.detach().where(matches == NEGATIVE, -torch.inf)
+        hardness = entropy.detach().where(negative, -torch.inf)
         rank = hardness.argsort(1, descending=True).argsort(1)
-        hardest = (rank < self.settings.negatives * positives) & (matches == NEGATIVE)
+        hardest = (rank < self.settings.negatives * positive.sum(1, keepdim=True)) & negative
         scale = codes.new_tensor(self.settings.box_scale, dtype=torch.float32)
+        wanted = encode_boxes(assigned.boxes, anchors) * scale
         distance = F.smooth_l1_loss(
-            codes[image, anchor].float(),
-            encode_boxes(boxes, anchors[anchor]) * scale,
-            reduction="sum",
+            codes.float().where(positive[..., None], wanted), wanted, reduction="sum"
         )
-        normaliser = max(1, len(image))
+        normaliser = positive.sum().clamp(min=1)
         return {
-            "classification": entropy[(matches >= 0) | hardest].sum() / normaliser,
+            "classification": entropy.where(positive | hardest, 0).sum() / normaliser,
             "box": distance / normaliser,
         }
 

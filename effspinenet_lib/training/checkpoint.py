@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT = 2  # our choice: the newest, and the one before in case the newest cannot be read
+BACKBONE = "backbone."  # how the names of its tensors begin, in the models of every task
 NEEDED_METADATA = {"model", "task", "num_classes", "options", "categories", "image_size"}
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
 # what reading a damaged file raises: torch.load and zip records, then missing or odd contents
@@ -49,7 +50,8 @@ DAMAGED = (
 class Checkpoint:
     """The state of a run after `step` steps.
 
-    The random generators have no state to keep: the loop seeds them at every step from the
+    The step stands for what has no other state: the place in the learning-rate schedule and in
+    the data are functions of it, and the loop seeds all random generators at every step from the
     run's seed and the step.
 
     Attributes:
@@ -60,6 +62,7 @@ class Checkpoint:
         optimizer_state: the optimizer's state dict.
         curve_state: the part of the training curve not yet written (`logs.Curve.state`).
         wall_seconds: time spent up to here, over all interruptions.
+        ema_state: the averaged weights (`ema.Ema.state_dict`), where the recipe has them.
     """
 
     run: str
@@ -69,10 +72,11 @@ class Checkpoint:
     optimizer_state: dict[str, Any]
     curve_state: dict[str, Any]
     wall_seconds: float
+    ema_state: dict[str, torch.Tensor] | None = None
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint-<step>.pt` in `folder` and drop all but the newest `KEPT`.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, kept: int = KEPT) -> Path:
+    """Write `checkpoint-<step>.pt` in `folder` and drop all but the newest `kept`.
 
     Raises:
         UserError: it cannot be written; the checkpoints before it are kept.
@@ -81,7 +85,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     path = folder / f"checkpoint-{checkpoint.step}.pt"
     with atomic_write(path, "wb") as handle:
         torch.save({"format": FORMAT, **contents}, handle)
-    for old in list_checkpoints(folder)[KEPT:]:
+    for old in list_checkpoints(folder)[kept:]:
         old.unlink(missing_ok=True)
     return path
 
@@ -215,3 +219,25 @@ def load_into(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str) 
         if name not in expected:
             raise CheckpointError(f"{origin}: has {name}, which the model has not")
     model.load_state_dict(dict(state))
+
+
+def load_backbone(model: nn.Module, path: str | Path) -> None:
+    """Start a model from the weights of another, which may be of another task.
+
+    Taken is every tensor whose name and shape both have: all of the backbone, and of the rest
+    what fits.
+
+    Raises:
+        CheckpointError: the file cannot be read, or the backbones differ; names the first tensor.
+    """
+    state, metadata = load_weights(path)
+    expected = model.state_dict()
+    fitting = {n: t for n, t in state.items() if n in expected and t.shape == expected[n].shape}
+    for name in expected:
+        if name.startswith(BACKBONE) and name not in fitting:
+            raise CheckpointError(
+                f"{path} (model {metadata['model']}): its {name} is missing or of another shape; "
+                "start from weights of the same backbone"
+            )
+    model.load_state_dict({**expected, **fitting})
+    logger.info("%s: %d of the model's %d tensors taken", path, len(fitting), len(expected))

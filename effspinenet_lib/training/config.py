@@ -8,9 +8,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from effspinenet_lib.data import DataConfig, Dataset
+from effspinenet_lib.errors import CheckpointError
 from effspinenet_lib.recipes import Recipe, recipe_from_dict
 from effspinenet_lib.results import run_key
-from effspinenet_lib.zoo import known_options
+from effspinenet_lib.zoo import known_options, resolve_model
+
+_BLOCK_BYTES = 1 << 20  # read at once
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,16 @@ class RunConfig:
     """Everything that a run's result depends on.
 
     Attributes:
-        model: one of `list_models()`.
+        model: one of `list_models()`, or the path of a distribution, in whose place its model and
+            betas are taken.
         task: of the model.
         image_size: side of the square input in pixels.
         data: what to train and evaluate on.
         recipe: how to train.
         seed: of the weights, the order, the augmentation and stochastic depth.
-        model_options: passed to `create_model`; they win over the recipe's stochastic depth.
+        model_options: passed to `create_model`; they win over the recipe's stochastic depth and
+            dropout.
+        initial_weights: weights file of another run to start from; None: fresh weights.
     """
 
     model: str
@@ -34,26 +40,48 @@ class RunConfig:
     recipe: Recipe
     seed: int = 0
     model_options: Mapping[str, Any] = field(default_factory=dict)
+    initial_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        """Put a distribution's model and betas in the place of its path.
+
+        Raises:
+            DataError: the path holds no distribution.
+        """
+        model, options = resolve_model(self.model, self.model_options)
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "model_options", options)
 
     @property
     def options(self) -> dict[str, Any]:
         """The options the model is created with."""
         known = known_options(self.model)
-        drop = {"stochastic_depth": self.recipe.stochastic_depth}
-        return {**(drop if "stochastic_depth" in known else {}), **self.model_options}
+        rates = {
+            "stochastic_depth": self.recipe.stochastic_depth,
+            "dropout": self.recipe.dropout,
+        }
+        given = {name: r for name, r in rates.items() if name in known and r is not None}
+        return {**given, **self.model_options}
 
     @property
     def key(self) -> str:
         """12 hexadecimal digits that name the configuration and its folder.
 
-        Where a data folder lies is no part of it: moved data is the same data.
+        Where a data folder or the initial weights lie is no part of it: moved data is the same
+        data, and weights count by what is in them.
+
+        Raises:
+            CheckpointError: the initial weights are missing.
         """
         values = self.to_dict()
         values["data"].pop("root", None)
+        if self.initial_weights is not None:
+            values["initial_weights"] = file_digest(self.initial_weights)
         return run_key(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON types."""
+        """The configuration as JSON types; without initial weights it does not name them."""
+        start = {} if self.initial_weights is None else {"initial_weights": self.initial_weights}
         return {
             "model": self.model,
             "task": self.task,
@@ -62,6 +90,7 @@ class RunConfig:
             "recipe": self.recipe.to_dict(),
             "seed": self.seed,
             "model_options": self.options,
+            **start,
         }
 
     @classmethod
@@ -74,6 +103,25 @@ class RunConfig:
                 "recipe": recipe_from_dict(values["recipe"]),
             }
         )
+
+
+def file_digest(path: str) -> str:
+    """The SHA-256 of a weights file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as handle:
+            digest = hashlib.sha256()
+            while block := handle.read(_BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: the initial weights cannot be read ({error.strerror}); train the run that "
+            "makes them, or give another file"
+        ) from error
+    return digest.hexdigest()
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:

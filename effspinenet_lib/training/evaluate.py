@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,6 +90,15 @@ class _Evaluator(ABC):
     def metrics(self) -> dict[str, float]:
         """The metrics of all that was added, in percent."""
 
+    def part(self) -> tuple[list[dict[str, Any]], Any]:
+        """What was added here: the predictions, and the counts of a task that has them."""
+        return self.predictions, None
+
+    def merge(self, predictions: list[dict[str, Any]], counts: Any) -> None:
+        """Add what another process has added, as its `part` gave it."""
+        del counts
+        self.predictions += predictions
+
     def category_id(self, label: int) -> int | None:
         """The category of a label; None for one that does not count.
 
@@ -161,6 +172,13 @@ class _Classes(_Evaluator):
     def metrics(self) -> dict[str, float]:
         return self.accuracy.metrics()
 
+    def part(self) -> tuple[list[dict[str, Any]], Any]:
+        return self.predictions, self.accuracy
+
+    def merge(self, predictions: list[dict[str, Any]], counts: Any) -> None:
+        self.predictions += predictions
+        self.accuracy.merge(counts)
+
 
 class _Pixels(_Evaluator):
     def __init__(self, dataset: Dataset, settings: Settings) -> None:
@@ -179,6 +197,13 @@ class _Pixels(_Evaluator):
 
     def metrics(self) -> dict[str, float]:
         return self.confusion.metrics()
+
+    def part(self) -> tuple[list[dict[str, Any]], Any]:
+        return [], self.confusion
+
+    def merge(self, predictions: list[dict[str, Any]], counts: Any) -> None:
+        del predictions
+        self.confusion.merge(counts)
 
 
 _EVALUATORS: dict[str, type[_Evaluator]] = {
@@ -199,6 +224,7 @@ def evaluate(
     progress: bool = True,
     log: PredictionLog | None = None,
     settings: Settings = OWN,
+    accelerator: Accelerator | None = None,
 ) -> Evaluation:
     """Predict every image of a data set and compute the task's metrics.
 
@@ -217,6 +243,10 @@ def evaluate(
         log: keeps the predictions of each image as they come, and holds those of an interrupted
             evaluation, which are not made again; detection and instances only.
         settings: for weights from elsewhere.
+        accelerator: of processes that share the images, each a run of neighbours, and that all
+            call this with the same weights. Only the main one gets what was found, as a single
+            process would have it; the others get an evaluation of nothing. A log is for one
+            process.
 
     Raises:
         UserError: the model has classes that the data set lacks.
@@ -228,8 +258,13 @@ def evaluate(
     if log is not None:
         evaluator.predictions += log.records
         index = log.images
+    left, rank, processes = len(dataset) - index, 0, 1
+    if accelerator is not None:
+        rank, processes = accelerator.process_index, accelerator.num_processes
+    end = index + left * (rank + 1) // processes
+    index += left * rank // processes
     batches = evaluation_loader(
-        dataset, image_size, batch_size, workers, index, settings.preprocessing
+        dataset, image_size, batch_size, workers, index, settings.preprocessing, end
     )
     parameter = next(model.parameters(), None)
     with (
@@ -237,10 +272,10 @@ def evaluate(
         torch.inference_mode(),
         tqdm(
             desc="evaluate",
-            total=len(dataset),
+            total=end,
             initial=index,
             unit="image",
-            disable=None if progress else True,
+            disable=None if progress and rank == 0 else True,
         ) as bar,
     ):
         for batch in batches:
@@ -252,7 +287,27 @@ def evaluate(
                     log.add(evaluator.predictions[known:])
                 index += 1
             bar.update(len(images))
+    if accelerator is not None and processes > 1:
+        _, *others = _gather(evaluator.part(), accelerator)
+        if rank > 0:
+            return Evaluation({}, [])
+        for part in others:
+            evaluator.merge(*part)
     return Evaluation(evaluator.metrics(), evaluator.predictions)
+
+
+def _gather(value: Any, accelerator: Accelerator) -> list[Any]:
+    """The values of all processes, by rank.
+
+    They travel as tensors, which every device can send; accelerate's own function for objects
+    refuses TPUs.
+    """
+    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    data = data.to(accelerator.device)
+    lengths = accelerator.gather(torch.tensor([len(data)], device=accelerator.device)).tolist()
+    gathered = accelerator.gather(accelerator.pad_across_processes(data)).cpu().numpy()
+    rows = gathered.reshape(len(lengths), max(lengths))
+    return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
 @contextmanager

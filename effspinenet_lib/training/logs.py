@@ -14,6 +14,7 @@ from effspinenet_lib.errors import UserError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.results import CURVE_FILE
 from effspinenet_lib.training.loop import Step
+from effspinenet_lib.training.stopping import refuse_divergence
 
 ROW_STEPS = 10  # our choice: steps averaged in a row of the curve
 EVENTS = "tb"
@@ -26,6 +27,9 @@ class Curve:
     Columns: step, learning_rate, loss, one a loss of the model (classification, box),
     images_per_second. Losses are means over the row's steps. All but the speed are the same
     for an interrupted run as for one that was not.
+
+    Attributes:
+        step: the last one that was counted in.
     """
 
     def __init__(
@@ -38,9 +42,11 @@ class Curve:
         self._total = total
         self._sums: dict[str, float] = dict(state.get("sums", {}))
         self._steps: int = state.get("steps", 0)
+        self.step = start
         self._images = 0
         self._since = time.monotonic()
         self._has_header = cut_curve(self._path, start)
+        self._losses = _losses_of(self._path)
         self._events = SummaryWriter(folder / EVENTS, purge_step=start + 1)
         # disable=None: silent where stderr is not a terminal
         self._bar = tqdm(
@@ -66,7 +72,12 @@ class Curve:
         return {"sums": dict(self._sums), "steps": self._steps}
 
     def add(self, step: Step) -> None:
-        """Count one step in; writes a row when one is full."""
+        """Count one step in; writes a row when one is full.
+
+        Raises:
+            UserError: the row cannot be written.
+            TrainingError: the rows show that the run has diverged.
+        """
         for name, value in step.losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._steps += 1
@@ -74,6 +85,9 @@ class Curve:
         self._bar.update()
         if step.step % ROW_STEPS == 0 or step.step == self._total:
             self._write_row(step)
+        self.step = step.step
+        if not self._steps:
+            refuse_divergence(self._losses, step.step)
 
     def _write_row(self, step: Step) -> None:
         means = {name: total / self._steps for name, total in self._sums.items()}
@@ -86,6 +100,7 @@ class Curve:
             SPEED: round(self._images / max(now - self._since, 1e-9), 2),
         }
         self._append(row)
+        self._losses.append(row["loss"])
         for name, value in row.items():
             if name != "step":
                 self._events.add_scalar(f"train/{name}", value, step.step)
@@ -124,3 +139,11 @@ def cut_curve(path: Path, step: int) -> bool:
     with atomic_write(path) as out:
         csv.writer(out, lineterminator="\n").writerows([header, *kept])
     return True
+
+
+def _losses_of(path: Path) -> list[float]:
+    """The losses of a curve's rows."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as handle:
+        return [float(row["loss"]) for row in csv.DictReader(handle)]

@@ -4,16 +4,25 @@ What happens between steps (the curve, checkpoints, the progress bar) is the cal
 is a pure function of the weights, the optimizer's state, the recipe, the seed and the step
 number: all random generators are seeded anew at each step, and the loader's batch at step t
 depends on nothing else. So a run that goes on from a checkpoint ends with the weights of one
-that was not interrupted, whatever the number of processes.
+that was not interrupted.
+
+A process may compute its share of a batch in parts (gradient accumulation), and processes share
+batches. Either way the losses and gradients are those of the whole batch: each part's losses are
+weighted by its share of what they are means over, such as the positive anchors. What differs is
+what sees a part rather than the batch: norms use its statistics (their momentum is changed so that
+a step counts as before; between processes they are synchronised on devices, but torch has no such
+norm for processors); dropout, stochastic depth and the samples of Mask R-CNN draw other numbers,
+and Mask R-CNN's losses are weighted by images, for what they are means over is sampled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +31,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_bf16_available, set_seed
 from timm.layers.norm_act import convert_sync_batchnorm
-from torch import nn
+from torch import Tensor, nn
 
 from effspinenet_lib.data import Batch
-from effspinenet_lib.errors import TrainingError
+from effspinenet_lib.errors import Preempted, TrainingError, UserError
 from effspinenet_lib.recipes import Recipe
+from effspinenet_lib.tasks.base import Target, TaskModel
+from effspinenet_lib.training.ema import Ema
 from effspinenet_lib.training.optim import learning_rate_at, set_learning_rate
+from effspinenet_lib.training.stopping import StopRequest
 
 NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # as torch.cpu names the instructions
+
+_Part = tuple[Tensor, list[Target]]  # images and targets that are computed at once
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,7 @@ class Step:
     Attributes:
         step: steps done, this one included.
         learning_rate: the rate of this step.
-        losses: the model's losses, the mean over processes.
+        losses: the model's losses, of the whole batch.
         images: images in the step, over all processes.
     """
 
@@ -86,14 +100,17 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> str:
     return "bfloat16" if native_bfloat16(device) else "float32"
 
 
-def prepare_model(model: nn.Module, recipe: Recipe, accelerator: Accelerator) -> nn.Module:
+def prepare_model(
+    model: nn.Module, recipe: Recipe, accelerator: Accelerator, parts: int = 1
+) -> nn.Module:
     """Give a model the recipe's norms, the accelerator's device and the memory layout.
 
-    Norms are synchronised over processes, as the paper's are.
+    Norms are synchronised over processes, as the paper's are. With `parts` of a batch one after
+    the other, their running statistics move as far in a step as with the whole batch.
     """
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1 - recipe.norm_momentum
+            layer.momentum = 1 - recipe.norm_momentum ** (1 / parts)
     if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
         # torch has no synchronised norm for processors
         # torch's own converter drops the activations inside timm's norms
@@ -119,40 +136,165 @@ def train_steps(
     accelerator: Accelerator,
     seed: int,
     start_step: int = 0,
+    micro_batch: int | None = None,
+    ema: Ema | None = None,
+    stop: StopRequest | None = None,
 ) -> Iterator[Step]:
     """Train on `batches`, the first of which is that of step `start_step`; yield every step.
 
     The model takes (images float32 [N, 3, S, S], targets: one dict an image) in training mode
-    and returns a dict of scalar losses; their sum is minimised.
+    and returns a dict of scalar losses; their sum is minimised. What is raised leaves the model
+    and the optimizer as after `stop.step` steps.
+
+    Args:
+        model: as `prepare_model` gave it; a `TaskModel` where batches have several parts.
+        optimizer: of its parameters.
+        batches: this process's share of every batch.
+        recipe: how to train.
+        accelerator: the device, and the other processes.
+        seed: of the run.
+        start_step: steps done before.
+        micro_batch: images that are computed at once; None: the whole share.
+        ema: takes in the weights after every step.
+        stop: looked at before every step, where the processes stop together; its `step` is kept.
 
     Raises:
-        TrainingError: a loss is not finite; names the step and the images. The parameters are
-            those of the step before.
+        TrainingError: a loss is not finite (names the step and the images), or the device has
+            too little memory.
+        Preempted: `stop` was asked for, or another process cannot go on.
+        UserError: the batches, or what follows the steps, have failed.
     """
-    device = accelerator.device
-    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    stop = stop or StopRequest()
     freeze_at = recipe.steps - recipe.norm_freeze_steps
+    buffers = _Buffers(model)
     model.train()
-    for step, given in enumerate(batches, start=start_step):
+    step, source = start_step, iter(batches)
+    stop.step = step
+    while True:
+        given = _next_batch(source, stop)
+        _stop_together(stop, accelerator, step)
+        if given is None:
+            return
         if step == max(start_step, freeze_at):
             freeze_norms(model)
-        batch = given.to(device)
+        parts = _split(given, micro_batch, recipe, accelerator.device)
         seed_everything(seed, step, accelerator.process_index)
         rate = learning_rate_at(recipe, step)
         set_learning_rate(optimizer, rate)
-        images = batch.images.contiguous(memory_format=layout)
-        with autocast(recipe, device):
-            losses = model(images, batch.targets)
-        stacked = torch.stack([loss.float() for loss in losses.values()])
-        values = accelerator.reduce(stacked.detach().clone(), reduction="mean").tolist()
-        named = dict(zip(losses, values, strict=True))
-        _refuse_non_finite(named, step, batch.image_ids)
-        accelerator.backward(stacked.sum())
+        buffers.keep()
+        try:
+            losses = _backward(model, parts, recipe, accelerator)
+            _refuse_non_finite(losses, step, given.image_ids, accelerator)
+        except Exception as error:
+            buffers.restore()
+            optimizer.zero_grad(set_to_none=True)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise _out_of_memory(len(parts[0][0]), accelerator.device) from error
+            raise
         if recipe.clip_gradient_norm is not None:
             accelerator.clip_grad_norm_(model.parameters(), recipe.clip_gradient_norm)
+        stop.step = None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield Step(step + 1, rate, named, len(images) * accelerator.num_processes)
+        step += 1
+        if ema is not None:
+            ema.update(accelerator.unwrap_model(model), step)
+        stop.step = step
+        yield Step(step, rate, losses, len(given.images) * accelerator.num_processes)
+
+
+class _Buffers:
+    """The running statistics of a model before a step, which a step that fails gets back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        buffers = list(model.buffers())
+        # by type, for which torch copies many tensors at once
+        self._groups = [[b for b in buffers if b.dtype == t] for t in {b.dtype for b in buffers}]
+        self._kept = [[buffer.clone() for buffer in group] for group in self._groups]
+
+    def keep(self) -> None:
+        for kept, group in zip(self._kept, self._groups, strict=True):
+            torch._foreach_copy_(kept, group)
+
+    def restore(self) -> None:
+        for kept, group in zip(self._kept, self._groups, strict=True):
+            torch._foreach_copy_(group, kept)
+
+
+def _next_batch(source: Iterator[Batch], stop: StopRequest) -> Batch | None:
+    """The next batch, or None: at the end, or after a failure, of which `stop` tells."""
+    try:
+        return next(source, None)
+    except UserError as error:
+        stop.failure = stop.failure or error
+        return None
+
+
+def _stop_together(stop: StopRequest, accelerator: Accelerator, step: int) -> None:
+    """Stop if any process has failed or was asked to: one that waits for another waits forever."""
+    said = torch.tensor([stop.failure is not None, stop.signal != ""], device=accelerator.device)
+    failed, asked = accelerator.reduce(said.float(), reduction="sum").tolist()
+    if stop.failure is not None:
+        raise stop.failure
+    if failed:
+        raise Preempted(f"stopped after step {step}, since another process cannot go on")
+    if asked:
+        raise Preempted(
+            f"stopped after step {step} by {stop.signal or 'a signal to another process'}; the "
+            "same command goes on from there"
+        )
+
+
+def _split(
+    batch: Batch, micro_batch: int | None, recipe: Recipe, device: torch.device
+) -> list[_Part]:
+    """The batch on `device` in parts of about one size, at most `micro_batch` images."""
+    moved = batch.to(device)
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    images = moved.images.contiguous(memory_format=layout)
+    count = math.ceil(len(images) / (micro_batch or len(images)))
+    ends = [len(images) * part // count for part in range(count + 1)]
+    return [(images[a:b], moved.targets[a:b]) for a, b in itertools.pairwise(ends)]
+
+
+def _backward(
+    model: nn.Module, parts: Sequence[_Part], recipe: Recipe, accelerator: Accelerator
+) -> dict[str, float]:
+    """Add up the gradients of the whole batch; its losses."""
+    summed: dict[str, Tensor] = {}
+    weights = _weights(accelerator.unwrap_model(model), parts, accelerator)
+    for part, (images, targets), weight in zip(range(len(parts)), parts, weights, strict=True):
+        last = part == len(parts) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with autocast(recipe, accelerator.device):
+                losses = model(images, targets)
+            weighted = {name: loss.float() * weight for name, loss in losses.items()}
+            # gradients are averaged over the processes, and here they are to be summed
+            total = torch.stack(list(weighted.values())).sum() * accelerator.num_processes
+            accelerator.backward(total)
+        for name, loss in weighted.items():
+            summed[name] = summed.get(name, 0.0) + loss.detach()
+    values = accelerator.reduce(torch.stack(list(summed.values())), reduction="sum").tolist()
+    return dict(zip(summed, values, strict=True))
+
+
+def _weights(
+    model: nn.Module, parts: Sequence[_Part], accelerator: Accelerator
+) -> Sequence[Tensor | float]:
+    """Factors with which the losses of all parts of all processes add up to the batch's."""
+    if len(parts) == 1 and accelerator.num_processes == 1:
+        return [1.0]
+    assert isinstance(model, TaskModel)
+    counts = torch.stack([model.loss_count(images, targets).float() for images, targets in parts])
+    whole = accelerator.reduce(counts.sum(), reduction="sum")
+    return list(model.loss_divisor(counts) / model.loss_divisor(whole))
+
+
+def _out_of_memory(images: int, device: torch.device) -> TrainingError:
+    return TrainingError(
+        f"{device} has too little memory for {images} images at once; compute fewer at once "
+        "(micro_batch), which leaves the batch as it is"
+    )
 
 
 def autocast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -162,12 +304,15 @@ def autocast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _refuse_non_finite(losses: dict[str, float], step: int, image_ids: Iterable[int]) -> None:
+def _refuse_non_finite(
+    losses: dict[str, float], step: int, image_ids: Sequence[int], accelerator: Accelerator
+) -> None:
     if all(math.isfinite(value) for value in losses.values()):
         return
     shown = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+    ids = accelerator.gather(torch.tensor(image_ids, device=accelerator.device)).tolist()
     raise TrainingError(
         f"the loss of step {step + 1} is not finite ({shown}); images "
-        f"{', '.join(map(str, image_ids))}; the last checkpoint is kept: look at these "
+        f"{', '.join(map(str, ids))}; the state before the step is kept: look at these "
         "images, or lower the learning rate"
     )

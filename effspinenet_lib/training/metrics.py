@@ -40,6 +40,12 @@ class Accuracy:
             self.hits[k] += int(hits[:, :k].sum())
         self.images += len(labels)
 
+    def merge(self, other: Accuracy) -> None:
+        """Count in the images that another one has counted."""
+        self.images += other.images
+        for k, hits in other.hits.items():
+            self.hits[k] += hits
+
     def metrics(self) -> dict[str, float]:
         """`top1` and `top5` in percent; NaN where no image was added."""
         return {
@@ -83,6 +89,10 @@ class ConfusionMatrix:
         _check_labels(columns, classes)
         counts = torch.bincount(rows * classes + columns, minlength=classes**2)
         self.counts += counts.reshape(classes, classes).cpu()
+
+    def merge(self, other: ConfusionMatrix) -> None:
+        """Count in the pixels that another one has counted."""
+        self.counts += other.counts
 
     def intersection_over_union(self) -> Tensor:
         """Pixels that are of a class and predicted so, over those that are either: float64 [C].

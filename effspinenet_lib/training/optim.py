@@ -1,23 +1,28 @@
-"""SGD over two parameter groups, and the learning rate of every step."""
+"""The optimizer over two parameter groups, and the learning rate of every step."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from timm.optim.rmsprop_tf import RMSpropTF
 from torch import nn
 
 from effspinenet_lib.recipes import Recipe
 
 
 def learning_rate_at(recipe: Recipe, step: int) -> float:
-    """The learning rate of 0-based step `step`: linear warmup, then step or cosine.
+    """The learning rate of 0-based step `step`: linear warmup, then the schedule.
 
-    The warmup ends at the rate that the schedule has there, so that the two meet.
+    The warmup ends at the rate that the schedule has there, so that the two meet; before an
+    exponential schedule it ends at `recipe.learning_rate`, as EfficientNet's code has it.
     """
     if step >= recipe.warmup_steps:
         return _scheduled_rate(recipe, step)
-    target = _scheduled_rate(recipe, recipe.warmup_steps)
+    if recipe.schedule == "exponential":
+        target = recipe.learning_rate
+    else:
+        target = _scheduled_rate(recipe, recipe.warmup_steps)
     share = step / recipe.warmup_steps
     return recipe.warmup_start + (target - recipe.warmup_start) * share
 
@@ -25,6 +30,10 @@ def learning_rate_at(recipe: Recipe, step: int) -> float:
 def _scheduled_rate(recipe: Recipe, step: int) -> float:
     if recipe.schedule == "cosine":
         return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+    if recipe.schedule == "exponential":
+        assert recipe.decay_rate is not None
+        assert recipe.decay_steps is not None
+        return recipe.learning_rate * recipe.decay_rate ** (step // recipe.decay_steps)
     passed = [f for before_end, f in recipe.lr_drops if step >= recipe.steps - before_end]
     return recipe.learning_rate * (passed[-1] if passed else 1.0)
 
@@ -44,12 +53,14 @@ def decayed_parameters(model: nn.Module, recipe: Recipe) -> tuple[list[str], lis
     return decayed, kept
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD with momentum; two parameter groups, with and without weight decay.
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer; two parameter groups, with and without weight decay.
 
-    The decay is coupled (L2): it is added to the gradient before the momentum, as in the
-    released config. PyTorch's momentum multiplies the rate in last, so that a drop of the rate
-    acts at once on the whole step.
+    The decay is coupled (L2): it is added to the gradient first, as in the released config.
+    SGD is PyTorch's: its momentum multiplies the rate in last, so that a drop of the rate acts
+    at once on the whole step. RMSProp is TensorFlow's, which EfficientNet was trained with: the
+    mean of squares starts at one, epsilon is inside the root, and the rate is multiplied in
+    before the momentum.
     """
     parameters = dict(model.named_parameters())
     decayed, kept = decayed_parameters(model, recipe)
@@ -57,11 +68,18 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         {"params": [parameters[name] for name in decayed], "weight_decay": recipe.weight_decay},
         {"params": [parameters[name] for name in kept], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=learning_rate_at(recipe, 0),
+    filled = [group for group in groups if group["params"]]
+    rate = learning_rate_at(recipe, 0)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(filled, lr=rate, momentum=recipe.momentum, foreach=True)
+    assert recipe.optimizer_decay is not None
+    assert recipe.optimizer_epsilon is not None
+    return RMSpropTF(
+        filled,
+        lr=rate,
+        alpha=recipe.optimizer_decay,
+        eps=recipe.optimizer_epsilon,
         momentum=recipe.momentum,
-        foreach=True,
     )
 
 

@@ -12,8 +12,7 @@ import os
 import platform
 import shutil
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,40 +22,19 @@ import torch
 import torchvision
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
-from torch import nn
 
 from effspinenet_lib import zoo
-from effspinenet_lib.data import (
-    Augmentation,
-    Dataset,
-    classes_of,
-    open_dataset,
-    require_same_categories,
-    training_loader,
-)
+from effspinenet_lib.data import Dataset, classes_of, open_dataset, require_same_categories
 from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.files import ensure_folder, read_json, write_json
 from effspinenet_lib.recipes import EVALUATION_BATCH
 from effspinenet_lib.results import current_commit, today
-from effspinenet_lib.training.checkpoint import (
-    Checkpoint,
-    load_into,
-    load_latest,
-    save_checkpoint,
-    save_weights,
-)
+from effspinenet_lib.training.checkpoint import KEPT, save_weights
 from effspinenet_lib.training.config import RunConfig, describe_data
 from effspinenet_lib.training.evaluate import evaluate, write_predictions
-from effspinenet_lib.training.logs import Curve
-from effspinenet_lib.training.loop import (
-    Step,
-    describe_hardware,
-    prepare_model,
-    resolve_precision,
-    seed_everything,
-    train_steps,
-)
-from effspinenet_lib.training.optim import build_optimizer
+from effspinenet_lib.training.loop import describe_hardware, resolve_precision
+from effspinenet_lib.training.stopping import stop_requests
+from effspinenet_lib.training.trainer import Job, Trained, train
 
 __all__ = ["LOG", "REQUEST", "RunConfig", "RunResult", "read_result", "train_run"]
 
@@ -93,27 +71,6 @@ class RunResult:
     record: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A run and the ways of running it that do not change its result."""
-
-    config: RunConfig
-    folder: Path
-    target: int
-    workers: int
-    progress: bool
-    checkpoint_seconds: float
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """A model, the steps it was trained for and the time they took over all interruptions."""
-
-    model: nn.Module
-    steps: int
-    seconds: float
-
-
 def train_run(
     config: RunConfig,
     runs_dir: str | os.PathLike[str],
@@ -122,33 +79,50 @@ def train_run(
     max_steps: int | None = None,
     progress: bool = True,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    checkpoints: int = KEPT,
+    micro_batch: int | None = None,
 ) -> RunResult:
     """Train and evaluate a configuration, or go on with it, or return what it gave before.
+
+    Under `torchrun`, `accelerate launch` or `launch.launch` every process calls this; they share
+    each batch and the evaluation, and the main one writes.
+
+    On SIGTERM, and on SIGINT (Ctrl-C) for the first time, the step under way is finished and its
+    state saved.
 
     Args:
         config: what to run.
         runs_dir: the run's folder is made in it.
         force: drop what the folder holds and run anew.
-        workers: processes that load images; 0: none beside this one.
+        workers: processes that load images, for each training process; 0: none beside it.
         max_steps: stop after that many steps of the unchanged schedule; a later call goes on.
         progress: show bars where stderr is a terminal.
         checkpoint_seconds: time between checkpoints.
+        checkpoints: how many are kept, the newest ones.
+        micro_batch: images that a process computes at once, where its share of the batch needs
+            more memory than it has; their gradients are added up. None: the share at once.
 
     Raises:
         UserError: a setting is wrong, the folder cannot be written, or another process runs it.
         DataError: the data cannot be used.
         CheckpointError: the folder holds a checkpoint of another run.
-        TrainingError: a loss is not finite.
+        TrainingError: a loss is not finite, the run has diverged, or memory is too small.
+        Preempted: a signal asked to stop.
     """
     steps = config.recipe.steps
     target = steps if max_steps is None else min(max_steps, steps)
     if target < 1:
         raise UserError(f"max_steps is {max_steps}; at least one step is needed")
+    for name, count in (("checkpoints", checkpoints), ("micro_batch", micro_batch)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} is {count}; it must be 1 or more")
     zoo.check_model(config.model, config.task, config.options)
     # the loop opens its own autocast: accelerate fixes one precision for the whole process
     accelerator = Accelerator(mixed_precision="no")
     folder = ensure_folder(Path(runs_dir) / config.key)
-    job = _Job(config, folder, target, workers, progress, checkpoint_seconds)
+    job = Job(
+        config, folder, target, workers, progress, checkpoint_seconds, checkpoints, micro_batch
+    )
     with _alone_in(folder, accelerator):
         if force and accelerator.is_main_process:
             _empty(folder)
@@ -205,14 +179,14 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _train_and_evaluate(job: _Job, accelerator: Accelerator) -> RunResult:
+def _train_and_evaluate(job: Job, accelerator: Accelerator) -> RunResult:
     data = _open_data(job.config)
     _check_same_data(job, data)
     if accelerator.is_main_process:
         write_json(job.folder / CONFIG, job.config.to_dict())
         write_json(job.folder / DATA, {part: describe_data(data[part]) for part in data})
-    trained = _train(job, accelerator, data["train"])
-    if accelerator.is_main_process:
+    with stop_requests() as stop:
+        trained = train(job, accelerator, data["train"], stop)
         _evaluate(job, accelerator, trained, data["eval"])
     accelerator.wait_for_everyone()
     result = read_result(job.folder)
@@ -229,7 +203,7 @@ def _open_data(config: RunConfig) -> dict[str, Dataset]:
     return data
 
 
-def _check_same_data(job: _Job, data: Mapping[str, Dataset]) -> None:
+def _check_same_data(job: Job, data: Mapping[str, Dataset]) -> None:
     """Refuse a folder that holds a run on other data: where data lies is no part of the key."""
     path = job.folder / DATA
     if not path.exists():
@@ -242,81 +216,8 @@ def _check_same_data(job: _Job, data: Mapping[str, Dataset]) -> None:
             )
 
 
-def _train(job: _Job, accelerator: Accelerator, dataset: Dataset) -> _Trained:
-    """Train from the last checkpoint, or from the start, to the job's target."""
-    config = job.config
-    seed_everything(config.seed)
-    plain = zoo.create_model(
-        config.model,
-        task=config.task,
-        num_classes=classes_of(dataset, config.task),
-        **config.options,
-    )
-    model = prepare_model(plain, config.recipe, accelerator)
-    optimizer = accelerator.prepare_optimizer(build_optimizer(model, config.recipe))
-    latest = load_latest(job.folder, config.key, config.model)
-    start = 0
-    if latest is not None:
-        load_into(accelerator.unwrap_model(model), latest.model_state, str(job.folder))
-        optimizer.load_state_dict(latest.optimizer_state)
-        start = latest.step
-    batches = training_loader(
-        dataset,
-        config.image_size,
-        config.recipe.batch_size,
-        Augmentation(config.recipe.scale_jitter, config.recipe.flip_probability),
-        config.seed,
-        start,
-        job.target,
-        workers=job.workers,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        task=config.task,
-    )
-    steps = train_steps(model, optimizer, batches, config.recipe, accelerator, config.seed, start)
-    seconds = latest.wall_seconds if latest else 0.0
-    if start < job.target and accelerator.is_main_process:
-        seconds = _follow(job, steps, latest, accelerator.unwrap_model(model), optimizer)
-    else:
-        deque(steps, maxlen=0)
-    return _Trained(accelerator.unwrap_model(model), max(start, job.target), seconds)
-
-
-def _follow(
-    job: _Job,
-    steps: Iterable[Step],
-    latest: Checkpoint | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> float:
-    """Run the steps; write the curve and the checkpoints. The time trained, in all."""
-    config = job.config
-    start, spent, curve_state = 0, 0.0, {}
-    if latest is not None:
-        start, spent, curve_state = latest.step, latest.wall_seconds, latest.curve_state
-    began = saved = time.monotonic()
-    with Curve(job.folder, start, config.recipe.steps, curve_state, job.progress) as curve:
-        for step in steps:
-            curve.add(step)
-            now = time.monotonic()
-            if now - saved < job.checkpoint_seconds and step.step < job.target:
-                continue
-            state = Checkpoint(
-                run=config.key,
-                model=config.model,
-                step=step.step,
-                model_state=model.state_dict(),
-                optimizer_state=optimizer.state_dict(),
-                curve_state=curve.state(),
-                wall_seconds=spent + now - began,
-            )
-            save_checkpoint(job.folder, state)
-            saved = time.monotonic()
-    return spent + time.monotonic() - began
-
-
-def _evaluate(job: _Job, accelerator: Accelerator, trained: _Trained, dataset: Dataset) -> None:
-    """Evaluate the model and write the files that a run leaves, run.json last."""
+def _evaluate(job: Job, accelerator: Accelerator, trained: Trained, dataset: Dataset) -> None:
+    """Evaluate the model; the main process writes what a run leaves, run.json last."""
     config, folder = job.config, job.folder
     began = time.monotonic()
     evaluation = evaluate(
@@ -327,7 +228,10 @@ def _evaluate(job: _Job, accelerator: Accelerator, trained: _Trained, dataset: D
         EVALUATION_BATCH,
         job.workers,
         job.progress,
+        accelerator=accelerator,
     )
+    if not accelerator.is_main_process:
+        return
     metrics = {
         name: None if math.isnan(value) else value for name, value in evaluation.metrics.items()
     }
@@ -348,14 +252,15 @@ def _evaluate(job: _Job, accelerator: Accelerator, trained: _Trained, dataset: D
     )
     write_predictions(folder / PREDICTIONS, evaluation.predictions)
     write_json(folder / METRICS, metrics)
-    record = _record(config, accelerator, trained, time.monotonic() - began)
+    record = _record(job, accelerator, trained, time.monotonic() - began)
     write_json(folder / RECORD, record)
 
 
 def _record(
-    config: RunConfig, accelerator: Accelerator, trained: _Trained, evaluation_seconds: float
+    job: Job, accelerator: Accelerator, trained: Trained, evaluation_seconds: float
 ) -> dict[str, Any]:
     """The run's row of runs.csv; the caller knows the profile."""
+    config = job.config
     images = trained.steps * config.recipe.batch_size
     return {
         "run": config.key,
@@ -370,7 +275,7 @@ def _record(
         "images_per_second": round(images / max(trained.seconds, 1e-9), 2),
         "precision": resolve_precision(config.recipe, accelerator.device),
         "threads": torch.get_num_threads(),
-        "hardware": describe_hardware(accelerator),
+        "hardware": describe_hardware(accelerator) + _describe_sharing(job, accelerator),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -378,3 +283,9 @@ def _record(
         "commit": current_commit(),
         "date": today(),
     }
+
+
+def _describe_sharing(job: Job, accelerator: Accelerator) -> str:
+    """How batches were computed, where not by one process at once."""
+    processes, parts = accelerator.num_processes, job.parts(accelerator.num_processes)
+    return "" if processes == parts == 1 else f"; processes: {processes}, parts a step: {parts}"

@@ -1,7 +1,8 @@
 """Every model by name.
 
 A scale-permuted model is an entry of `specs.MODELS`. A baseline is a function under
-`registry.baseline` in one of the modules imported below.
+`registry.baseline` in one of the modules imported below. The path of a resource distribution
+(`distributions`) stands for the model that it names, with its betas.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from effspinenet_lib.backbones import BackboneOptions
+from effspinenet_lib.choices.learned import betas_text
 from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.specs import MODELS, SCALES, SEGMENTATION_SIZE, ModelSpec
 from effspinenet_lib.tasks.base import TaskModel
 from effspinenet_lib.zoo import image_models, mobile, one_stage, released  # noqa: F401 - they register
+from effspinenet_lib.zoo.distributions import is_distribution, read_distribution
 from effspinenet_lib.zoo.registry import BASELINES, TASKS, Entry
-from effspinenet_lib.zoo.scale_permuted import build_scale_permuted
+from effspinenet_lib.zoo.scale_permuted import ScalePermutedOptions, build_scale_permuted
 
 __all__ = [
     "TASKS",
@@ -26,6 +28,7 @@ __all__ = [
     "known_options",
     "list_models",
     "model_entry",
+    "resolve_model",
 ]
 
 
@@ -36,12 +39,32 @@ def list_models() -> dict[str, tuple[str, ...]]:
     return dict(sorted(tables.items()))
 
 
+def resolve_model(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The listed model and the options that a name and its options stand for.
+
+    The path of a distribution becomes its model with its betas, so that nothing depends on
+    where the file lies; any other name stays.
+
+    Raises:
+        DataError: a path that holds no distribution.
+        UserError: betas are given beside a distribution.
+    """
+    if not is_distribution(name):
+        return name, dict(options)
+    if "betas" in options:
+        raise UserError(f"{name} has betas of its own; give the option betas to a listed model")
+    distribution = read_distribution(name)
+    return distribution.model, {**options, "betas": betas_text(distribution.betas)}
+
+
 def model_entry(name: str) -> Entry:
     """What the zoo knows of a model.
 
     Raises:
         UnknownName: no such model; the message lists near names.
+        DataError: the path of a distribution that cannot be read.
     """
+    name, _ = resolve_model(name, {})
     if name in BASELINES:
         return BASELINES[name]
     if name not in MODELS:
@@ -58,10 +81,10 @@ def _scale_permuted_entry(spec: ModelSpec) -> Entry:
         "segmentation": SEGMENTATION_SIZE,
     }
 
-    def build(task: str, num_classes: int, options: BackboneOptions) -> TaskModel:
+    def build(task: str, num_classes: int, options: ScalePermutedOptions) -> TaskModel:
         return build_scale_permuted(spec, task, num_classes, options)
 
-    return Entry(spec.name, sizes, spec.tables, build, BackboneOptions)
+    return Entry(spec.name, sizes, spec.tables, build, ScalePermutedOptions)
 
 
 def default_image_size(name: str, task: str = "detection") -> int:
@@ -89,6 +112,7 @@ def check_model(name: str, task: str, options: Mapping[str, Any]) -> Any:
             task; the message lists near names.
         UserError: an option's value is none.
     """
+    name, options = resolve_model(name, options)
     default_image_size(name, task)
     known = known_options(name)
     for option in options:
@@ -103,14 +127,14 @@ def create_model(
     """Build a model with fresh weights.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`, or the path of a distribution.
         task: `detection`, `instances` (detection with masks), `classification` or
             `segmentation` (semantic).
         num_classes: classes, without background but for `segmentation`, where it is a class of
             its own; None takes the benchmark's of the paper: 90, 90, 1000 and 21.
-        options: for the scale-permuted models the fields of `BackboneOptions`:
+        options: for the scale-permuted models the fields of `ScalePermutedOptions`:
             `space_to_depth`, `weighted_fusion`, `squeeze_excitation`, `activation`,
-            `stochastic_depth`. `known_options` lists those of any model.
+            `stochastic_depth`, `betas`. `known_options` lists those of any model.
 
     Returns:
         Images and targets in, losses in training, predictions in

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from effspinenet_lib.backbones import BackboneOptions, ScalePermutedBackbone
-from effspinenet_lib.specs import SCALES, ModelSpec
+from effspinenet_lib.choices.learned import distributed, parse_betas
+from effspinenet_lib.errors import UserError
+from effspinenet_lib.specs import SCALES, BackboneSpec, ModelSpec, scale_backbone
 from effspinenet_lib.tasks.base import TaskModel
 from effspinenet_lib.tasks.classification import Classifier, pyramid_classification_head
 from effspinenet_lib.tasks.detection import RetinaNet
@@ -14,8 +16,39 @@ from effspinenet_lib.tasks.instances import MaskRCNN
 from effspinenet_lib.tasks.segmentation import PyramidSegmentationHead, Segmenter
 
 
+@dataclass(frozen=True)
+class ScalePermutedOptions(BackboneOptions):
+    """What the ablation tables switch, and the resource distribution.
+
+    Attributes:
+        betas: of the 18 blocks (Equation 4), such as `10-10-5-...`, in place of the model's own
+            distribution; empty: its own.
+    """
+
+    betas: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse values that would build another network than was meant.
+
+        Raises:
+            UserError: an option's value is none.
+            UnknownName: the activation is not known.
+        """
+        super().__post_init__()
+        if not isinstance(self.betas, str):
+            raise UserError(f"model option betas is {self.betas!r}; write it as 10-10-5-...")
+        if self.betas:
+            parse_betas(self.betas)
+
+
+def _backbone_spec(spec: ModelSpec, betas: str) -> BackboneSpec:
+    if not betas:
+        return spec.backbone
+    return scale_backbone(distributed(parse_betas(betas)), SCALES[spec.scale])
+
+
 def build_scale_permuted(
-    spec: ModelSpec, task: str, num_classes: int, options: BackboneOptions
+    spec: ModelSpec, task: str, num_classes: int, options: ScalePermutedOptions
 ) -> TaskModel:
     """A scale-permuted backbone under the head of a task.
 
@@ -26,7 +59,7 @@ def build_scale_permuted(
         # Recovered: Table 10's cost columns fit depthwise resampling alone.
         options = replace(options, space_to_depth=False)
     scale = SCALES[spec.scale]
-    backbone = ScalePermutedBackbone(spec.backbone, options)
+    backbone = ScalePermutedBackbone(_backbone_spec(spec, options.betas), options)
     head = (scale.head_dim, scale.head_layers)
     activation = options.activation
     dims = backbone.feature_dims

@@ -1,0 +1,173 @@
+"""`effspinenet search`: learn the resource distribution, export it, count its space."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from effspinenet_lib.cli.console import print_table
+
+ALL = "all"
+
+ResultsDir = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where the CSV files are. [default: the checkout's results]"),
+]
+Profile = Annotated[
+    str,
+    typer.Option(
+        help="`smoke` (minutes; says nothing about accuracy) or `proxy` (about two hours of one "
+        "core)."
+    ),
+]
+
+app = typer.Typer(invoke_without_command=True)
+
+
+@app.callback()
+def search(
+    context: typer.Context,
+    profile: Profile = "smoke",
+    method: Annotated[
+        str, typer.Option(help="`ppo`, `reinforce`, `random`, `evolution`, or `all`.")
+    ] = ALL,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each method. [default: the profile's]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samples and of the trainings.")] = 0,
+    engine: Annotated[str, typer.Option(help="`local` processes, or a `ray` cluster.")] = "local",
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Trials at once, one core each. [default: the machine's cores]"),
+    ] = None,
+    penalty: Annotated[
+        float,
+        typer.Option(max=0, help="MnasNet's exponent on Multi-Adds, such as -0.07; 0: none."),
+    ] = 0.0,
+    results_dir: ResultsDir = None,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew.")] = False,
+) -> None:
+    """Learn which share of the computation each block gets (section 3.3).
+
+    What is recorded is not run again; what was interrupted goes on. The record is
+    `search_trials.csv`.
+
+    For example:
+
+    - `effspinenet search --profile proxy --method ppo`
+    - `effspinenet search export found.json --profile proxy`
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from effspinenet_lib.experiments import default_results_dir
+    from effspinenet_lib.experiments.parameters import usable_cores
+    from effspinenet_lib.results import ResultsStore
+    from effspinenet_lib.search.engines import get_engine
+    from effspinenet_lib.search.run import Penalty, Search, run_search
+    from effspinenet_lib.search.settings import get_search
+
+    settings = get_search(profile)
+    store = ResultsStore(results_dir or default_results_dir(), profile)
+    names = settings.methods if method == ALL else (method,)
+    workers = processes or usable_cores()
+    rows = []
+    with get_engine(engine)(workers=workers, timeout=settings.timeout) as running:
+        for name in names:
+            one = Search(settings, store, name, seed, trials or settings.trials, Penalty(penalty))
+            record = run_search(one, running, force=force)
+            states = record["state"].value_counts()
+            rows.append(
+                (
+                    name,
+                    *(int(states.get(s, 0)) for s in ("finished", "duplicate", "failed")),
+                    float(record["AP"].max()),
+                    float(record["AP"].mean()),
+                )
+            )
+    columns = ("method", "trained", "duplicates", "failed", "best AP", "mean AP")
+    print_table(f"Search, profile {profile}", columns, rows)
+    typer.echo(f"Record: {store.folder / 'search_trials.csv'}")
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Argument(metavar="FOUND.json", help="The file to write.")],
+    profile: Profile = "proxy",
+    method: Annotated[
+        str | None,
+        typer.Option(help="Only this method's trials; `paper`: Table 1. [default: the best]"),
+    ] = None,
+    results_dir: ResultsDir = None,
+) -> None:
+    """Write the best distribution of a search to a file that stands for a model.
+
+    For example:
+
+    - `effspinenet search export found.json`
+    - `effspinenet train --model found.json --data shapescenes --image-size 128`
+    """
+    from effspinenet_lib.experiments import default_results_dir
+    from effspinenet_lib.results import ResultsStore
+    from effspinenet_lib.search.export import export_distribution
+
+    store = ResultsStore(results_dir or default_results_dir(), profile)
+    found = export_distribution(store, output, method)
+    typer.echo(f"{found.name}: betas {' '.join(map(str, found.betas))}")
+    typer.echo(f"Feature dimensions at D0: {' '.join(map(str, found.feature_dims))}")
+    typer.echo(f"Wrote {output}; use it as a model's name")
+
+
+@app.command()
+def compare(
+    profile: Profile = "proxy",
+    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="One training each.")] = "0,1,2",
+    engine: EngineName = "local",
+    processes: Processes = None,
+    results_dir: ResultsDir = None,
+) -> None:
+    """Train SP-EfficientNet's, the paper's and each method's best distribution over several seeds.
+
+    They are trained as the search's trials are and join its record as method `reference`.
+    """
+    from effspinenet_lib.experiments import default_results_dir
+    from effspinenet_lib.experiments.parameters import seed_list
+    from effspinenet_lib.results import ResultsStore
+    from effspinenet_lib.search.export import compared_betas
+    from effspinenet_lib.search.run import run_references
+    from effspinenet_lib.search.settings import get_search
+
+    settings = get_search(profile)
+    store = ResultsStore(results_dir or default_results_dir(), profile)
+    named = compared_betas(store.trials())
+    with _engine(engine, processes, settings.timeout) as running:
+        record = run_references(settings, store, named, seed_list(seeds), running)
+    rows = []
+    for name, betas in named.items():
+        own = record[record["betas"] == betas_text(betas)]["AP"].dropna()
+        rows.append((name, len(own), float(own.mean()), float(own.std())))
+    print_table("AP over seeds", ("distribution", "seeds", "mean AP", "deviation"), rows)
+
+
+@app.command()
+def space(
+    samples: Annotated[int, typer.Option(min=1, help="Distributions drawn.")] = 1_000_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    results_dir: ResultsDir = None,
+) -> None:
+    """Check what the paper says of the space on random distributions; write `search/space.csv`.
+
+    Multi-Adds stay within 10 %, it says, and most samples have fewer parameters.
+    """
+    from effspinenet_lib.experiments import default_results_dir
+    from effspinenet_lib.results import write_datapackage
+    from effspinenet_lib.search.statements import space_statements, write_statements
+
+    folder = results_dir or default_results_dir()
+    rows = space_statements(samples, seed)
+    path = write_statements(folder, rows)
+    write_datapackage(folder)
+    shown = ("statement", "equation", "stated", "computed", "unit", "verdict")
+    print_table(f"{samples} samples", shown, [[str(row[name]) for name in shown] for row in rows])
+    typer.echo(f"Wrote {path}")

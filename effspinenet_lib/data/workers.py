@@ -1,0 +1,57 @@
+"""What happens in the processes that load images, told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from effspinenet_lib.errors import DataError
+
+# How torch's messages of a dead or stuck worker begin.
+_TORCH_PREFIX = "DataLoader worker"
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turn what torch says of a loading process that died, or failed, into one clear line.
+
+    The loaders do this themselves. A loop over one does it too: torch tells of a death by a
+    signal, which interrupts the main process wherever it is.
+
+    Raises:
+        DataError: a process died, or met a `DataError` of its own.
+    """
+    try:
+        yield
+    except DataError as error:
+        # From another process comes the whole traceback as the message, the message itself last.
+        lines = str(error).strip().splitlines() or [""]
+        if len(lines) == 1:
+            raise
+        raise DataError(lines[-1].split(f"{DataError.__name__}: ", 1)[-1]) from error
+    except RuntimeError as error:
+        told = [str(e) for e in (error.__cause__, error) if str(e).startswith(_TORCH_PREFIX)]
+        if not told:
+            raise
+        raise DataError(
+            f"a process that loads images died ({told[0].splitlines()[0].strip()}); if memory ran "
+            "out, use fewer workers; the same command goes on from the last checkpoint"
+        ) from error
+
+
+class Batches(DataLoader[Any]):
+    """torch's loader, with errors that say in one line what happened and what to do."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        with worker_errors():
+            yield from super().__iter__()
+
+
+def start_worker(worker: int) -> None:
+    """One thread a loading process: they are as many as the cores that they may use."""
+    del worker
+    torch.set_num_threads(1)

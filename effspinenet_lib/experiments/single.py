@@ -1,0 +1,109 @@
+"""One row of a table or figure, trained in this process and recorded, whole or for a few steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from accelerate import PartialState
+
+from effspinenet_lib.errors import UserError
+from effspinenet_lib.experiments.items import Item, Row
+from effspinenet_lib.experiments.parameters import CPU, Parameters
+from effspinenet_lib.experiments.reproduction import (
+    PlannedRun,
+    configure_row,
+    cost_rows,
+    run_rows,
+)
+from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.training.config import RunConfig
+from effspinenet_lib.training.run import FINISHED, RunResult, train_run
+
+# Our choice: the paper's batches of 256 and more take days a step on a processor. The activations
+# of two images of the largest own model, Eff-SpineNet-D2, take 5 GB in float32 (`plan` counts
+# them), which a machine with 8 GB holds; a number that depended on the memory would make another
+# run of the same command on another machine.
+CPU_BATCH = 2
+
+
+def train_row(
+    item: Item,
+    row: Row,
+    parameters: Parameters,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    max_steps: int | None = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> RunResult:
+    """Train one row of an item with the first seed, evaluate it and record it with its cost.
+
+    Interrupted, the same call goes on; so does a later one with more steps.
+
+    Args:
+        item: of the row.
+        row: what to train.
+        parameters: from `check_parameters`; this process takes the device that it finds.
+        batch_size: images a step; the recipe is scaled to it (`Recipe.for_batch`). None: the
+            recipe's own, but `CPU_BATCH` at the paper's settings on a processor without
+            `micro_batch`.
+        micro_batch: images computed at once; their gradients add up to the batch's.
+        max_steps: stop after that many steps of the unchanged schedule. The row's note then says
+            how many of how many, and the run's state is partial.
+        workers: processes that load images.
+        progress: show bars where stderr is a terminal.
+
+    Returns:
+        What the run gave.
+
+    Raises:
+        UserError: the row has no recipe for the profile, or what `train_run` raises.
+        DataError: the data root does not hold the data of the row's task.
+        CheckpointError: the weights that the row starts from are missing.
+    """
+    config = configure_row(item, row, parameters, parameters.seeds[0])
+    on_processor = parameters.profile.data is None and parameters.device == CPU
+    if batch_size is None and micro_batch is None and on_processor:
+        batch_size = CPU_BATCH
+    if batch_size is not None:
+        config = replace(config, recipe=config.recipe.for_batch(batch_size))
+    store = ResultsStore(parameters.results_dir, parameters.profile.name)
+    _protect_finished(store, item, row, config, max_steps)
+    result = train_run(
+        config,
+        store.runs_folder,
+        force=parameters.force,
+        workers=workers,
+        max_steps=max_steps,
+        progress=progress,
+        micro_batch=micro_batch,
+    )
+    if not PartialState().is_main_process:
+        return result
+    measured = run_rows(PlannedRun(row, config), result.metrics, result.record)
+    store.add_measurements(item.id, [*cost_rows([row]), *measured])
+    # recorded last: a run that is killed between the two is recorded anew
+    store.add_run({**result.record, "profile": parameters.profile.name})
+    return result
+
+
+def _protect_finished(
+    store: ResultsStore, item: Item, row: Row, config: RunConfig, max_steps: int | None
+) -> None:
+    """Refuse a run of few steps whose row would take the place of another, finished run's."""
+    if max_steps is None or max_steps >= config.recipe.steps:
+        return
+    frame = store.measurements(item.id)
+    same = frame[
+        (frame["row"] == row.label)
+        & (frame["model"] == config.model)
+        & (frame["source"] == store.source)
+        & (frame["seed"] == config.seed)
+    ]
+    states = store.runs().set_index("run")["state"]
+    finished = [run for run in same["run"].unique() if states.get(run) == FINISHED]
+    if finished:
+        raise UserError(
+            f"{store.folder / item.id}.csv holds what the finished run {finished[0]} measured for "
+            f"{row.label}; {max_steps} steps would replace it: give another results folder"
+        )

@@ -1,0 +1,206 @@
+"""What the record of a search says, in computed sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from effspinenet_lib.report.search import (
+    D0,
+    FOUND,
+    NOTHING,
+    SECONDS_AN_HOUR,
+    SP,
+    best_sample,
+    bullets,
+    reference_spreads,
+    references,
+    sampled,
+    searched,
+    searches,
+    setting,
+    where,
+)
+from effspinenet_lib.report.search_costs import correlation_sentence
+from effspinenet_lib.report.style import words
+from effspinenet_lib.report.verdict import difference
+
+PERCENT = 100.0
+
+
+def comparison_sentences(trials: pd.DataFrame) -> str:
+    """Compare the search's best, SP-EfficientNet-B0 and Eff-SpineNet-D0 over seeds, as a list."""
+    rows = references(trials)
+    if rows.empty:
+        return (
+            "The search's best and SP-EfficientNet-B0 were **not run** with several seeds at equal "
+            "budget, so nothing can be said."
+        )
+    pairs = ((FOUND, SP), (D0, SP), (FOUND, D0))
+    return bullets([*(_compared(rows, *pair) for pair in pairs), chosen_sentence(trials)])
+
+
+def _compared(rows: pd.DataFrame, first: str, second: str) -> str:
+    samples = [rows.loc[rows["row"] == name, "AP"] for name in (first, second)]
+    counts = [len(sample) for sample in samples]
+    if min(counts) == 0:
+        names = zip((first, second), counts, strict=True)
+        missing = words(name for name, count in names if not count)
+        return f"{_upper(first)} against {second}: {missing} not run, so nothing can be said."
+    found = difference(*samples)
+    opening = (
+        f"{_upper(first)} against {second}: {samples[0].mean():.1f} and {samples[1].mean():.1f} AP "
+        f"({counts[0]} and {counts[1]} seeds), a difference of {found.mean:+.1f}"
+    )
+    if math.isnan(found.half_width):
+        return f"{opening}: inconclusive, a single seed has no spread."
+    opening += f" ± {found.half_width:.1f} (95 % interval):"
+    if not found.conclusive:
+        return f"{opening} inconclusive, no larger than the spread over seeds makes by chance."
+    ahead = first if found.mean > 0 else second
+    return f"{opening} larger than the spread over seeds, {ahead} is ahead."
+
+
+def chosen_sentence(trials: pd.DataFrame) -> str:
+    """Set the AP that the best sample was chosen for beside what other seeds give it."""
+    best, again = best_sample(trials), reference_spreads(trials).get(FOUND)
+    if best is None:
+        return "No sample was chosen: not run."
+    opening = (
+        f"The search's best ({where(best)}) was chosen with an AP of {best['AP']:.1f} out of "
+        f"{len(sampled(trials))} samples"
+    )
+    if again is None:
+        return f"{opening}; it was not run with other seeds."
+    change = again.mean - best["AP"]
+    return (
+        f"{opening}; trained with {again.seeds} other {_plural('seed', again.seeds)} it has "
+        f"{again.mean:.1f} ({change:+.1f}). Those {_plural('run', again.seeds)} alone "
+        f"{'count' if again.seeds > 1 else 'counts'} above: the highest of many is in part luck."
+    )
+
+
+def progress_sentences(trials: pd.DataFrame) -> str:
+    """Each search from its first to its last batch, and against random search, as a list."""
+    found = list(searches(trials))
+    if not found:
+        return NOTHING
+    lines = [_progress(name, samples) for name, _, samples in found]
+    return bullets([*lines, *_against_random(found)])
+
+
+def _progress(name: str, samples: pd.DataFrame) -> str:
+    batches = samples.groupby("step")["reward"].mean()
+    best = samples.sort_values("reward", ascending=False, kind="stable").iloc[0]
+    return (
+        f"{_upper(name)}: mean reward {batches.iloc[0]:.1f} in the first batch, "
+        f"{batches.iloc[-1]:.1f} in the last ({len(batches)} batches); best {best['reward']:.1f}, "
+        f"at sample {best['trial'] + 1} of {len(samples)}."
+    )
+
+
+def _against_random(found: Sequence[tuple[str, str, pd.DataFrame]]) -> Iterable[str]:
+    """Later halves of the searches against random search's, where its samples are all alike."""
+    chance = [samples["reward"] for _, method, samples in found if method == "random"]
+    if not chance:
+        return
+    for name, method, samples in found:
+        if method == "random":
+            continue
+        later = samples["reward"].iloc[len(samples) // 2 :]
+        shift = difference(later, pd.concat(chance))
+        yield (
+            f"The second half of {name}'s samples is on average {shift.mean:+.1f} ± "
+            f"{shift.half_width:.1f} (95 % interval) from random search's: "
+            f"{_shift_word(shift.mean, shift.conclusive)}."
+        )
+
+
+def _shift_word(mean: float, conclusive: bool) -> str:
+    if not conclusive:
+        return "inconclusive"
+    return "it learned to choose better ones" if mean > 0 else "it chooses worse ones"
+
+
+def entropy_sentence(trials: pd.DataFrame) -> str:
+    """How far each policy settled, in words."""
+    parts = []
+    for name, method, samples in searches(trials):
+        known = samples["entropy"].dropna()
+        if method == "random" or known.empty:
+            continue
+        first, last = known.iloc[0], known.iloc[-1]
+        parts.append(
+            f"{name} from {first:.2f} to {last:.2f} nats, as if choosing among "
+            f"{math.exp(last):.1f} values where it began with {math.exp(first):.1f}"
+        )
+    if not parts:
+        return "Entropy of a policy: not run."
+    return f"Entropy of a choice: {words(parts)}."
+
+
+def noise(trials: pd.DataFrame) -> tuple[float, float]:
+    """Standard deviations of the AP: over seeds of one distribution, and over samples.
+
+    Returns:
+        Pooled over the chosen distributions with several seeds, and of random search's samples;
+        NaN where there are too few.
+    """
+    groups = [own["AP"] for _, own in references(trials).groupby("row")]
+    freedom = sum(len(values) - 1 for values in groups)
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in groups)
+    rows = sampled(trials)
+    blind = rows.loc[rows["method"] == "random", "AP"]
+    seeds = math.sqrt(squares / freedom) if freedom else math.nan
+    return seeds, float(blind.std())
+
+
+def noise_sentence(trials: pd.DataFrame) -> str:
+    """How much of the difference between samples is the seed's, and what one trial can tell."""
+    seeds, samples = noise(trials)
+    if math.isnan(seeds) or math.isnan(samples):
+        return "Noise: random search, or a distribution with several seeds, is not run."
+    opening = (
+        f"One distribution trained with other seeds varies by {seeds:.1f} AP (standard deviation, "
+        f"{len(references(trials))} runs); the samples of random search, all different, vary by "
+        f"{samples:.1f}."
+    )
+    if seeds >= samples:
+        return (
+            f"{opening} So the seed alone explains all of it: one trial cannot tell two "
+            "distributions apart."
+        )
+    share = 1 - (seeds / samples) ** 2
+    right = 1 / 2 + math.asin(math.sqrt(share)) / math.pi
+    return (
+        f"{opening} So about {PERCENT * (1 - share):.0f} % of the variance between samples is the "
+        f"seed's, and one trial each puts two random distributions into the right order in "
+        f"{PERCENT * right:.0f} % of the cases (were both normal; a coin: 50 %)."
+    )
+
+
+def conclusions(trials: pd.DataFrame) -> str:
+    """What the record shows and what it cannot, as a list."""
+    rows = searched(trials)
+    if rows.empty:
+        return NOTHING
+    hours = trials["seconds"].sum() / SECONDS_AN_HOUR
+    return bullets(
+        (
+            f"Run: {len(trials)} trials, {len(rows)} of them chosen by {rows['method'].nunique()} "
+            f"methods, in {hours:.1f} core hours. A trial is {setting(trials)}.",
+            noise_sentence(trials),
+            correlation_sentence(trials),
+            chosen_sentence(trials),
+        )
+    )
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,5 @@
+"""Learning the resource distribution (section 3.3): space, methods, trials, and what they leave.
+
+`space` turns betas into dimensions and costs; `methods` and `policy` choose betas; `engines`
+runs trials in processes of their own or on Ray; `run` connects them and keeps the record.
+"""

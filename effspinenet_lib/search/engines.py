@@ -1,0 +1,221 @@
+"""Where trials run: processes that live over many trials, or a Ray cluster.
+
+An engine makes one attempt at a trial, in another process, under a time limit; several threads
+ask it at once. Retrying and recording are `run`'s, so they are the same for every engine.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any
+
+from effspinenet_lib.errors import UnknownName, UserError
+from effspinenet_lib.search.trials import Trial, TrialFailed, run_trial
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+IDLE_SECONDS = 3.0  # our choice: a process that waits for a request needs under one to end
+STARTING_SECONDS = 120.0  # our choice: a process that imports torch on a busy machine
+
+
+class Engine(AbstractContextManager["Engine"], ABC):
+    """Runs attempts at trials in other processes; leaving the block stops them.
+
+    Args:
+        trial: what an attempt calls.
+        workers: attempts at the same time.
+        timeout: seconds after which an attempt counts as hung and is killed.
+    """
+
+    def __init__(self, trial: Trial, workers: int, timeout: float) -> None:
+        self.trial, self.workers, self.timeout = trial, workers, timeout
+
+    @abstractmethod
+    def attempt(self, request: Mapping[str, Any]) -> dict[str, float]:
+        """Run the trial once on `request`.
+
+        Raises:
+            TrialFailed: it raised, died or hung; the message says which.
+        """
+
+    def close(self) -> None:
+        """Stop what still runs; the attempts under way fail."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the engine."""
+        self.close()
+
+
+class LocalEngine(Engine):
+    """Processes on this machine, each with one thread of computation."""
+
+    def __init__(self, trial: Trial = run_trial, workers: int = 1, timeout: float = 600.0) -> None:
+        super().__init__(trial, workers, timeout)
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        self._all = [_Worker(trial) for _ in range(workers)]
+        for worker in self._all:
+            self._idle.put(worker)
+
+    def attempt(self, request: Mapping[str, Any]) -> dict[str, float]:
+        """Run the trial in an idle process; one that died or hung is replaced."""
+        worker = self._idle.get()
+        try:
+            return worker.ask(request, self.timeout)
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """End the idle processes, kill the busy ones."""
+        for worker in self._all:
+            worker.stop(IDLE_SECONDS)
+
+
+class _Worker:
+    """A process that answers requests one after the other; started when first asked."""
+
+    def __init__(self, trial: Trial) -> None:
+        self._trial = trial
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._connection: Connection[Any, Any] | None = None
+
+    def ask(self, request: Mapping[str, Any], timeout: float) -> dict[str, float]:
+        try:
+            connection = self._connection or self._start()
+            connection.send(dict(request))
+            if not connection.poll(timeout):
+                raise TrialFailed(f"no answer within {timeout:g} seconds")
+            answer = connection.recv()
+        except (EOFError, OSError) as error:
+            process = self._process
+            self.stop()
+            code = process.exitcode if process else None
+            raise TrialFailed(f"its process died (exit code {code})") from error
+        except TrialFailed:
+            self.stop()
+            raise
+        if isinstance(answer, str):
+            raise TrialFailed(answer)
+        return dict(answer)
+
+    def _start(self) -> Connection[Any, Any]:
+        # a forked child would inherit torch's threads and locks in whatever state they are
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._trial), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._connection = ours
+        if not ours.poll(STARTING_SECONDS):
+            raise TrialFailed(f"its process did not start within {STARTING_SECONDS:g} seconds")
+        ours.recv()
+        return ours
+
+    def stop(self, patience: float = 0.0) -> None:
+        """End the process: an idle one by itself within `patience` seconds, any other by a kill."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._process is not None:
+            self._process.join(patience)
+            self._process.kill()
+            self._process.join()
+        self._process = self._connection = None
+
+
+def _serve(connection: Connection[Any, Any], trial: Trial) -> None:
+    """Answer requests until the other side is gone: a dictionary, or why it failed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _compute_on_one_thread()
+    connection.send("ready")
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        connection.send(_answer(trial, request))
+
+
+def _answer(trial: Trial, request: Mapping[str, Any]) -> dict[str, float] | str:
+    try:
+        return trial(request)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _compute_on_one_thread() -> None:
+    """One thread a process trains more in all than one process on every core."""
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"), ACCELERATE_USE_CPU="true")
+
+
+def _end_with_parent() -> None:
+    """Leave no trial behind that holds its folder when the search was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+class RayEngine(Engine):
+    """A Ray cluster: the one at `RAY_ADDRESS`, or `workers` processes on this machine."""
+
+    def __init__(self, trial: Trial = run_trial, workers: int = 1, timeout: float = 600.0) -> None:
+        super().__init__(trial, workers, timeout)
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError(
+                "the engine ray is not installed: pip install 'effspinenet[ray]'"
+            ) from error
+        self._ray = ray
+        cores = None if os.environ.get("RAY_ADDRESS") else workers
+        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
+        self._answer = ray.remote(num_cpus=1, max_retries=0, max_calls=0)(_answer_on_ray)
+
+    def attempt(self, request: Mapping[str, Any]) -> dict[str, float]:
+        """Run the trial as a Ray task."""
+        reference = self._answer.remote(self.trial, dict(request))
+        ready, _ = self._ray.wait([reference], timeout=self.timeout)
+        if not ready:
+            self._ray.cancel(reference, force=True)
+            raise TrialFailed(f"no answer within {self.timeout:g} seconds")
+        try:
+            answer = self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            raise TrialFailed(f"its process died ({type(error).__name__})") from error
+        if isinstance(answer, str):
+            raise TrialFailed(answer)
+        return dict(answer)
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started here ends."""
+        self._ray.shutdown()
+
+
+def _answer_on_ray(trial: Trial, request: Mapping[str, Any]) -> dict[str, float] | str:
+    _compute_on_one_thread()
+    return _answer(trial, request)
+
+
+ENGINES: dict[str, type[LocalEngine] | type[RayEngine]] = {"local": LocalEngine, "ray": RayEngine}
+
+
+def get_engine(name: str) -> type[LocalEngine] | type[RayEngine]:
+    """An engine by name.
+
+    Raises:
+        UnknownName: there is none.
+    """
+    if name not in ENGINES:
+        raise UnknownName("engine", name, ENGINES)
+    return ENGINES[name]

@@ -1,0 +1,131 @@
+"""From a search's record to a model: the best distribution as a file, and frames for reports."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from effspinenet_lib.choices.learned import BETAS, SEARCH_SPACE, parse_betas
+from effspinenet_lib.errors import UserError
+from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.search.record import FAILED, REFERENCE, equal_betas, rows_of
+from effspinenet_lib.search.settings import get_search
+from effspinenet_lib.specs import BASES
+from effspinenet_lib.zoo.distributions import Distribution, write_distribution
+
+PAPER = "paper"  # in a method's place: the distribution of Table 1
+# What the record says of a trial that a distribution's file carries on.
+ORIGIN = ("method", "seed", "trial", "AP", "reward", "run", "setting", "commit", "date")
+
+
+def best_trial(record: pd.DataFrame, method: str | None = None) -> pd.Series[Any]:
+    """The trial of the highest reward; of equal ones the one with fewer parameters.
+
+    Args:
+        record: `ResultsStore.trials()`.
+        method: only of this one's trials; None: of all that a method chose.
+
+    Raises:
+        UserError: there is no trial with a result.
+    """
+    worked = record[record["state"] != FAILED]
+    chosen = worked["method"] != REFERENCE if method is None else worked["method"] == method
+    worked = worked[chosen]
+    if worked.empty:
+        raise UserError(
+            f"the record has no finished trial{f' of {method}' if method else ''}; run "
+            "`effspinenet search` first"
+        )
+    order = worked.sort_values(["reward", "parameters", "trial"], ascending=[False, True, True])
+    return order.iloc[0]
+
+
+def found_distribution(store: ResultsStore, method: str | None = None) -> Distribution:
+    """The best distribution of a record, or with `paper` as the method Table 1's.
+
+    Raises:
+        UserError: the record has no finished trial.
+    """
+    model = get_search(store.profile).model
+    if method == PAPER:
+        return paper_distribution(model)
+    best = best_trial(store.trials(), method)
+    origin = {name: _plain(best[name]) for name in ORIGIN}
+    name = f"{model}, best of {store.profile} search"
+    return Distribution(name, model, parse_betas(best["betas"]), origin)
+
+
+def paper_distribution(model: str = "eff_spinenet_d0") -> Distribution:
+    """Table 1's distribution, as betas that solve for its dimensions.
+
+    Its `origin` says how far the dimensions that the betas give are from the printed ones.
+    """
+    distribution = Distribution("Eff-SpineNet, Table 1", model, BETAS)
+    printed = [block.feature_dim for block in BASES["eff_spinenet"].blocks]
+    pairs = zip(distribution.feature_dims, printed, strict=True)
+    origin = {
+        "source": "paper, Table 1; betas recovered from it (choices/learned.py)",
+        "in_search_space": all(beta in SEARCH_SPACE for beta in BETAS),
+        "largest_difference_channels": max(abs(given - wanted) for given, wanted in pairs),
+    }
+    return Distribution(distribution.name, model, BETAS, origin)
+
+
+def export_distribution(
+    store: ResultsStore, path: str | os.PathLike[str], method: str | None = None
+) -> Distribution:
+    """Write the best distribution of a record to a file that `create_model` takes by name.
+
+    Raises:
+        UserError: the record has no finished trial, or the file cannot be written.
+    """
+    distribution = found_distribution(store, method)
+    write_distribution(Path(path), distribution)
+    return distribution
+
+
+def compared_betas(record: pd.DataFrame) -> dict[str, tuple[int, ...]]:
+    """What `run_references` sets beside each other: the paper's two and each method's best.
+
+    Args:
+        record: `ResultsStore.trials()`.
+    """
+    named = {"SP-EfficientNet-B0": equal_betas(), "Eff-SpineNet-D0": BETAS}
+    worked = record[record["state"] != FAILED]
+    for method in sorted(set(worked["method"]) - {REFERENCE}):
+        named[f"best of {method}"] = parse_betas(best_trial(record, method)["betas"])
+    return named
+
+
+def _plain(value: Any) -> Any:
+    """A cell as JSON type."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def progress_frame(record: pd.DataFrame) -> pd.DataFrame:
+    """Reward over time: the record with `best_so_far` and the `mean_of_step` of its method.
+
+    Args:
+        record: `ResultsStore.trials()`.
+    """
+    ordered = record[record["method"] != REFERENCE].sort_values(["method", "seed", "trial"])
+    searches = ordered.groupby(["method", "seed"], sort=False)["reward"]
+    steps = ordered.groupby(["method", "seed", "step"], sort=False)["reward"]
+    return ordered.assign(
+        best_so_far=searches.cummax(), mean_of_step=steps.transform("mean")
+    ).reset_index(drop=True)
+
+
+def betas_frame(record: pd.DataFrame) -> pd.DataFrame:
+    """One row a block and trial: `method`, `seed`, `trial`, `reward`, `block`, `level`, `beta`."""
+    levels = [block.level for block in BASES["sp_efficientnet"].blocks]
+    rows = [
+        (row["method"], row["seed"], row["trial"], row["reward"], index + 1, level, beta)
+        for row in rows_of(record)
+        for index, (level, beta) in enumerate(zip(levels, parse_betas(row["betas"]), strict=True))
+    ]
+    columns = ["method", "seed", "trial", "reward", "block", "level", "beta"]
+    return pd.DataFrame(rows, columns=columns)

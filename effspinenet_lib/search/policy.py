@@ -1,0 +1,168 @@
+"""The controller: an LSTM that chooses one beta a block, trained by PPO or by REINFORCE.
+
+As in the searches that section 5.1.1 follows: a recurrent policy (arXiv 1611.01578), improved on
+the reward of its samples by proximal policy optimisation (arXiv 1707.06347), as in MnasNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical
+
+from effspinenet_lib.search.methods import Choices, Method
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """How the controller learns.
+
+    Attributes:
+        epochs: gradient steps on a batch of samples.
+        clip: PPO: how far the probability of a choice may move on one batch.
+        hidden: width of the LSTM.
+        learning_rate: of Adam.
+        entropy: weight of the policy's entropy, which keeps it from settling early.
+        baseline_decay: share of the old value in the moving averages of reward and spread.
+        clip_gradient_norm: largest global gradient norm.
+    """
+
+    epochs: int
+    # arXiv 1707.06347, section 6.1
+    clip: float = 0.2
+    # Our choices: a small policy that learns from tens of batches, where the papers had thousands;
+    # tried on synthetic rewards (tests/test_search_methods.py).
+    hidden: int = 64
+    learning_rate: float = 0.006
+    entropy: float = 0.05
+    baseline_decay: float = 0.8
+    clip_gradient_norm: float = 1.0
+
+
+PPO = PolicySettings(epochs=3)  # our choice: with 5 or 10 it settles too early on small batches
+# One step a batch: the probabilities have not moved, so PPO's gradient is REINFORCE's.
+REINFORCE = PolicySettings(epochs=1)
+
+
+class _Policy(nn.Module):
+    """Chooses position by position, each on what was chosen before."""
+
+    def __init__(self, positions: int, choices: int, hidden: int) -> None:
+        super().__init__()
+        self.positions, self.choices = positions, choices
+        self.chosen = nn.Embedding(choices + 1, hidden)  # the last: nothing chosen yet
+        self.cell = nn.LSTMCell(hidden, hidden)
+        heads = [nn.Linear(hidden, choices) for _ in range(positions)]
+        for head in heads:  # the first samples are uniform
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(heads)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw [count, positions] choices."""
+        given = torch.full((count,), self.choices)
+        state: tuple[Tensor, Tensor] | None = None
+        drawn = []
+        for head in self.heads:
+            state = self.cell(self.chosen(given), state)
+            probabilities = head(state[0]).softmax(dim=1)
+            given = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            drawn.append(given)
+        return torch.stack(drawn, dim=1)
+
+    def distribution(self, chosen: Tensor) -> Categorical:
+        """The distributions that `chosen` [N, positions] were drawn from, one a choice."""
+        given = torch.cat([chosen.new_full((len(chosen), 1), self.choices), chosen[:, :-1]], dim=1)
+        state: tuple[Tensor, Tensor] | None = None
+        logits = []
+        for position, head in enumerate(self.heads):
+            state = self.cell(self.chosen(given[:, position]), state)
+            logits.append(head(state[0]))
+        return Categorical(logits=torch.stack(logits, dim=1))
+
+
+class PolicySearch(Method):
+    """Samples from a policy and improves it on the rewards.
+
+    Args:
+        positions: choices a sample makes.
+        choices: to choose from at each.
+        seed: of the policy's weights and of the samples.
+        settings: how it learns.
+    """
+
+    def __init__(self, positions: int, choices: int, seed: int, settings: PolicySettings) -> None:
+        super().__init__(positions, choices, seed)
+        self.settings = settings
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.policy = _Policy(positions, choices, settings.hidden)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), settings.learning_rate)
+        self.baseline: tuple[float, float] | None = None  # mean and spread of the rewards
+
+    @torch.no_grad()
+    def ask(self, count: int) -> list[Choices]:
+        """Choose samples."""
+        drawn = self.policy.sample(count, self.generator).tolist()
+        return [tuple(row) for row in drawn]
+
+    def tell(self, samples: Sequence[Choices], rewards: Sequence[float]) -> None:
+        """Improve the policy on what samples gave; a single step of too few is left out."""
+        if not samples:
+            return
+        chosen, gained = torch.tensor(samples), torch.tensor(rewards)
+        advantages = self._advantages(gained)[:, None]
+        with torch.no_grad():
+            before = self.policy.distribution(chosen).log_prob(chosen)
+        clip = self.settings.clip
+        for _ in range(self.settings.epochs):
+            now = self.policy.distribution(chosen)
+            ratio = (now.log_prob(chosen) - before).exp()
+            gain = torch.minimum(
+                ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+            ).mean()
+            loss = -gain - self.settings.entropy * now.entropy().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.clip_gradient_norm)
+            self.optimizer.step()
+
+    def _advantages(self, gained: Tensor) -> Tensor:
+        """Rewards less their moving mean, over their moving spread."""
+        mean, spread = float(gained.mean()), float(gained.std(correction=0))
+        if self.baseline is not None:
+            kept = self.settings.baseline_decay
+            mean = kept * self.baseline[0] + (1 - kept) * mean
+            spread = kept * self.baseline[1] + (1 - kept) * spread
+        self.baseline = mean, spread
+        return (gained - mean) / max(spread, 1e-9)
+
+    @torch.no_grad()
+    def entropy(self) -> float:
+        """Entropy of a choice in nats, the mean over a sample's; ln(choices) where uniform."""
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = self.policy.sample(_ENTROPY_SAMPLES, generator)
+        return float(self.policy.distribution(drawn).entropy().mean())
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next samples depend on."""
+        return {
+            **super().state(),
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "baseline": self.baseline,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        super().load(state)
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.baseline = state["baseline"]
+
+
+_ENTROPY_SAMPLES = 64  # our choice: the estimate varies by under a hundredth

@@ -1,0 +1,114 @@
+"""The rows of `search_trials.csv`: what is known of a sample before it runs, and duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effspinenet_lib.choices import ModelCost
+from effspinenet_lib.choices.learned import SEARCH_SPACE, betas_text
+from effspinenet_lib.data.shapes import CATEGORIES
+from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.search.methods import Choices
+from effspinenet_lib.search.settings import SearchSettings
+from effspinenet_lib.search.space import base_dims, detector_costs
+from effspinenet_lib.specs import MODELS, SCALES
+from effspinenet_lib.zoo.registry import COCO_CLASSES
+
+FINISHED, DUPLICATE, FAILED = "finished", "duplicate", "failed"
+REFERENCE = "reference"  # in a method's place: distributions that no method chose
+DIMS_JOINT = "-"
+
+
+def plan_trials(
+    settings: SearchSettings,
+    samples: Sequence[Choices],
+    method: str,
+    seed: int,
+    step: int,
+    first: int,
+) -> list[dict[str, Any]]:
+    """The columns of trials that are known before they run.
+
+    Args:
+        settings: what a trial is.
+        samples: for each block an index into `SEARCH_SPACE`.
+        method: who chose them.
+        seed: of the method and the runs.
+        step: batch that they belong to.
+        first: number of the first trial.
+    """
+    chosen = [tuple(SEARCH_SPACE[index] for index in sample) for sample in samples]
+    return plan_betas(settings, chosen, method, seed, step, first)
+
+
+def plan_betas(
+    settings: SearchSettings,
+    betas: Sequence[tuple[int, ...]],
+    method: str,
+    seed: int,
+    step: int,
+    first: int,
+) -> list[dict[str, Any]]:
+    """`plan_trials` for betas that need not be of the space."""
+    dims = base_dims(np.array(betas))
+    full = detector_costs(dims, SCALES["D0"], COCO_CLASSES, SCALES["D0"].input_size)
+    scale = SCALES[MODELS[settings.model].scale]
+    own = detector_costs(dims, scale, len(CATEGORIES), settings.image_size)
+    return [
+        {
+            "method": method,
+            "seed": seed,
+            "trial": first + number,
+            "step": step,
+            "betas": betas_text(sample),
+            "feature_dims": DIMS_JOINT.join(map(str, dims[number].tolist())),
+            "multi_adds_d0": int(full[0][number]),
+            "parameters_d0": int(full[1][number]),
+            "multi_adds": int(own[0][number]),
+            "parameters": int(own[1][number]),
+            "run": settings.config(sample, seed).key,
+            "setting": settings.description,
+        }
+        for number, sample in enumerate(betas)
+    ]
+
+
+def reference_costs(settings: SearchSettings) -> ModelCost:
+    """What SP-EfficientNet costs as a trial: equal betas."""
+    (row,) = plan_betas(settings, [equal_betas()], REFERENCE, 0, 0, 0)
+    return ModelCost(row["multi_adds"], row["parameters"])
+
+
+def equal_betas() -> tuple[int, ...]:
+    """The betas of SP-EfficientNet-B0: every block keeps its share."""
+    return (SEARCH_SPACE[0],) * len(SCALES["D0"].repeats)
+
+
+def finished_runs(store: ResultsStore) -> dict[str, dict[str, Any]]:
+    """Rows of the record that have a result of their own, by run; whoever's samples they were."""
+    frame = store.trials()
+    return {row["run"]: row for row in rows_of(frame[frame["state"] == FINISHED])}
+
+
+def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a frame as dictionaries."""
+    return [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
+
+
+def copy_of(row: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """A planned row with the result of another row of the same run."""
+    if known["state"] == FAILED:
+        return {**row, "state": FAILED, "attempts": 0, "note": f"as trial {known['trial']}"}
+    source = f"as trial {known['trial']} of {known['method']}"
+    return {
+        **row,
+        "state": DUPLICATE,
+        "attempts": 0,
+        "seconds": 0.0,
+        "AP": known["AP"],
+        "note": f"{row['note']}, {source}" if "note" in row else source,
+    }

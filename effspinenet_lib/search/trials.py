@@ -1,0 +1,50 @@
+"""What one attempt at a trial is: the function that a worker process runs."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+# (request) -> metrics of the trial and the seconds that it took; whatever it raises is a failure.
+# A request is what `trial_request` gives: JSON types only.
+Trial = Callable[[Mapping[str, Any]], dict[str, float]]
+
+
+class TrialFailed(Exception):  # noqa: N818 - it says what happened
+    """An attempt at a trial gave nothing; the message says why."""
+
+
+def trial_request(config: Mapping[str, Any], runs_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a worker needs: the run's configuration and where its folder is made."""
+    return {"config": dict(config), "runs_dir": os.fspath(runs_dir)}
+
+
+def run_trial(request: Mapping[str, Any]) -> dict[str, float]:
+    """Train and evaluate a sample on one thread, or go on where an attempt stopped.
+
+    Returns:
+        `AP` in percent and `seconds`, of training and evaluation.
+
+    Raises:
+        TrialFailed: the AP is not defined.
+        UserError: as `training.run.train_run`, above all a loss that is not finite.
+    """
+    import torch
+
+    from effspinenet_lib.training.run import RunConfig, train_run
+
+    torch.set_num_threads(1)
+    config = RunConfig.from_dict(request["config"])
+    result = train_run(config, request["runs_dir"], progress=False)
+    if not math.isfinite(result.metrics["AP"]):
+        raise TrialFailed("no AP: there is nothing to find in the held-out images")
+    return {"AP": result.metrics["AP"], "seconds": result.wall_seconds}
+
+
+def drop_run(run: str, runs_dir: str | os.PathLike[str]) -> None:
+    """Remove the folder of a recorded trial."""
+    shutil.rmtree(Path(runs_dir) / run, ignore_errors=True)

@@ -1,0 +1,65 @@
+"""Several training processes from a notebook or a program, without a command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate import notebook_launcher
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from effspinenet_lib.errors import UserError
+
+
+def launch(function: Callable[..., Any], processes: int, *arguments: Any) -> None:
+    """Call `function(*arguments)` in several processes at once, one for each device.
+
+    `train_run` called in them shares every batch and the evaluation among them, as under
+    `torchrun`; without an accelerator each computes on one core. Nothing is returned: what a run
+    gave is read from its folder (`run.read_result`). For example, in a notebook:
+
+        launch(train_run, 4, config, "runs")
+        result = read_result(Path("runs") / config.key)
+
+    This notebook must not have used a device, or trained, before: the processes start as copies
+    of its own (accelerate's `notebook_launcher`). On the TPUs of Colab and Kaggle all cores are
+    used, whatever `processes` is.
+
+    Raises:
+        UserError: a process failed (its message), or the processes cannot be started.
+    """
+    if processes < 1:
+        raise UserError(f"{processes} processes cannot be started; 1 is the least")
+    settings = {"OMP_NUM_THREADS": "1"}
+    if not torch.accelerator.is_available():
+        settings["ACCELERATE_USE_CPU"] = "true"
+    try:
+        with mock.patch.dict(os.environ, settings):
+            notebook_launcher(
+                _call,
+                (function, *arguments),
+                num_processes=processes,
+                rdzv_backend="c10d",  # finds a free port itself
+                rdzv_endpoint="127.0.0.1:0",
+            )
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        told = failure.error_file_data.get("message", failure.message)
+        said = told["message"] if isinstance(told, dict) else told
+        raise UserError(f"process {rank} of {processes} failed: {said}") from error
+    except ValueError as error:
+        if "Accelerator" not in str(error):
+            raise
+        raise UserError(
+            "this notebook has trained before, and its processes would share what that left "
+            "behind; restart it and launch first"
+        ) from error
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> None:
+    # a copy of a process that has computed on several threads hangs as soon as it does
+    torch.set_num_threads(1)
+    function(*arguments)

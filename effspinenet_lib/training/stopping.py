@@ -1,0 +1,100 @@
+"""What ends a run before its last step: signals, and a loss that has run away."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from effspinenet_lib.errors import Preempted, TrainingError, UserError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and the keyboard's
+# Launchers pass on a signal that the terminal has sent to their processes already: within this
+# time it is the same one (our choice).
+SAME_SIGNAL_SECONDS = 1.0
+# A run has diverged when the last `DIVERGED_ROWS` rows of its curve, 200 steps, all lie above
+# `DIVERGED_FACTOR` times the median of the rows before them (our choice: over 23 runs of the proxy
+# profile's length no single row lay above 1.5 times that median).
+DIVERGED_FACTOR = 10.0
+DIVERGED_ROWS = 20
+
+
+class StopRequest:
+    """Whether this process is to stop, and why.
+
+    Attributes:
+        signal: name of the signal that asked; empty before.
+        failure: what keeps this process from going on; the other processes stop with it.
+        step: steps that the model and the optimizer have behind them; None in mid-update.
+    """
+
+    def __init__(self) -> None:
+        self.signal = ""
+        self.failure: UserError | None = None
+        self.step: int | None = None
+        self._asked_at = 0.0
+        self._in_steps = False
+
+    @contextmanager
+    def in_steps(self) -> Iterator[None]:
+        """While this is open a signal waits for the end of the step; else it acts at once."""
+        self._in_steps = True
+        try:
+            yield
+        finally:
+            self._in_steps = False
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: remember the first one, obey the second at once.
+
+        Raises:
+            Preempted: no step is under way, so that there is nothing to wait for or to save.
+            KeyboardInterrupt: the same from the keyboard, or asked for the second time.
+        """
+        now = time.monotonic()
+        if self.signal and now - self._asked_at < SAME_SIGNAL_SECONDS:
+            return
+        if self._in_steps and not self.signal:
+            self.signal, self._asked_at = signal.Signals(number).name, now
+        elif number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
+        else:
+            raise Preempted(f"stopped by {signal.Signals(number).name}; the same command goes on")
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Take the signals that ask to stop, in the main thread; elsewhere none can be taken."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before: dict[signal.Signals, Any] = {s: signal.signal(s, request.take) for s in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def refuse_divergence(losses: Sequence[float], step: int) -> None:
+    """Look at the losses of a curve's rows, the last of which is that of `step`.
+
+    Raises:
+        TrainingError: the run has diverged, see `DIVERGED_FACTOR`.
+    """
+    earlier, latest = losses[:-DIVERGED_ROWS], losses[-DIVERGED_ROWS:]
+    if len(earlier) < DIVERGED_ROWS:
+        return
+    usual = statistics.median(earlier)
+    if min(latest) > DIVERGED_FACTOR * usual:
+        raise TrainingError(
+            f"the run has diverged: up to step {step} the loss was {min(latest):.3g} or more for "
+            f"the last {DIVERGED_ROWS} rows of the curve, {usual:.3g} in the median before; lower "
+            "the learning rate"
+        )

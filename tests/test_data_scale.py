@@ -1,0 +1,324 @@
+"""Data at scale: shared annotation stores, memory of real loader workers, held-out parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effspinenet_lib.data import (
+    Augmentation,
+    DataConfig,
+    Dataset,
+    evaluation_loader,
+    open_dataset,
+    training_loader,
+)
+from effspinenet_lib.data import coco as coco_layout
+from effspinenet_lib.data.heldout import Part, parse_part
+from effspinenet_lib.data.workers import worker_errors
+from effspinenet_lib.errors import DataError, UserError
+
+NAMES = [f"{number:012d}.jpg" for number in (9, 25, 30, 34, 36, 42, 49, 61, 64, 71)]
+
+
+@pytest.fixture
+def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, in which annotation files of any size are kept."""
+    monkeypatch.setenv("EFFSPINENET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(coco_layout, "LEAST_STORED_BYTES", 0)
+    return tmp_path / "cache" / "annotations"
+
+
+def coco_folder(root: Path, names: list[str] = NAMES) -> Path:
+    (root / "train2017").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    for name in names:
+        Image.fromarray(np.full((8, 10, 3), 90, np.uint8)).save(root / "train2017" / name)
+    write_annotations(root, names)
+    return root
+
+
+def write_annotations(root: Path, names: list[str], **changes: Any) -> None:
+    content = {
+        "images": [
+            {"id": n, "file_name": name, "width": 10, "height": 8} for n, name in enumerate(names)
+        ],
+        "annotations": [
+            {"id": n + 1, "image_id": n // 2, "category_id": 1, "bbox": [1, 1, 2 + n % 3, 4],
+             "segmentation": [[1, 1, 4, 1, 4, 5]]}
+            for n in range(2 * len(names))
+        ],
+        "categories": [{"id": 1, "name": "thing"}],
+        **changes,
+    }  # fmt: skip
+    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+
+
+def opened(root: Path, split: str = "train2017", images: int | None = None) -> Dataset:
+    return open_dataset(DataConfig("coco", str(root), split, train_images=images), "train")
+
+
+def names_of(dataset: Dataset) -> list[str]:
+    return [dataset.annotations.file_name(index) for index in range(len(dataset))]
+
+
+def arrays(dataset: Dataset) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in vars(dataset.annotations).items()
+            if isinstance(value, np.ndarray)}  # fmt: skip
+
+
+# The store
+
+
+def test_a_kept_store_holds_what_the_file_holds(
+    stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = coco_folder(tmp_path / "data")
+    first = opened(folder)
+    first.prepare("instances")
+    with monkeypatch.context() as patch:
+        # Read again, the annotation file itself would be an error.
+        patch.setattr(coco_layout, "_read", lambda *_: pytest.fail("the file was read again"))
+        again = opened(folder)
+        again.prepare("instances")
+    monkeypatch.setattr(coco_layout, "LEAST_STORED_BYTES", 10**9)
+    plain = opened(folder)
+    for one, two, three in zip(*(arrays(d).items() for d in (first, again, plain)), strict=True):
+        assert one[0] == two[0] == three[0]
+        assert (one[1] == two[1]).all()
+        assert (one[1] == three[1]).all()
+        assert one[1].dtype == three[1].dtype
+    assert again.categories == plain.categories
+    assert (again.masks(3) == plain.masks(3)).all()
+    assert again.masks(3).any()
+
+
+def test_a_changed_annotation_file_is_read_anew(stores: Path, tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path / "data")
+    assert len(opened(folder).annotations.boxes) == 20
+    path = folder / "annotations" / "instances_train2017.json"
+    before = path.stat()
+    write_annotations(folder, NAMES, categories=[{"id": 1, "name": "other"}])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert opened(folder).categories[0].name == "other"
+
+
+def test_parts_and_limits_are_kept_apart(stores: Path, tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path / "data")
+    splits = ["train2017", "train2017-held-3", "train2017-rest-3"]
+    sizes = [len(opened(folder, split, limit)) for split in splits for limit in (None, 2)]
+    assert sizes == [10, 2, 3, 2, 7, 2]
+    assert len(list(stores.glob("annotations-*"))) == 6 + len(list(stores.glob("*.lock")))
+
+
+def test_an_interrupted_store_is_made_again(stores: Path, tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path / "data")
+    expected = arrays(opened(folder))
+    (made,) = (path for path in stores.iterdir() if path.is_dir())
+    (made / "facts.json").unlink()
+    (made / "boxes.npy").write_bytes(b"half")
+    for name, value in arrays(opened(folder)).items():
+        assert (value == expected[name]).all()
+
+
+def test_a_pickled_data_set_names_its_store_and_carries_no_arrays(
+    stores: Path, tmp_path: Path
+) -> None:
+    folder = coco_folder(tmp_path / "data", [f"{n:012d}.jpg" for n in range(200)])
+    dataset = opened(folder)
+    dataset.prepare("instances")
+    packed = pickle.dumps(dataset)
+    assert len(packed) < 2000 < arrays(dataset)["file_names"].nbytes
+    again = pickle.loads(packed)
+    assert (again.annotations.boxes == dataset.annotations.boxes).all()
+    assert (again.masks(7) == dataset.masks(7)).all()
+    with pytest.raises(ValueError, match="read-only"):
+        again.annotations.boxes[0] = 0
+
+
+def test_workers_that_are_started_anew_give_the_same_batches(
+    stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = opened(coco_folder(tmp_path / "data"))
+
+    def batches(workers: int) -> list[Any]:
+        loader = training_loader(dataset, 16, 4, Augmentation(), 0, 0, 3, workers)
+        if workers:
+            loader.multiprocessing_context = "spawn"
+        return list(loader)
+
+    for one, two in zip(batches(0), batches(1), strict=True):
+        assert one.image_ids == two.image_ids
+        assert (one.images == two.images).all()
+
+
+# Memory
+
+
+# Opens a generated data set with one worker for two epochs and prints the worker's memory after
+# each quarter of an epoch. A program of its own: a worker shares the pages of the process that
+# started it, and a test runner's are not a training run's.
+MEMORY_PROBE = """
+import json, sys
+from pathlib import Path
+import psutil
+from effspinenet_lib.data import Augmentation, DataConfig, open_dataset, training_loader
+
+root, images, batch = sys.argv[1], int(sys.argv[2]), 50
+dataset = open_dataset(DataConfig("coco", root, "train2017"), "train")
+steps = 2 * images // batch
+loader = iter(training_loader(dataset, 8, batch, Augmentation((0.5, 2.0), 0.5), 0, 0, steps, 1))
+for step, _ in enumerate(loader, start=1):
+    if step % (steps // 8) == 0:
+        (worker,) = psutil.Process().children()
+        memory = worker.memory_full_info()
+        print(json.dumps({"rss": memory.rss, "uss": memory.uss, "pss": memory.pss}), flush=True)
+"""
+
+
+def test_a_workers_memory_stays_small_and_does_not_grow(tmp_path: Path) -> None:
+    """120,000 annotations of 15,000 images, two epochs, a real worker."""
+    images, per_image = 15_000, 8
+    root = tmp_path / "data"
+    names = coco_folder(root, NAMES[:1]) and [f"{n:012d}.jpg" for n in range(images)]
+    for name in names:
+        if not (root / "train2017" / name).exists():
+            os.link(root / "train2017" / NAMES[0], root / "train2017" / name)
+    write_annotations(
+        root,
+        names,
+        annotations=[
+            {"id": n + 1, "image_id": n // per_image, "category_id": 1, "bbox": [1, 1, 5, 4],
+             "segmentation": [[1, 1, 4, 1, 4, 5]]}
+            for n in range(images * per_image)
+        ],
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROBE, str(root), str(images)],
+        env={**os.environ, "EFFSPINENET_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(seen) == 8
+    assert max(memory["rss"] for memory in seen) < 400 * 2**20
+    # What is the worker's own does not grow from the first epoch's middle to the second's end.
+    assert seen[-1]["uss"] - seen[1]["uss"] < 8 * 2**20
+
+
+# The held-out part
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_the_held_out_part_is_the_lowest_digests(tmp_path: Path, count: int) -> None:
+    folder = coco_folder(tmp_path / "data")
+    held = opened(folder, Part("train2017", "held", count).name)
+    rest = opened(folder, Part("train2017", "rest", count).name)
+    by_digest = sorted(NAMES, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    assert sorted(names_of(held)) == sorted(by_digest[:count])
+    assert sorted(names_of(rest)) == sorted(by_digest[count:])
+    assert held.name == f"data train2017-held-{count}"
+    truth = held.ground_truth()
+    assert sorted(image["file_name"] for image in truth["images"]) == sorted(names_of(held))
+    assert len(truth["annotations"]) == 2 * count
+    assert opened(folder, "train-rest-4", images=2).image_id(0) == opened(
+        folder, "train-rest-4"
+    ).image_id(0)
+
+
+def test_the_order_of_the_annotation_file_does_not_decide(tmp_path: Path) -> None:
+    one, two = coco_folder(tmp_path / "one"), coco_folder(tmp_path / "two")
+    write_annotations(two, NAMES[::-1])
+    parts = [names_of(opened(root, "train2017-held-4")) for root in (one, two)]
+    assert sorted(parts[0]) == sorted(parts[1])
+
+
+def test_the_papers_part_is_cut_from_as_many_names_as_coco_has() -> None:
+    """The rule on 118,287 made-up names: the count, and the two sides make up the whole."""
+    from effspinenet_lib.data.heldout import part_mask
+
+    names = [f"{number * 5:012d}.jpg" for number in range(118_287)]
+    held, rest = (part_mask(names, Part("train2017", side, 7392)) for side in ("held", "rest"))
+    assert held.sum() == 7392
+    assert (held ^ rest).all()
+    worst = max(hashlib.sha256(n.encode()).digest() for n, h in zip(names, held, strict=True) if h)
+    best = min(hashlib.sha256(n.encode()).digest() for n, h in zip(names, rest, strict=True) if h)
+    assert worst < best
+
+
+def test_names_of_parts() -> None:
+    assert parse_part("train2017-held-7392") == Part("train2017", "held", 7392)
+    assert parse_part("a-rest-1-rest-2") == Part("a-rest-1", "rest", 2)
+    for whole in ("train2017", "train-held", "held-3", "train-held-0", "train-held-x"):
+        assert parse_part(whole) is None
+
+
+def test_too_large_a_part_is_refused(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path / "data")
+    with pytest.raises(UserError, match="train2017 has 10 images, too few to hold 10 out"):
+        opened(folder, "train2017-held-10")
+
+
+# Workers that die or fail
+
+
+class Fragile(Dataset):
+    """A data set whose worker dies, or meets an error, at one image."""
+
+    def __init__(self, whole: Dataset, kill: bool) -> None:
+        super().__init__(whole.name, whole.categories, whole.annotations)
+        self.whole, self.kill = whole, kill
+
+    def load_image(self, index: int) -> np.ndarray:
+        if index == 7 and multiprocessing.parent_process() is not None:
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise DataError("seven.jpg: the image cannot be decoded")
+        return self.whole.load_image(index)
+
+    def ground_truth(self) -> dict[str, Any]:
+        return self.whole.ground_truth()
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Dataset:
+    return opened(coco_folder(tmp_path / "data"))
+
+
+def test_a_worker_that_is_killed_ends_in_one_clear_line(whole: Dataset) -> None:
+    message = r"a process that loads images died \(.*Killed.*fewer workers.*the same command goes"
+    with pytest.raises(DataError, match=message) as caught:
+        list(evaluation_loader(Fragile(whole, kill=True), 16, 2, workers=1))
+    assert "\n" not in str(caught.value)
+    loader = training_loader(Fragile(whole, kill=True), 16, 4, Augmentation(), 0, 0, 10, workers=2)
+    with pytest.raises(DataError, match=message):
+        list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_the_same_line_from_a_worker(tmp_path: Path, workers: int) -> None:
+    folder = coco_folder(tmp_path / "data")
+    broken = folder / "train2017" / NAMES[3]
+    broken.write_bytes(b"no image")
+    with pytest.raises(DataError) as caught:
+        list(evaluation_loader(opened(folder), 16, 2, workers))
+    assert str(caught.value) == f"{broken}: is not an image that can be decoded"
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), worker_errors():
+        raise RuntimeError("shapes do not fit")

@@ -1,0 +1,144 @@
+"""The optimizers, the exponential schedule and the average of the weights, written out by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from effspinenet_lib.data import DataConfig
+from effspinenet_lib.errors import CheckpointError
+from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.training.config import RunConfig, file_digest
+from effspinenet_lib.training.ema import build_ema
+from effspinenet_lib.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+
+IMAGENET = get_recipe("paper_classification")
+
+
+def test_the_exponential_schedule_falls_in_steps_after_a_warmup_to_the_full_rate() -> None:
+    peak, every, warmup = 0.128, 1_501, 3_127
+    assert learning_rate_at(IMAGENET, 0) == 0
+    assert learning_rate_at(IMAGENET, warmup - 1) == pytest.approx(peak * (1 - 1 / warmup))
+    for falls in (3, 10, 145):
+        step = falls * every
+        assert learning_rate_at(IMAGENET, step) == pytest.approx(peak * 0.97**falls)
+        assert learning_rate_at(IMAGENET, step - 1) == pytest.approx(peak * 0.97 ** (falls - 1))
+    assert learning_rate_at(IMAGENET, warmup) == pytest.approx(peak * 0.97**2)
+
+
+def test_rmsprop_is_tensorflows() -> None:
+    """The update rule of tf.train.RMSPropOptimizer, with L2 added to the gradient first."""
+    layer = nn.Linear(3, 1).double()
+    recipe = IMAGENET.with_(weight_decay=0.1)
+    optimizer = build_optimizer(layer, recipe)
+    weights, bias = layer.weight.tolist()[0], layer.bias.item()
+    squares, momenta = [1.0] * 4, [0.0] * 4
+    generator = torch.Generator().manual_seed(0)
+    for rate in (0.5, 0.25, 0.25, 0.125):
+        gradient = torch.randn(4, generator=generator, dtype=torch.float64)
+        layer.weight.grad, layer.bias.grad = gradient[None, :3].clone(), gradient[3:].clone()
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
+        values = [*weights, bias]
+        for place, plain in enumerate(gradient.tolist()):
+            decay = 0.1 * values[place] if place < 3 else 0.0
+            slope = plain + decay
+            squares[place] = 0.9 * squares[place] + 0.1 * slope**2
+            momenta[place] = 0.9 * momenta[place] + rate * slope / math.sqrt(squares[place] + 1e-3)
+            values[place] -= momenta[place]
+        *weights, bias = values
+    assert layer.weight.tolist()[0] == pytest.approx(weights, rel=1e-12)
+    assert layer.bias.item() == pytest.approx(bias, rel=1e-12)
+
+
+def test_an_optimizer_goes_on_from_its_state() -> None:
+    def steps(layer: nn.Linear, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            layer(torch.ones(1, 2)).square().sum().backward()
+            optimizer.step()
+
+    whole = nn.Linear(2, 2)
+    parts = copy.deepcopy(whole)
+    steps(whole, build_optimizer(whole, IMAGENET.with_(warmup_steps=0)), 4)
+    first = build_optimizer(parts, IMAGENET.with_(warmup_steps=0))
+    steps(parts, first, 2)
+    second = build_optimizer(parts, IMAGENET.with_(warmup_steps=0))
+    second.load_state_dict(first.state_dict())
+    steps(parts, second, 2)
+    assert torch.equal(whole.weight, parts.weight)
+
+
+def test_no_average_unless_the_recipe_asks_for_one() -> None:
+    assert build_ema(nn.Linear(1, 1), get_recipe("paper_detection")) is None
+
+
+@pytest.mark.parametrize("decay", [0.25, 0.9999])
+def test_the_average_of_weights_and_statistics_is_tensorflows(decay: float) -> None:
+    """After n steps the old average keeps min(decay, (1 + n) / (10 + n))."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    ema = build_ema(model, IMAGENET.with_(ema_decay=decay))
+    assert ema is not None
+    names = ("0.weight", "1.running_mean", "1.running_var", "1.weight")
+    expected = {name: model.state_dict()[name].double() for name in names}
+    for step in range(1, 7):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += step
+        model(torch.randn(4, 2, generator=torch.Generator().manual_seed(step)))
+        ema.update(model, step)
+        kept = min(decay, (1 + step) / (10 + step))
+        for name in names:
+            new = model.state_dict()[name].double()
+            expected[name] = kept * expected[name] + (1 - kept) * new
+    for name in names:
+        torch.testing.assert_close(ema.state_dict()[name].double(), expected[name])
+    assert ema.state_dict()["1.num_batches_tracked"] == 6
+    assert not ema.module.training
+
+
+def test_an_average_goes_on_from_its_state() -> None:
+    model = nn.Linear(2, 2)
+    first = build_ema(model, IMAGENET)
+    assert first is not None
+    with torch.no_grad():
+        model.weight.add_(1)
+    first.update(model, 1)
+    second = build_ema(model, IMAGENET)
+    assert second is not None
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for average in (first, second):
+        average.update(model, 2)
+    assert torch.equal(first.state_dict()["weight"], second.state_dict()["weight"])
+
+
+def test_initial_weights_count_by_what_is_in_them(tmp_path) -> None:
+    plain = RunConfig(
+        "eff_spinenet_m0",
+        "segmentation",
+        64,
+        DataConfig("shapescenes"),
+        get_recipe("paper_segmentation"),
+    )
+    first, copied, other = (tmp_path / name for name in ("a", "b", "c"))
+    first.write_bytes(b"weights")
+    copied.write_bytes(b"weights")
+    other.write_bytes(b"other weights")
+    keys = {
+        path: RunConfig.from_dict({**plain.to_dict(), "initial_weights": str(path)}).key
+        for path in (first, copied, other)
+    }
+    assert keys[first] == keys[copied]
+    assert len({plain.key, keys[first], keys[other]}) == 3
+    assert "initial_weights" not in plain.to_dict()
+    # what the program sha256sum prints for these bytes
+    assert file_digest(str(first)).startswith("9a129038d9a00aed0cf6a7ea059ca50a")
+
+
+def test_missing_initial_weights_are_one_clear_line() -> None:
+    with pytest.raises(CheckpointError, match=r"^/nowhere: the initial weights cannot be read"):
+        file_digest("/nowhere")

@@ -1,0 +1,248 @@
+"""The search space, distributions as files, and what is read from a record."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import effspinenet_lib as esn
+from effspinenet_lib.choices.learned import (
+    BETAS,
+    SEARCH_SPACE,
+    betas_text,
+    distributed,
+    parse_betas,
+)
+from effspinenet_lib.cli import app
+from effspinenet_lib.data import DataConfig
+from effspinenet_lib.errors import DataError, UnknownName, UserError
+from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.results import ResultsStore, validate
+from effspinenet_lib.search.export import (
+    best_trial,
+    betas_frame,
+    export_distribution,
+    progress_frame,
+)
+from effspinenet_lib.search.record import equal_betas, plan_betas
+from effspinenet_lib.search.run import Penalty
+from effspinenet_lib.search.settings import get_search
+from effspinenet_lib.search.space import base_dims, detector_costs, round_dims, sample_betas
+from effspinenet_lib.search.statements import read_statements, space_statements, write_statements
+from effspinenet_lib.specs import BASES, SCALES, block_multi_adds, round_dim
+from effspinenet_lib.training.run import RunConfig
+
+PROXY = get_search("proxy")
+
+
+def dims_of(name: str) -> list[int]:
+    return [block.feature_dim for block in BASES[name].blocks]
+
+
+def test_the_papers_betas_give_table_1_and_equal_ones_sp_efficientnet():
+    assert base_dims(np.array([BETAS])).tolist() == [dims_of("eff_spinenet")]
+    for beta in SEARCH_SPACE:
+        assert base_dims(np.full((1, 18), beta)).tolist() == [dims_of("sp_efficientnet")]
+    assert [block.feature_dim for block in distributed(BETAS).blocks] == dims_of("eff_spinenet")
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_equation_4_keeps_the_computation_of_the_blocks(approximate: bool):
+    """Before rounding; Equation 2 written out here, with and without its depthwise part."""
+    betas = sample_betas(50, seed=1)
+    base = BASES["sp_efficientnet"]
+    sides = np.array([math.ceil(512 / 2**block.level) for block in base.blocks])
+    dims = np.array(dims_of("sp_efficientnet"), float)
+    depthwise = 0 if approximate else 9 * dims * 6
+    costs = sides**2 * (2 * dims**2 * 6 + depthwise)
+    alphas = costs.sum() / (betas @ costs)[:, None] * betas
+    np.testing.assert_allclose((alphas * costs).sum(axis=1), costs.sum(), rtol=1e-12)
+    wanted = [[round_dim(dim, 8) for dim in row] for row in (np.sqrt(alphas) * dims).tolist()]
+    assert base_dims(betas, approximate).tolist() == wanted
+    if not approximate:
+        np.testing.assert_allclose(costs, block_multi_adds(base, 512))
+
+
+def test_rounding_is_the_models():
+    values = np.random.default_rng(0).uniform(0.5, 700, size=2000)
+    for multiple in (4, 8):
+        wanted = [round_dim(value, multiple) for value in values]
+        assert round_dims(values, multiple).tolist() == wanted
+
+
+@pytest.mark.parametrize(("scale", "size", "classes"), [("D0", 512, 90), ("M0", 96, 12)])
+def test_costs_are_those_of_the_built_model(scale: str, size: int, classes: int):
+    betas = np.concatenate([sample_betas(10, seed=2), [BETAS], [equal_betas()]])
+    multi_adds, parameters = detector_costs(base_dims(betas), SCALES[scale], classes, size)
+    for row, adds, count in zip(betas.tolist(), multi_adds, parameters, strict=True):
+        with torch.device("meta"):
+            model = esn.create_model(
+                f"eff_spinenet_{scale.lower()}", num_classes=classes, betas=betas_text(row)
+            )
+        cost = esn.measure_cost(model, size)
+        assert (cost.multi_adds, cost.parameters) == (adds, count)
+
+
+def test_costs_with_repeated_layers():
+    betas = sample_betas(3, seed=3)
+    multi_adds, parameters = detector_costs(base_dims(betas), SCALES["D2"], 90, 768)
+    for row, adds, count in zip(betas.tolist(), multi_adds, parameters, strict=True):
+        with torch.device("meta"):
+            model = esn.create_model("eff_spinenet_d2", betas=betas_text(row))
+        cost = esn.measure_cost(model, 768)
+        assert (cost.multi_adds, cost.parameters) == (adds, count)
+
+
+@pytest.mark.parametrize(
+    "betas", ["", "1-2", "-".join(["1"] * 19), "-".join(["0"] * 18), "a" * 18, "1.5-" * 17 + "1"]
+)
+def test_betas_that_are_none_are_refused(betas: str):
+    with pytest.raises(UserError, match="betas are"):
+        parse_betas(betas)
+    if betas:
+        with pytest.raises(UserError, match="betas are"):
+            esn.create_model("eff_spinenet_m0", betas=betas)
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Path:
+    """The file of a distribution."""
+    store = ResultsStore(tmp_path / "results", "smoke")
+    store.add_trials(trials([5.0]))
+    path = tmp_path / "found.json"
+    export_distribution(store, path)
+    return path
+
+
+def trials(rewards: list[float], method: str = "ppo") -> list[dict[str, Any]]:
+    drawn = [tuple(row) for row in sample_betas(len(rewards), seed=5).tolist()]
+    planned = plan_betas(get_search("smoke"), drawn, method, 0, 0, 0)
+    return [
+        {**row, "state": "finished", "attempts": 1, "AP": reward, "reward": reward}
+        for row, reward in zip(planned, rewards, strict=True)
+    ]
+
+
+def test_a_distribution_stands_for_its_model_wherever_it_lies(found: Path, tmp_path: Path):
+    betas = json.loads(found.read_text())["betas"]
+    by_file = esn.create_model(str(found), num_classes=3)
+    by_name = esn.create_model("eff_spinenet_m0", num_classes=3, betas=betas_text(betas))
+    shapes = [
+        {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        for model in (by_file, by_name)
+    ]
+    assert shapes[0] == shapes[1]
+    moved = found.rename(tmp_path / "moved.json")
+    recipe, data = get_recipe("smoke_detection"), DataConfig("shapescenes")
+    keys = {
+        RunConfig(str(moved), "detection", 64, data, recipe).key,
+        RunConfig(
+            "eff_spinenet_m0",
+            "detection",
+            64,
+            data,
+            recipe,
+            model_options={"betas": betas_text(betas)},
+        ).key,
+    }
+    assert len(keys) == 1
+    config = RunConfig(str(moved), "detection", 64, data, recipe)
+    assert RunConfig.from_dict(config.to_dict()).key == config.key
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"betas": [1, 2]}, DataError, "broken distribution"),
+        ({"feature_dims": [8] * 18}, DataError, "its betas give"),
+        ({"format": "other"}, DataError, "is no resource distribution"),
+        ({"model": "resnet50_fpn"}, UnknownName, "scale-permuted model"),
+    ],
+)
+def test_a_file_that_is_no_distribution_is_refused(
+    found: Path, change: dict[str, Any], error: type[Exception], message: str
+):
+    found.write_text(json.dumps({**json.loads(found.read_text()), **change}))
+    with pytest.raises(error, match=message):
+        esn.create_model(str(found))
+
+
+def test_a_distribution_that_is_missing_or_has_betas_beside_it(found: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="no such file"):
+        esn.create_model(str(tmp_path / "none.json"))
+    with pytest.raises(UserError, match="betas of its own"):
+        esn.create_model(str(found), betas=betas_text(BETAS))
+
+
+def test_the_best_trial_is_of_the_highest_reward_and_no_reference(tmp_path: Path):
+    store = ResultsStore(tmp_path, "smoke")
+    store.add_trials(trials([1.0, 7.0, 3.0]))
+    store.add_trials(trials([2.0, 9.0], "random"))
+    store.add_trials(trials([99.0], "reference"))
+    record = store.trials()
+    assert best_trial(record)["reward"] == 9.0
+    assert best_trial(record, "ppo")["reward"] == 7.0
+    with pytest.raises(UserError, match="no finished trial of evolution"):
+        best_trial(record, "evolution")
+    progress = progress_frame(record).query("method == 'ppo'")
+    assert progress["best_so_far"].tolist() == [1.0, 7.0, 7.0]
+    assert progress["mean_of_step"].tolist() == pytest.approx([11 / 3] * 3)
+    blocks = betas_frame(record)
+    assert len(blocks) == len(record) * 18
+    own = blocks[(blocks["method"] == "ppo") & (blocks["trial"] == 1)]
+    assert (
+        betas_text(own["beta"].tolist())
+        == record.query("method == 'ppo' and trial == 1")["betas"].item()
+    )
+
+
+def test_the_papers_distribution_is_exported_with_what_remains(tmp_path: Path):
+    path = tmp_path / "paper.json"
+    result = CliRunner().invoke(
+        app, ["search", "export", str(path), "--method", "paper", "--results-dir", str(tmp_path)]
+    )
+    assert result.exit_code == 0, result.output
+    written = json.loads(path.read_text())
+    assert written["betas"] == list(BETAS)
+    assert written["feature_dims"] == dims_of("eff_spinenet")
+    assert written["origin"]["largest_difference_channels"] == 0
+    with torch.device("meta"):
+        given = esn.measure_cost(esn.create_model(str(path)), 256)
+        own = esn.measure_cost(esn.create_model("eff_spinenet_m0"), 256)
+    assert given == own
+
+
+def test_statements_on_the_space_are_counted_and_valid(tmp_path: Path):
+    rows = space_statements(2000, seed=0)
+    path = write_statements(tmp_path, rows)
+    assert path == tmp_path / "search" / "space.csv"
+    frame = read_statements(tmp_path)
+    exact = frame[frame["equation"] == "exact"].set_index("claim")["computed"]
+    betas = sample_betas(2000, seed=0)
+    multi_adds, parameters = detector_costs(base_dims(betas), SCALES["D0"], 90, 512)
+    with torch.device("meta"):
+        target = esn.measure_cost(esn.create_model("sp_efficientnet_b0"), 512)
+    within = np.abs(multi_adds - target.multi_adds) <= 0.1 * target.multi_adds
+    assert exact["multi-adds-within-10-percent"] == pytest.approx(100 * within.mean(), abs=1e-3)
+    fewer = 100 * (parameters < target.parameters).mean()
+    assert exact["parameters-reduced"] == pytest.approx(fewer, abs=1e-3)
+    assert not [problem for problem in validate(tmp_path) if "space.csv" in problem]
+    with pytest.raises(DataError, match="effspinenet search space"):
+        read_statements(tmp_path / "nothing")
+
+
+def test_the_penalty_is_mnasnets():
+    assert Penalty().reward(30.0, 1.3) == 30.0
+    assert Penalty(-0.07).reward(30.0, 2.0) == pytest.approx(30.0 * 2.0**-0.07)
+
+
+def test_held_out_images_are_in_no_split_that_a_table_uses():
+    assert PROXY.data.eval_split not in (PROXY.data.train_split, "train", "val")
+    assert PROXY.config(BETAS, 0).to_dict()["data"]["eval_split"] == "search"
