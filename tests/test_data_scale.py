@@ -189,8 +189,8 @@ for step, _ in enumerate(loader, start=1):
 
 
 def test_a_workers_memory_stays_small_and_does_not_grow(tmp_path: Path) -> None:
-    """120,000 annotations of 15,000 images, two epochs, a real worker."""
-    images, per_image = 15_000, 8
+    """120,000 annotations of 1,500 images, two epochs, a real worker."""
+    images, per_image = 1_500, 80
     root = tmp_path / "data"
     names = coco_folder(root, NAMES[:1]) and [f"{n:012d}.jpg" for n in range(images)]
     for name in names:

@@ -17,7 +17,7 @@ import search_fakes
 from effspinenet_lib.errors import CheckpointError, UserError
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.search.engines import Engine, LocalEngine, RayEngine
-from effspinenet_lib.search.run import METHODS, Search, run_search
+from effspinenet_lib.search.run import METHODS, Search, run_references, run_search
 from effspinenet_lib.search.settings import get_search
 from effspinenet_lib.search.trials import Trial, TrialFailed, run_trial
 
@@ -205,3 +205,17 @@ def test_ray_gives_the_same_record(tmp_path: Path):
             run_search(Search(SETTINGS, store, "ppo", 0, 6), running, progress=False)
         records.append(sorted(record(store)))
     assert records[0] == records[1]
+
+
+def test_references_are_run_once_for_each_seed(store: ResultsStore):
+    named = {"equal": (1,) * 18, "rising": (1,) * 9 + (20,) * 9, "also equal": (1,) * 18}
+    for seeds in ([0], [0, 1]):
+        rows = run_references(SETTINGS, store, named, seeds, Here(), progress=False)
+    keys = rows[["seed", "trial", "note", "state"]].to_numpy().tolist()
+    assert keys == [
+        [seed, trial, name, "finished"]
+        for seed in (0, 1)
+        for trial, name in enumerate(("equal", "rising"))
+    ]
+    assert len(set(rows["run"])) == 4
+    assert len(started(store)) == 4

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
@@ -144,6 +145,20 @@ def test_instances_cannot_be_padded():
 def test_padding_to_no_rows_is_refused():
     with pytest.raises(UserError, match="0 rows"):
         epoch("detection", 0)
+
+
+@pytest.mark.parametrize("name", ["eff_spinenet_m0", "mobilenetv3_small_ssdlite"])
+def test_a_compiler_builds_one_program_for_the_losses_of_all_batches(name):
+    model = create_model(name, num_classes=5)
+    with torch.no_grad():
+        logits, codes, anchors = model.eval().network(torch.randn(3, 3, SIDE, SIDE))
+    counter = CompileCounter()
+    compiled = torch.compile(model.losses, backend=counter, dynamic=False, fullgraph=True)
+    for counts in ((3, 0, 1), (0, 0, 0), (7, 2, 5)):
+        targets = [pad_target(target, 9) for target in make_targets(counts)]
+        expected = model.losses(logits, codes, anchors, targets)
+        assert compiled(logits, codes, anchors, targets) == pytest.approx(expected)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("name", ["eff_spinenet_m0", "mobilenetv3_small_ssdlite"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from effspinenet_lib.cli.console import print_table
+
+if TYPE_CHECKING:
+    from effspinenet_lib.search.engines import Engine
 
 ALL = "all"
 
@@ -23,7 +26,20 @@ Profile = Annotated[
     ),
 ]
 
+EngineName = Annotated[str, typer.Option(help="`local` processes, or a `ray` cluster.")]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=1, help="Trials at once, one core each. [default: the machine's cores]"),
+]
+
 app = typer.Typer(invoke_without_command=True)
+
+
+def _engine(name: str, processes: int | None, timeout: float) -> Engine:
+    from effspinenet_lib.experiments.parameters import usable_cores
+    from effspinenet_lib.search.engines import get_engine
+
+    return get_engine(name)(workers=processes or usable_cores(), timeout=timeout)
 
 
 @app.callback()
@@ -37,11 +53,8 @@ def search(
         int | None, typer.Option(min=1, help="Samples of each method. [default: the profile's]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the samples and of the trainings.")] = 0,
-    engine: Annotated[str, typer.Option(help="`local` processes, or a `ray` cluster.")] = "local",
-    processes: Annotated[
-        int | None,
-        typer.Option(min=1, help="Trials at once, one core each. [default: the machine's cores]"),
-    ] = None,
+    engine: EngineName = "local",
+    processes: Processes = None,
     penalty: Annotated[
         float,
         typer.Option(max=0, help="MnasNet's exponent on Multi-Adds, such as -0.07; 0: none."),
@@ -62,18 +75,15 @@ def search(
     if context.invoked_subcommand is not None:
         return
     from effspinenet_lib.experiments import default_results_dir
-    from effspinenet_lib.experiments.parameters import usable_cores
     from effspinenet_lib.results import ResultsStore
-    from effspinenet_lib.search.engines import get_engine
     from effspinenet_lib.search.run import Penalty, Search, run_search
     from effspinenet_lib.search.settings import get_search
 
     settings = get_search(profile)
     store = ResultsStore(results_dir or default_results_dir(), profile)
     names = settings.methods if method == ALL else (method,)
-    workers = processes or usable_cores()
     rows = []
-    with get_engine(engine)(workers=workers, timeout=settings.timeout) as running:
+    with _engine(engine, processes, settings.timeout) as running:
         for name in names:
             one = Search(settings, store, name, seed, trials or settings.trials, Penalty(penalty))
             record = run_search(one, running, force=force)
@@ -122,7 +132,7 @@ def export(
 @app.command()
 def compare(
     profile: Profile = "proxy",
-    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="One training each.")] = "0,1,2",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each.")] = 3,
     engine: EngineName = "local",
     processes: Processes = None,
     results_dir: ResultsDir = None,
@@ -131,8 +141,8 @@ def compare(
 
     They are trained as the search's trials are and join its record as method `reference`.
     """
+    from effspinenet_lib.choices.learned import betas_text
     from effspinenet_lib.experiments import default_results_dir
-    from effspinenet_lib.experiments.parameters import seed_list
     from effspinenet_lib.results import ResultsStore
     from effspinenet_lib.search.export import compared_betas
     from effspinenet_lib.search.run import run_references
@@ -142,7 +152,7 @@ def compare(
     store = ResultsStore(results_dir or default_results_dir(), profile)
     named = compared_betas(store.trials())
     with _engine(engine, processes, settings.timeout) as running:
-        record = run_references(settings, store, named, seed_list(seeds), running)
+        record = run_references(settings, store, named, range(seeds), running)
     rows = []
     for name, betas in named.items():
         own = record[record["betas"] == betas_text(betas)]["AP"].dropna()

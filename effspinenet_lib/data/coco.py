@@ -28,8 +28,8 @@ from effspinenet_lib.files import read_json
 
 # COCO 2017's splits are known as train and val, its files carry the year.
 YEAR = "2017"
-# What smaller annotation files hold is read each time, in a second or two (our choice).
-LEAST_STORED_BYTES = 16 * 2**20
+# What smaller annotation files hold is read each time, in less than a second (our choice).
+LEAST_STORED_BYTES = 4 * 2**20
 
 
 class CocoFolder(FolderDataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,10 @@ from torch.utils.data import DataLoader
 
 from effspinenet_lib.errors import DataError
 
-# How torch's messages of a dead or stuck worker begin.
-_TORCH_PREFIX = "DataLoader worker"
+# How torch's messages begin of a worker that died, and of an error that one met.
+_TORCH_PREFIX, _FROM_WORKER = "DataLoader worker", "Caught "
+# How long a signal that a process died may take: our choice, far more than it does.
+SIGNAL_SECONDS = 0.5
 
 
 @contextmanager
@@ -48,7 +51,14 @@ class Batches(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         with worker_errors():
-            yield from super().__iter__()
+            try:
+                yield from super().__iter__()
+            except (EOFError, OSError) as error:
+                if not self.num_workers or str(error).startswith(_FROM_WORKER):
+                    raise
+                # The line to a process broke; the signal that tells of its death interrupts this.
+                time.sleep(SIGNAL_SECONDS)
+                raise RuntimeError(f"{_TORCH_PREFIX} cannot be reached: {error!r}") from error
 
 
 def start_worker(worker: int) -> None:

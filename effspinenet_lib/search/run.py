@@ -255,7 +255,10 @@ def run_references(
     rows = []
     for seed in seeds:
         own = [row for row in known if row["seed"] == seed]
-        runs, first = {row["run"] for row in own}, 1 + max((row["trial"] for row in own), default=-1)
+        runs, first = (
+            {row["run"] for row in own},
+            1 + max((row["trial"] for row in own), default=-1),
+        )
         for name, betas in named.items():
             (row,) = plan_betas(settings, [betas], REFERENCE, seed, 0, first)
             if row["run"] not in runs:
