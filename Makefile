@@ -11,9 +11,13 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.effspinenet-installed
 PARITY_VENV ?= .venv-parity
 PARITY_INSTALLED = $(PARITY_VENV)/.effspinenet-installed
+XLA_VENV ?= .venv-xla
+XLA_INSTALLED = $(XLA_VENV)/.effspinenet-installed
+# The last release of torch_xla, and the releases that it is built for.
+XLA_PACKAGES = 'torch_xla==2.9.*' 'torch==2.9.*' 'torchvision==0.24.*'
 BOOK = _build/book/html/index.html
 
-.PHONY: help setup reproduce book test bench parity lint lint-format lint-code lint-types lint-imports \
+.PHONY: help setup reproduce book test bench parity xla lint lint-format lint-code lint-types lint-imports \
         lint-notebooks format clean
 
 help:
@@ -25,6 +29,7 @@ help:
 	@echo "make format      put the code in format"
 	@echo "make bench       measure speed against peers"
 	@echo "make parity      compare the released models with TensorFlow's, in $(PARITY_VENV)"
+	@echo "make xla         train a few steps on XLA, the compiler of TPUs, in $(XLA_VENV)"
 	@echo "make clean       remove the book, smoke results and caches (results that are kept stay)"
 
 setup: $(INSTALLED)
@@ -69,6 +74,18 @@ parity: $(PARITY_INSTALLED)
 	$(PARITY_VENV)/bin/python -m pytest tests/test_released.py
 	$(PARITY_VENV)/bin/python -m benchmarks.parity
 	@echo "Parity: results/parity/parity.csv"
+
+# torch_xla needs the PyTorch that it was built for, which need not be the library's.
+$(XLA_INSTALLED): pyproject.toml
+	@test -x $(XLA_VENV)/bin/pip || $(PYTHON) -m venv $(XLA_VENV)
+	@echo "Installing torch_xla and the library into $(XLA_VENV) (several minutes) ..."
+	@$(XLA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable . $(XLA_PACKAGES) || { echo "torch_xla cannot be installed for this Python and \
+	machine (pip's reason stands above); it has packages for Linux on x86-64"; exit 1; }
+	@touch $@
+
+xla: $(XLA_INSTALLED)
+	$(XLA_VENV)/bin/python -m benchmarks.xla
 
 lint: lint-format lint-code lint-types lint-imports lint-notebooks
 	@echo "Lint: all checks passed (settings: pyproject.toml)"

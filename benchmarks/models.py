@@ -1,75 +1,298 @@
-"""Training and inference against torchvision's RetinaNet, and what bfloat16 brings."""
+"""Training and inference against effdet, torchvision and the plain way; needs the extra `bench`.
+
+All models of a comparison have the same image size, batch, memory layout (channels last), optimizer
+and objects. Peers get `keep_freed_memory` too, for it acts on the whole process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import effdet
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models import detection as torchvision_models
 
-from benchmarks.pairs import Pair, time_pair
+from benchmarks.pairs import Times, compare, fastest, time_in_turn
+from benchmarks.plain import make_plain
+from benchmarks.record import Figure, ratio_figure
 from effspinenet_lib import create_model
 from effspinenet_lib.data import Batch
 from effspinenet_lib.recipes import Recipe, get_recipe
+from effspinenet_lib.tasks.detection import RetinaNet
+from effspinenet_lib.training.folding import fold_norms
 from effspinenet_lib.training.loop import prepare_model, train_steps
 from effspinenet_lib.training.optim import build_optimizer
 
-INFERENCE_SIZE = 512
-TRAINING_SIZE, TRAINING_BATCH, TRAINING_STEPS = 128, 16, 3
+Work = Callable[[], object]
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CLASSES = 90
+BATCH, SIZE = 2, 512
+SSDLITE_SIZE = 320
+PROXY_BATCH, PROXY_SIZE, PROXY_CLASSES = 8, 128, 8
+RATE = 1e-4
+OURS, EFFDET, RETINANET, SSDLITE = "ours", "effdet", "RetinaNet", "SSDLite"
+# Shares of the image's side: three objects, small to large.
+OBJECTS = ((0.02, 0.02, 0.12, 0.12), (0.15, 0.05, 0.5, 0.2), (0.2, 0.3, 0.9, 0.8))
 
 
-def inference() -> Pair:
-    """Time one image through Eff-SpineNet-D0 and through torchvision's RetinaNet, both float32."""
-    ours = create_model("eff_spinenet_d0").eval()
-    peer = retinanet_resnet50_fpn(
+@dataclass(frozen=True)
+class Setting:
+    """What the models of a comparison have in common."""
+
+    size: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.size}x{self.size}, batch {self.batch}"
+
+    def images(self) -> Tensor:
+        drawn = torch.randn(self.batch, 3, self.size, self.size)
+        return drawn.contiguous(memory_format=torch.channels_last)
+
+    def targets(self, classes: int = CLASSES) -> list[dict[str, Tensor]]:
+        target = {
+            "boxes": torch.tensor(OBJECTS) * self.size,
+            "labels": torch.arange(len(OBJECTS)) % classes,
+            "iscrowd": torch.zeros(len(OBJECTS), dtype=torch.bool),
+        }
+        return [target] * self.batch
+
+
+def training(rounds: int) -> Iterator[Figure]:
+    """A training step of Eff-SpineNet-D0 against those of the peers."""
+    setting = Setting(SIZE, BATCH)
+    works = {
+        f"{name} {precision}": make(setting, precision)
+        for precision in PRECISIONS
+        for name, make in ((OURS, _our_step), (EFFDET, _effdet_step), (RETINANET, _retinanet_step))
+    }
+    times = time_in_turn(works, rounds)
+    what = "training, Eff-SpineNet-D0 against"
+    yield from _against(times, EFFDET, f"{what} effdet's EfficientDet-D0", setting, (1.0, 1.5))
+    yield from _against(times, RETINANET, f"{what} torchvision's RetinaNet", setting)
+    small = Setting(SSDLITE_SIZE, BATCH)
+    works = {
+        f"{name} {precision}": make(small, precision)
+        for precision in PRECISIONS
+        for name, make in ((OURS, _our_step), (SSDLITE, _ssdlite_step))
+    }
+    times = time_in_turn(works, rounds)
+    yield from _against(times, SSDLITE, f"{what} torchvision's SSDLite", small)
+
+
+def inference(rounds: int) -> Iterator[Figure]:
+    """One image through the networks; of torchvision's models with what follows the network."""
+    setting = Setting(SIZE, 1)
+    works = {
+        f"{name} {precision}": make(setting, precision)
+        for precision in PRECISIONS
+        for name, make in ((OURS, _our_network), (EFFDET, _effdet_network), (RETINANET, _retinanet))
+    }
+    times = time_in_turn(works, rounds)
+    what = "inference, Eff-SpineNet-D0 against"
+    yield from _against(times, EFFDET, f"{what} effdet's EfficientDet-D0", setting, (1.0, 1.3))
+    yield from _against(times, RETINANET, f"{what} torchvision's RetinaNet", setting)
+    small = Setting(SSDLITE_SIZE, 1)
+    works = {
+        f"{name} {precision}": make(small, precision)
+        for precision in PRECISIONS
+        for name, make in ((OURS, _our_network), (SSDLITE, _ssdlite))
+    }
+    times = time_in_turn(works, rounds)
+    yield from _against(times, SSDLITE, f"{what} torchvision's SSDLite", small)
+
+
+def proxy(rounds: int) -> Iterator[Figure]:
+    """A training step of the proxy runs against the same network written the plain way."""
+    setting = Setting(PROXY_SIZE, PROXY_BATCH)
+    works = {OURS: proxy_step(setting, plain=False), "plain": proxy_step(setting, plain=True)}
+    times = time_in_turn(works, rounds)
+    yield ratio_figure(
+        "proxy",
+        "training Eff-SpineNet-M0 against the plain loop",
+        f"bfloat16, {setting}",
+        compare(times[OURS], times["plain"]),
+        1.3,
+    )
+
+
+def _against(
+    times: Times,
+    peer: str,
+    what: str,
+    setting: Setting,
+    goals: tuple[float | None, float | None] = (None, None),
+) -> Iterator[Figure]:
+    """The ratio in float32, and that of each one's faster number format."""
+    benchmark = what.split(",")[0]
+    found = {
+        name: {key: value for key, value in times.items() if key.split()[0] == name}
+        for name in (OURS, peer)
+    }
+    ours, theirs = fastest(found[OURS]), fastest(found[peer])
+    yield ratio_figure(
+        benchmark,
+        what,
+        f"float32, {setting}",
+        compare(times[f"{OURS} float32"], times[f"{peer} float32"]),
+        goals[0],
+    )
+    formats = f"{ours.split()[1]} against {theirs.split()[1]}, the faster of each"
+    yield ratio_figure(
+        benchmark, what, f"{formats}, {setting}", compare(times[ours], times[theirs]), goals[1]
+    )
+
+
+def our_training(name: str, setting: Setting, recipe: Recipe, plain: bool, classes: int) -> Work:
+    """A step of this library's loop; with `plain` of the same network's plain twin."""
+    accelerator = Accelerator(cpu=True)
+    model = create_model(name, num_classes=classes)
+    assert isinstance(model, RetinaNet)
+    prepared = prepare_model(make_plain(model) if plain else model, recipe, accelerator)
+    optimizer = build_optimizer(prepared, recipe)
+    batch = Batch(
+        setting.images(),
+        setting.targets(classes),
+        tuple(range(setting.batch)),
+        torch.ones(setting.batch, 2),
+        [(setting.size, setting.size)] * setting.batch,
+    )
+    return lambda: list(train_steps(prepared, optimizer, [batch], recipe, accelerator, seed=0))
+
+
+def proxy_step(setting: Setting, plain: bool) -> Work:
+    """A step of Eff-SpineNet-M0 by the proxy's recipe."""
+    recipe = get_recipe("proxy_detection").with_(precision="bfloat16")
+    if plain:
+        return _plain_loop("eff_spinenet_m0", setting)
+    return our_training("eff_spinenet_m0", setting, recipe, False, PROXY_CLASSES)
+
+
+def _our_step(setting: Setting, precision: str) -> Work:
+    recipe = get_recipe("proxy_detection").with_(precision=precision)
+    return our_training("eff_spinenet_d0", setting, recipe, False, CLASSES)
+
+
+def _plain_loop(name: str, setting: Setting) -> Work:
+    """The loop that one writes first: forward under autocast, backward, SGD."""
+    model = create_model(name, num_classes=PROXY_CLASSES)
+    assert isinstance(model, RetinaNet)
+    plain = make_plain(model)
+    targets = setting.targets(PROXY_CLASSES)
+    return _step(plain, setting, "bfloat16", lambda images: plain(images, targets))
+
+
+def _effdet_step(setting: Setting, precision: str) -> Work:
+    model = effdet.create_model(
+        "efficientdet_d0",
+        bench_task="train",
+        bench_labeler=True,
+        num_classes=CLASSES,
+        pretrained=False,
+        pretrained_backbone=False,
+        image_size=(setting.size, setting.size),
+    )
+    targets = setting.targets()
+    given = {
+        "bbox": [target["boxes"][:, [1, 0, 3, 2]] for target in targets],
+        "cls": [target["labels"] + 1 for target in targets],
+    }
+    return _step(model, setting, precision, lambda images: {"loss": model(images, given)["loss"]})
+
+
+def _retinanet_step(setting: Setting, precision: str) -> Work:
+    return _torchvision_step(_make_retinanet(setting), setting, precision)
+
+
+def _ssdlite_step(setting: Setting, precision: str) -> Work:
+    return _torchvision_step(_make_ssdlite(), setting, precision)
+
+
+def _torchvision_step(model: nn.Module, setting: Setting, precision: str) -> Work:
+    targets = setting.targets()
+    return _step(model, setting, precision, lambda images: model(list(images), targets))
+
+
+def _step(
+    model: nn.Module,
+    setting: Setting,
+    precision: str,
+    losses: Callable[[Tensor], dict[str, Tensor]],
+) -> Work:
+    """A step of a model as its users write it."""
+    model.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, foreach=True)
+    images = setting.images()
+
+    def work() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            found = losses(images)
+        torch.stack([loss.float() for loss in found.values()]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return work
+
+
+def _our_network(setting: Setting, precision: str) -> Work:
+    model = fold_norms(create_model("eff_spinenet_d0", num_classes=CLASSES))
+    assert isinstance(model, RetinaNet)
+    return _inference(model, model.network, setting, precision)
+
+
+def _effdet_network(setting: Setting, precision: str) -> Work:
+    model = effdet.create_model(
+        "efficientdet_d0",
+        num_classes=CLASSES,
+        pretrained=False,
+        pretrained_backbone=False,
+        image_size=(setting.size, setting.size),
+    )
+    return _inference(model, model, setting, precision)
+
+
+def _retinanet(setting: Setting, precision: str) -> Work:
+    model = _make_retinanet(setting)
+    return _inference(model, lambda images: model(list(images)), setting, precision)
+
+
+def _ssdlite(setting: Setting, precision: str) -> Work:
+    model = _make_ssdlite()
+    return _inference(model, lambda images: model(list(images)), setting, precision)
+
+
+def _inference(
+    model: nn.Module, run: Callable[[Tensor], object], setting: Setting, precision: str
+) -> Work:
+    model.eval().to(memory_format=torch.channels_last)
+    images = setting.images()
+
+    def work() -> None:
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
+        ):
+            run(images)
+
+    return work
+
+
+def _make_retinanet(setting: Setting) -> nn.Module:
+    model: nn.Module = torchvision_models.retinanet_resnet50_fpn(
         weights=None,
         weights_backbone=None,
-        min_size=INFERENCE_SIZE,
-        max_size=INFERENCE_SIZE,
-    ).eval()
-    image = torch.rand(1, 3, INFERENCE_SIZE, INFERENCE_SIZE)
-    return time_pair(
-        f"inference, D0 against torchvision's RetinaNet, {INFERENCE_SIZE}x{INFERENCE_SIZE}",
-        lambda: _infer(ours, image),
-        lambda: _infer(peer, list(image)),
+        num_classes=CLASSES,
+        min_size=setting.size,
+        max_size=setting.size,
     )
+    return model
 
 
-def training() -> Pair:
-    """Time training steps of Eff-SpineNet-M0 in bfloat16 and in float32."""
-    recipe = get_recipe("proxy_detection").with_(batch_size=TRAINING_BATCH)
-    return time_pair(
-        f"training M0 at {TRAINING_SIZE}x{TRAINING_SIZE}, bfloat16 against float32",
-        _trainer(recipe.with_(precision="bfloat16")),
-        _trainer(recipe.with_(precision="float32", channels_last=False)),
+def _make_ssdlite() -> nn.Module:
+    model: nn.Module = torchvision_models.ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=CLASSES + 1
     )
-
-
-def _infer(model: nn.Module, images: Tensor | list[Tensor]) -> object:
-    with torch.inference_mode():
-        return model(images)
-
-
-def _trainer(recipe: Recipe) -> Callable[[], object]:
-    accelerator = Accelerator(cpu=True)
-    model = prepare_model(create_model("eff_spinenet_m0", num_classes=8), recipe, accelerator)
-    optimizer = build_optimizer(model, recipe)
-    target = {
-        "boxes": torch.tensor([[10.0, 10.0, 60.0, 60.0], [70.0, 20.0, 100.0, 90.0]]),
-        "labels": torch.tensor([1, 5]),
-        "iscrowd": torch.zeros(2, dtype=torch.bool),
-    }
-    batch = Batch(
-        torch.randn(TRAINING_BATCH, 3, TRAINING_SIZE, TRAINING_SIZE),
-        [target] * TRAINING_BATCH,
-        tuple(range(TRAINING_BATCH)),
-        torch.ones(TRAINING_BATCH),
-        [(TRAINING_SIZE, TRAINING_SIZE)] * TRAINING_BATCH,
-    )
-    batches = [batch] * TRAINING_STEPS
-    return lambda: list(train_steps(model, optimizer, batches, recipe, accelerator, seed=0))
-
-
-PAIRS = (inference, training)
+    return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -88,15 +88,17 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         handle.write("\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file.
+def read_json(
+    path: str | os.PathLike[str], hook: Callable[[dict[str, Any]], Any] | None = None
+) -> Any:
+    """Read a JSON file; `hook` is called on every object in it and gives what stands for it.
 
     Raises:
         DataError: the file is missing or is not JSON; names the file, the line and the column.
     """
     try:
         with open(path, encoding="utf-8") as handle:
-            return json.load(handle)
+            return json.load(handle, object_hook=hook)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except IsADirectoryError as error:

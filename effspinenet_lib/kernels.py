@@ -182,7 +182,7 @@ def _gradients(
     padding: tuple[int, int],
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
-    """torch's own gradients by the features and by the weight, those that are wanted."""
+    """The gradients as torch has them, by the features and by the weight, those that are wanted."""
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         gradient, features, weight, None, stride, padding, (1, 1), False, (0, 0), len(weight),
         (*wanted, False),

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
+from effspinenet_lib.kernels import DepthwiseConv2d, PointwiseConv2d
+
 # Section 5.1.1: batch normalisation momentum 0.99, which PyTorch counts from the other end.
 # Epsilon: released config.
 NORM_MOMENTUM = 1 - 0.99
@@ -22,10 +24,11 @@ POOLING_KERNEL = 3
 # The released code multiplies by this rounding of 1/6; with 1/6 its outputs differ by 1e-5.
 HARD_SIGMOID_SLOPE = 0.16667
 
+# In place only where the gradient needs the result alone: of the others torch copies the input.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "swish": lambda: nn.SiLU(inplace=True),
+    "swish": nn.SiLU,
     "relu": lambda: nn.ReLU(inplace=True),
-    "hard_swish": lambda: nn.Hardswish(inplace=True),
+    "hard_swish": nn.Hardswish,
 }
 
 
@@ -64,7 +67,13 @@ def conv_norm(
     A stride of 2 gives ceil(side / 2). With `same` it is padded as in TensorFlow: on an even side
     one pixel less before than after, where PyTorch's padding has as many at both ends.
     """
-    make_conv = Conv2dSame if same and stride > 1 else nn.Conv2d
+    make_conv: type[nn.Conv2d] = nn.Conv2d
+    if same and stride > 1:
+        make_conv = Conv2dSame
+    elif kernel == stride == groups == 1:
+        make_conv = PointwiseConv2d
+    elif inputs == outputs == groups:
+        make_conv = DepthwiseConv2d
     layers: list[nn.Module] = [
         make_conv(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
         make_norm(outputs),
@@ -95,7 +104,8 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [N, C, H, W] to the same shape."""
-        mean = features.mean((2, 3), keepdim=True)
+        # Not mean(): its gradient divides every pixel, this one a pixel for each channel.
+        mean = features.sum((2, 3), keepdim=True) / features[0, 0].numel()
         return features * self.gate(self.expand(self.activation(self.reduce(mean))))
 
 
@@ -157,10 +167,10 @@ class SeparableConv(nn.Module):
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
         padding = DEPTHWISE_KERNEL // 2
-        self.depthwise = nn.Conv2d(
+        self.depthwise = DepthwiseConv2d(
             inputs, inputs, DEPTHWISE_KERNEL, padding=padding, groups=inputs, bias=False
         )
-        self.pointwise = nn.Conv2d(inputs, outputs, 1, bias=bias)
+        self.pointwise = PointwiseConv2d(inputs, outputs, 1, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [N, inputs, H, W] to [N, outputs, H, W]."""

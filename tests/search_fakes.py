@@ -22,7 +22,9 @@ def betas_of(request: Mapping[str, Any]) -> list[int]:
 
 def note_start(request: Mapping[str, Any]) -> int:
     """Write down that a trial was started; how often this one was before."""
-    log = Path(request["runs_dir"]) / "started.log"
+    folder = Path(request["runs_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "started.log"
     text = request["config"]["model_options"]["betas"]
     before = log.read_text().splitlines().count(text) if log.exists() else 0
     with open(log, "a", encoding="utf-8") as handle:

@@ -119,7 +119,10 @@ def test_moved_data_is_the_same_data():
 
 
 def test_the_paper_profile_plans_the_papers_models(tmp_path):
-    parameters = check_parameters("paper", data_root=tmp_path, results_dir=tmp_path)
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        (tmp_path / "coco" / "annotations" / f"instances_{split}.json").write_text("{}")
+    parameters = check_parameters("paper", data_root=tmp_path / "coco", results_dir=tmp_path)
     configs = [run.config for run in planned_runs(ITEMS["table-08"], parameters)]
     assert [c.model for c in configs] == ["sp_efficientnet_b0", "eff_spinenet_d0"]
     assert {c.image_size for c in configs} == {512}

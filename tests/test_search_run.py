@@ -17,12 +17,17 @@ import search_fakes
 from effspinenet_lib.errors import CheckpointError, UserError
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.search.engines import Engine, LocalEngine, RayEngine
-from effspinenet_lib.search.run import METHODS, Search, run_references, run_search
+from effspinenet_lib.search.run import METHODS, Penalty, Search, run_references, run_search
 from effspinenet_lib.search.settings import get_search
 from effspinenet_lib.search.trials import Trial, TrialFailed, run_trial
 
 SETTINGS = get_search("smoke")
 PROGRAM = Path(search_fakes.__file__).with_name("search_program.py")
+
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="the extra ray is not installed"
+)
 
 
 class Here(Engine):
@@ -158,6 +163,8 @@ def test_a_record_of_other_settings_is_not_mixed(store: ResultsStore):
     with pytest.raises(UserError, match="other settings"):
         run_search(changed, Here(), progress=False)
     assert len(run_search(changed, Here(), progress=False, force=True)) == 4
+    with pytest.raises(UserError, match="another penalty"):
+        run_search(replace(changed, penalty=Penalty(-0.07)), Here(), progress=False)
 
 
 def test_a_lost_or_broken_state_is_said_and_the_record_kept(store: ResultsStore):
@@ -196,15 +203,43 @@ def test_a_true_trial_trains_and_leaves_nothing_but_its_row(store: ResultsStore)
     assert not (store.runs_folder / row["run"]).exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not here")
-def test_ray_gives_the_same_record(tmp_path: Path):
+@needs_ray
+def test_ray_gives_the_same_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", str(PROGRAM.parent))  # Ray's workers import the trial by name
     records = []
     for name, engine in (("local", LocalEngine), ("ray", RayEngine)):
         store = ResultsStore(tmp_path / name, "smoke")
         with engine(search_fakes.works, workers=2, timeout=120) as running:
             run_search(Search(SETTINGS, store, "ppo", 0, 6), running, progress=False)
-        records.append(sorted(record(store)))
+        assert set(store.trials()["note"]) == {""}
+        records.append(record(store))
     assert records[0] == records[1]
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("trial", "timeout", "reason"),
+    [(search_fakes.dies, 60, "process died"), (search_fakes.hangs, 5, "no answer within")],
+)
+def test_a_trial_that_dies_or_hangs_on_ray_is_recorded_as_failed(
+    store: ResultsStore,
+    trial: Trial,
+    timeout: float,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("PYTHONPATH", str(PROGRAM.parent))
+    with RayEngine(trial, workers=1, timeout=timeout) as engine:
+        search = Search(SETTINGS, store, "random", seed=0, trials=1)
+        (row,) = run_search(search, engine, progress=False).to_dict("records")
+    assert (row["state"], row["attempts"]) == ("failed", 2)
+    assert reason in row["note"]
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("ray")), reason="the extra ray is here")
+def test_without_ray_its_engine_says_what_to_install():
+    with pytest.raises(UserError, match=r"pip install 'effspinenet\[ray\]'"):
+        RayEngine()
 
 
 def test_references_are_run_once_for_each_seed(store: ResultsStore):

@@ -81,9 +81,8 @@ def evaluate(
     if model not in (None, facts["model"]):
         raise CheckpointError(f"{weights}: is of model {facts['model']}, not of {model}")
     task, size = facts["task"], image_size or facts["image_size"]
-    dataset = open_dataset(
-        data_config(data, eval_split=eval_split, images=images, image_size=size), "eval", task
-    )
+    source = data_config(data, eval_split=eval_split, images=images, image_size=size, task=task)
+    dataset = open_dataset(source, "eval", task)
     settings = Settings(
         facts.get("preprocessing", FITTED), _category_ids(weights, facts["categories"], dataset)
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pandas as pd
 from effspinenet_lib.choices.learned import BETAS, distributed, parse_betas
 from effspinenet_lib.report.provenance import Provenance, ResultFiles
 from effspinenet_lib.report.tables import NOT_PRINTED, NOT_RUN, PROXY, Spread, Table, spreads
-from effspinenet_lib.results import ResultsStore, current_commit
+from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.results.store import TRIALS_FILE
 from effspinenet_lib.specs import BackboneSpec
 
@@ -50,15 +52,9 @@ def read_trials(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
     return trials
 
 
-def search_provenance(notebook: str, *results_dirs: str | os.PathLike[str]) -> Provenance:
-    """Where a page of the search comes from.
-
-    Args:
-        notebook: stem of its notebook.
-        results_dirs: as `read_trials` takes them.
-    """
-    files = record_files(*results_dirs).files
-    return Provenance(f"notebooks/{notebook}.ipynb", files, current_commit())
+def with_record(found: Provenance, *results_dirs: str | os.PathLike[str]) -> Provenance:
+    """Where a page comes from that also shows the search; folders as for `read_trials`."""
+    return replace(found, files=(*found.files, *record_files(*results_dirs).files))
 
 
 def record_files(*results_dirs: str | os.PathLike[str]) -> ResultFiles:
@@ -113,14 +109,24 @@ def found_sentence(trials: pd.DataFrame) -> str:
     if best is None:
         return NOTHING
     return (
-        f"The {FOUND} of the proxy is {where(best)}, with an AP of {best['AP']:.1f} (seed "
-        f"{best['seed']}): β {best['betas']}, feature dimensions {best['feature_dims']} at D0."
+        f"The {FOUND} of the proxy is {where(best)}, with an AP of {best['AP']:.2f} (seed "
+        f"{best['seed']}): β {_listed(best['betas'])}; feature dimensions at D0 "
+        f"{_listed(best['feature_dims'])}."
     )
+
+
+def _listed(joint: str) -> str:
+    return joint.replace("-", ", ")
 
 
 def bullets(sentences: Iterable[str]) -> str:
     """Sentences as a Markdown list."""
     return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def best_of(method: str) -> str:
+    """What the best sample of a method is called."""
+    return f"best of {METHOD_NAMES[method]}"
 
 
 def where(sample: Any) -> str:
@@ -144,9 +150,9 @@ def summary_table(trials: pd.DataFrame) -> Table:
             "trained": int(states.get("finished", 0)),
             "duplicates": int(states.get("duplicate", 0)),
             "failed": int(states.get("failed", 0)),
-            "best AP": f"{samples['AP'].max():.1f}",
-            "mean AP": f"{samples['AP'].mean():.1f}",
-            "sd of AP": f"{samples['AP'].std():.1f}",
+            "best AP": f"{samples['AP'].max():.2f}",
+            "mean AP": f"{samples['AP'].mean():.2f}",
+            "sd of AP": f"{samples['AP'].std():.2f}",
             "core hours": f"{every['seconds'].sum() / SECONDS_AN_HOUR:.1f}",
         }
     columns = ["samples", "trained", "duplicates", "failed", "best AP", "mean AP", "sd of AP"]
@@ -165,7 +171,8 @@ def references(trials: pd.DataFrame) -> pd.DataFrame:
     """
     rows = trials[(trials["method"] == REFERENCE) & trials["AP"].notna()]
     rows = rows[~rows["run"].isin(searched(trials)["run"])]
-    names = {betas: _name(betas, trials) for betas in rows["betas"].unique()}
+    found = _names(trials)
+    names = {betas: _name(betas, found) for betas in rows["betas"].unique()}
     return rows.assign(row=rows["betas"].map(names).astype(str))
 
 
@@ -174,18 +181,19 @@ def reference_names(trials: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys((SP, D0, FOUND, *references(trials)["row"])))
 
 
-def _name(text: str, trials: pd.DataFrame) -> str:
+def _names(trials: pd.DataFrame) -> dict[str, str]:
+    """Names by betas: of the best sample of each method, and of all."""
+    rows = searched(trials)
+    groups = [(best_of(method), rows[rows["method"] == method]) for method in METHOD_NAMES]
+    found = ((name, best_sample(own)) for name, own in [*groups, (FOUND, rows)])
+    return {best["betas"]: name for name, best in found if best is not None}
+
+
+def _name(text: str, found: Mapping[str, str]) -> str:
     betas = parse_betas(text)
     if len(set(betas)) == 1:
         return SP
-    if betas == BETAS:
-        return D0
-    best = best_sample(trials)
-    if best is not None and text == best["betas"]:
-        return FOUND
-    chosen = searched(trials)
-    chosen = chosen[chosen["betas"] == text]
-    return where(chosen.iloc[0]) if len(chosen) else text
+    return D0 if betas == BETAS else found.get(text, f"β {text}")
 
 
 def reference_measurements(trials: pd.DataFrame) -> pd.DataFrame:
@@ -202,20 +210,28 @@ def reference_spreads(trials: pd.DataFrame) -> dict[str, Spread]:
 
 def reference_table(trials: pd.DataFrame) -> Table:
     """The search's best beside the distributions that no search chose, at equal budget."""
-    known, chosen = reference_spreads(trials), best_sample(trials)
-    costs = references(trials).drop_duplicates("row").set_index("row")
+    known, again, found = reference_spreads(trials), references(trials), _names(trials)
+    chosen = searched(trials)
     rows = {}
     for name in reference_names(trials):
-        sample = chosen if name == FOUND else None
-        source = costs.loc[name] if name in costs.index else sample
+        picked = best_sample(chosen[chosen["betas"].map(found) == name])
+        first = again[again["row"] == name].head(1)
+        source = picked if first.empty else first.iloc[0]
         rows[name] = {
-            "AP (%), mean ± sd (seeds)": str(known.get(name, NOT_RUN)),
-            "AP (%) it was chosen for": NOT_PRINTED if sample is None else f"{sample['AP']:.1f}",
+            "AP (%), mean ± sd (seeds)": _spread(known.get(name)),
+            "AP (%) it was chosen for": NOT_PRINTED if picked is None else f"{picked['AP']:.2f}",
             "#FLOPs at D0 (B)": _scaled(source, "multi_adds_d0", BILLION),
             "#Params at D0 (M)": _scaled(source, "parameters_d0", MILLION),
         }
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("distribution")
     return Table(frame, f"Equal training of chosen distributions: {setting(trials) or NOT_RUN}")
+
+
+def _spread(found: Spread | None) -> str:
+    if found is None:
+        return NOT_RUN
+    spread = "" if math.isnan(found.sd) else f" ± {found.sd:.2f}"
+    return f"{found.mean:.2f}{spread} ({found.seeds})"
 
 
 def _scaled(source: Any | None, column: str, unit: float) -> str:

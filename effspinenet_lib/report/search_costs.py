@@ -51,15 +51,16 @@ def cost_table(samples: Mapping[str, tuple[Numbers, Numbers]]) -> Table:
             continue
         rows[name] = {
             "samples": f"{flops.size:,}",
-            f"#FLOPs within ±{FLOPS_PERCENT:g} %": _percent(np.abs(flops) <= FLOPS_PERCENT),
-            "#FLOPs from, to": _reach(flops),
-            "fewer parameters": _percent(weights < 0),
-            f"#Params within ±{AXIS_PERCENT:g} %": _percent(np.abs(weights) <= AXIS_PERCENT),
-            "#Params from, to": _reach(weights),
-            "#Params, median": f"{np.median(weights):+.0f} %",
+            f"#FLOPs ±{FLOPS_PERCENT:g} %": _percent(np.abs(flops) <= FLOPS_PERCENT),
+            "#FLOPs range": _reach(flops),
+            "fewer #Params": _percent(weights < 0),
+            f"#Params ±{AXIS_PERCENT:g} %": _percent(np.abs(weights) <= AXIS_PERCENT),
+            "#Params range": _reach(weights),
         }
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("samples of")
-    return Table(frame, f"Cost at the scale D0, against {SP}'s")
+    return Table(
+        frame, f"Share of the samples within a range of {SP}'s cost at D0, and their range"
+    )
 
 
 def cost_sentence(what: str, multi_adds: Numbers, parameters: Numbers) -> str:
@@ -92,7 +93,7 @@ def _percent(which: npt.NDArray[np.bool_]) -> str:
 
 
 def _reach(values: Percents) -> str:
-    return f"{values.min():+.0f} % to {values.max():+.0f} %"
+    return f"{values.min():+.0f} to {values.max():+.0f} %"
 
 
 def _holds(true: bool) -> str:

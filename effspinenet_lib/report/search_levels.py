@@ -81,12 +81,16 @@ def level_table(trials: pd.DataFrame) -> Table:
             columns[quantity, SP] = [f"{before[group]:.0f}" for group in level_groups()]
         columns[quantity, "all samples"] = _means(values, digits)
         columns[quantity, "best tenth"] = _means(values[best], digits)
-        columns[quantity, "best tenth less the rest"] = [
+        columns[quantity, "difference"] = [
             _difference(values.loc[best, group], values.loc[~best, group], digits)
             for group in level_groups()
         ]
     frame = pd.DataFrame(columns, index=pd.Index(list(betas), name="levels"))
-    return Table(frame, "Which levels the best samples favour; ± is a 95 % interval")
+    return Table(
+        frame,
+        "Levels in all samples and in the best tenth; difference: the best tenth less the rest, "
+        "with its 95 % interval",
+    )
 
 
 def _means(values: pd.DataFrame, digits: int) -> list[str]:

@@ -15,6 +15,7 @@ from effspinenet_lib.report.search import (
     METHOD_NAMES,
     MILLION,
     SP,
+    best_of,
     references,
     sampled,
     searches,
@@ -98,7 +99,7 @@ def _lines(series: dict[tuple[str, str], pd.Series[float]], label: str) -> Pictu
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend_above(axes)
         listed = words(
-            f"{name} from {values.iloc[0]:.1f} to {values.iloc[-1]:.1f}"
+            f"{name} from {values.iloc[0]:.2f} to {values.iloc[-1]:.2f}"
             for (name, _), values in series.items()
         )
         return to_picture(figure, f"Lines: {label} against samples. {listed}.")
@@ -252,7 +253,7 @@ def _dots(axes: Axes, rows: pd.DataFrame, column: str, unit: float) -> Iterator[
             alpha=0.75,
             label=name,
         )
-        yield f"{name} {_reach(own[column] / unit, 2)}, AP {_reach(own['AP'], 1)}"
+        yield f"{name} {_reach(own[column] / unit, 2)}, AP {_reach(own['AP'], 2)}"
 
 
 def _reach(values: pd.Series[float], digits: int) -> str:
@@ -268,15 +269,21 @@ def _stars(axes: Axes, trials: pd.DataFrame, column: str, unit: float) -> list[s
             [place],
             [mean],
             "*",
-            color=family_colour(str(name)),
+            color=_star_colour(str(name)),
             markeredgecolor=INK,
             markersize=STAR_SIZE,
             linestyle="none",
             zorder=3,
             label=name,
         )
-        parts.append(f"{name} at {place:.2f} with AP {mean:.1f} ({len(own)} runs)")
+        parts.append(f"{name} at {place:.2f} with AP {mean:.2f} ({len(own)} runs)")
     return parts
+
+
+def _star_colour(name: str) -> str:
+    """The model family's colour, that of the method whose best it is, or the text's."""
+    methods = {best_of(method): colour for method, colour in METHOD_COLOURS.items()}
+    return methods.get(name, family_colour(name))
 
 
 def _bands(axes: Axes, middle: float, percents: Sequence[float]) -> None:

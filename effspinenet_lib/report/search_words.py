@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
@@ -15,6 +16,7 @@ from effspinenet_lib.report.search import (
     SP,
     best_sample,
     bullets,
+    reference_names,
     reference_spreads,
     references,
     sampled,
@@ -23,7 +25,6 @@ from effspinenet_lib.report.search import (
     setting,
     where,
 )
-from effspinenet_lib.report.search_costs import correlation_sentence
 from effspinenet_lib.report.style import words
 from effspinenet_lib.report.verdict import difference
 
@@ -38,7 +39,9 @@ def comparison_sentences(trials: pd.DataFrame) -> str:
             "The search's best and SP-EfficientNet-B0 were **not run** with several seeds at equal "
             "budget, so nothing can be said."
         )
-    pairs = ((FOUND, SP), (D0, SP), (FOUND, D0))
+    known = (SP, D0, FOUND)
+    others = [(name, SP) for name in reference_names(trials) if name not in known]
+    pairs = ((FOUND, SP), (D0, SP), (FOUND, D0), *others)
     return bullets([*(_compared(rows, *pair) for pair in pairs), chosen_sentence(trials)])
 
 
@@ -48,19 +51,20 @@ def _compared(rows: pd.DataFrame, first: str, second: str) -> str:
     if min(counts) == 0:
         names = zip((first, second), counts, strict=True)
         missing = words(name for name, count in names if not count)
-        return f"{_upper(first)} against {second}: {missing} not run, so nothing can be said."
+        return f"{_upper(_the(first))} against {second}: {missing} not run, so nothing can be said."
     found = difference(*samples)
+    means = [f"{statistics.fmean(sample):.2f}" for sample in samples]
     opening = (
-        f"{_upper(first)} against {second}: {samples[0].mean():.1f} and {samples[1].mean():.1f} AP "
-        f"({counts[0]} and {counts[1]} seeds), a difference of {found.mean:+.1f}"
+        f"{_upper(_the(first))} against {second}: {words(means)} AP ({counts[0]} and {counts[1]} "
+        f"seeds), a difference of {found.mean:+.2f}"
     )
     if math.isnan(found.half_width):
         return f"{opening}: inconclusive, a single seed has no spread."
-    opening += f" ± {found.half_width:.1f} (95 % interval):"
+    opening += f" ± {found.half_width:.2f} (95 % interval):"
     if not found.conclusive:
         return f"{opening} inconclusive, no larger than the spread over seeds makes by chance."
     ahead = first if found.mean > 0 else second
-    return f"{opening} larger than the spread over seeds, {ahead} is ahead."
+    return f"{opening} larger than the spread over seeds, and {_the(ahead)} is ahead."
 
 
 def chosen_sentence(trials: pd.DataFrame) -> str:
@@ -69,16 +73,15 @@ def chosen_sentence(trials: pd.DataFrame) -> str:
     if best is None:
         return "No sample was chosen: not run."
     opening = (
-        f"The search's best ({where(best)}) was chosen with an AP of {best['AP']:.1f} out of "
+        f"The search's best ({where(best)}) was chosen with an AP of {best['AP']:.2f} out of "
         f"{len(sampled(trials))} samples"
     )
     if again is None:
         return f"{opening}; it was not run with other seeds."
-    change = again.mean - best["AP"]
     return (
-        f"{opening}; trained with {again.seeds} other {_plural('seed', again.seeds)} it has "
-        f"{again.mean:.1f} ({change:+.1f}). Those {_plural('run', again.seeds)} alone "
-        f"{'count' if again.seeds > 1 else 'counts'} above: the highest of many is in part luck."
+        f"{opening}. Trained with {again.seeds} other {_plural('seed', again.seeds)} it has "
+        f"{again.mean:.2f} ({again.mean - best['AP']:+.2f}): the highest of many is in part luck, "
+        "so only other seeds are compared."
     )
 
 
@@ -95,8 +98,8 @@ def _progress(name: str, samples: pd.DataFrame) -> str:
     batches = samples.groupby("step")["reward"].mean()
     best = samples.sort_values("reward", ascending=False, kind="stable").iloc[0]
     return (
-        f"{_upper(name)}: mean reward {batches.iloc[0]:.1f} in the first batch, "
-        f"{batches.iloc[-1]:.1f} in the last ({len(batches)} batches); best {best['reward']:.1f}, "
+        f"{_upper(name)}: mean reward {batches.iloc[0]:.2f} in the first batch, "
+        f"{batches.iloc[-1]:.2f} in the last ({len(batches)} batches); best {best['reward']:.2f}, "
         f"at sample {best['trial'] + 1} of {len(samples)}."
     )
 
@@ -112,8 +115,8 @@ def _against_random(found: Sequence[tuple[str, str, pd.DataFrame]]) -> Iterable[
         later = samples["reward"].iloc[len(samples) // 2 :]
         shift = difference(later, pd.concat(chance))
         yield (
-            f"The second half of {name}'s samples is on average {shift.mean:+.1f} ± "
-            f"{shift.half_width:.1f} (95 % interval) from random search's: "
+            f"The second half of {name}'s samples is on average {shift.mean:+.2f} ± "
+            f"{shift.half_width:.2f} (95 % interval) from random search's: "
             f"{_shift_word(shift.mean, shift.conclusive)}."
         )
 
@@ -163,9 +166,9 @@ def noise_sentence(trials: pd.DataFrame) -> str:
     if math.isnan(seeds) or math.isnan(samples):
         return "Noise: random search, or a distribution with several seeds, is not run."
     opening = (
-        f"One distribution trained with other seeds varies by {seeds:.1f} AP (standard deviation, "
+        f"One distribution trained with other seeds varies by {seeds:.2f} AP (standard deviation, "
         f"{len(references(trials))} runs); the samples of random search, all different, vary by "
-        f"{samples:.1f}."
+        f"{samples:.2f}."
     )
     if seeds >= samples:
         return (
@@ -190,12 +193,18 @@ def conclusions(trials: pd.DataFrame) -> str:
     return bullets(
         (
             f"Run: {len(trials)} trials, {len(rows)} of them chosen by {rows['method'].nunique()} "
-            f"methods, in {hours:.1f} core hours. A trial is {setting(trials)}.",
-            noise_sentence(trials),
-            correlation_sentence(trials),
+            f"methods, in {hours:.1f} core hours. A trial is {setting(trials)}; it reached "
+            f"{rows['AP'].mean():.2f} AP on average, {rows['AP'].max():.2f} at best.",
+            _compared(references(trials), FOUND, SP),
             chosen_sentence(trials),
+            *_against_random(list(searches(trials))),
+            noise_sentence(trials),
         )
     )
+
+
+def _the(name: str) -> str:
+    return f"the {name}" if name == FOUND or name.startswith("best of") else name
 
 
 def _plural(word: str, count: int) -> str:

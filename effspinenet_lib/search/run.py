@@ -182,13 +182,17 @@ def _stream(search: Search) -> int:
 
 
 def _check_settings(search: Search, rows: Mapping[int, Mapping[str, Any]]) -> None:
-    """Refuse to go on with a record whose trials would be other runs now."""
+    """Refuse to go on with a record whose trials would be other runs or have other rewards now."""
+    target = reference_costs(search.settings).multi_adds
     for row in rows.values():
-        if search.settings.config(parse_betas(row["betas"]), search.seed).key != row["run"]:
+        key = search.settings.config(parse_betas(row["betas"]), search.seed).key
+        reward = search.penalty.reward(row["AP"], row["multi_adds"] / target)
+        same = row["state"] == FAILED or math.isclose(reward, row["reward"], abs_tol=1e-9)
+        if key != row["run"] or not same:
             raise UserError(
                 f"{search.store.folder}: trial {row['trial']} of {search.method} was made with "
-                f"other settings ({row['setting']}); begin anew with --force, or choose another "
-                "results folder"
+                f"other settings ({row['setting']}) or another penalty; begin anew with --force, "
+                "or choose another results folder"
             )
 
 

@@ -1,0 +1,126 @@
+"""Training steps on XLA, the compiler of TPUs, against plain PyTorch.
+
+    make xla                   # in an environment of its own
+    python -m benchmarks.xla   # in one with torch_xla
+
+XLA builds a program for every new shape, which takes minutes. Here it computes on the processor.
+The library's own loop trains on padded targets; the losses of every step must be those of plain
+PyTorch, and from the third step on nothing may be built anew (the second sees the optimizer's
+momentum for the first time). Exits with 1 if either does not hold.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+# Read when torch_xla is loaded, by accelerate too. The programs run for a moment: building them
+# fast matters more than what they gain by optimisation.
+os.environ.setdefault("PJRT_DEVICE", "CPU")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
+import torch
+from accelerate import Accelerator
+
+from effspinenet_lib import create_model
+from effspinenet_lib.data import (
+    Augmentation,
+    Batch,
+    DataConfig,
+    Dataset,
+    classes_of,
+    open_dataset,
+    training_loader,
+)
+from effspinenet_lib.data.padding import MAX_OBJECTS
+from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.tasks.base import TaskModel
+from effspinenet_lib.training.loop import Step, prepare_model, train_steps
+from effspinenet_lib.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+
+MODEL, SIDE, IMAGES, STEPS, SEED = "eff_spinenet_m0", 64, 2, 4, 0
+SETTLED = 2  # steps after which nothing may be built
+LIMIT = 1e-4  # relative, of each loss
+RECIPE = get_recipe("smoke_detection").with_(
+    batch_size=IMAGES,
+    steps=STEPS,
+    warmup_steps=0,
+    lr_drops=(),
+    norm_freeze_steps=0,
+    precision="float32",
+    clip_gradient_norm=None,
+)
+
+
+def make_model(dataset: Dataset) -> TaskModel:
+    """The same weights every time; no stochastic depth, whose numbers differ between devices."""
+    torch.manual_seed(SEED)
+    classes = classes_of(dataset, "detection")
+    return create_model(MODEL, num_classes=classes, stochastic_depth=0.0)
+
+
+def plain_losses(model: TaskModel, batches: list[Batch]) -> Iterator[dict[str, float]]:
+    """Losses of each step of the loop written out, on the processor."""
+    optimizer = build_optimizer(model, RECIPE)
+    model.train()
+    for step, batch in enumerate(batches):
+        set_learning_rate(optimizer, learning_rate_at(RECIPE, step))
+        losses = model(batch.images, batch.targets)
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield {name: loss.item() for name, loss in losses.items()}
+
+
+def xla_steps(model: TaskModel, batches: list[Batch], accelerator: Accelerator) -> Iterator[Step]:
+    """The library's loop on XLA's device."""
+    prepared = prepare_model(model, RECIPE, accelerator)
+    optimizer = accelerator.prepare_optimizer(build_optimizer(prepared, RECIPE))
+    return train_steps(prepared, optimizer, batches, RECIPE, accelerator, SEED)
+
+
+def programs_built() -> int:
+    """Programs that XLA has compiled so far."""
+    from torch_xla.debug import metrics
+
+    found = metrics.metric_data("CompileTime")
+    return int(found[0]) if found else 0
+
+
+def main() -> int:
+    """Compare every step; print a line for each."""
+    accelerator = Accelerator(mixed_precision="no")
+    if accelerator.device.type != "xla":
+        print("torch_xla is not installed here: `make xla` makes an environment that has it")
+        return 1
+    config = DataConfig(
+        "shapescenes", train_images=IMAGES * STEPS, eval_images=IMAGES, image_size=SIDE
+    )
+    dataset = open_dataset(config, "train")
+    jitter = Augmentation(RECIPE.scale_jitter, RECIPE.flip_probability)
+    loader = training_loader(dataset, SIDE, IMAGES, jitter, SEED, 0, STEPS, pad_targets=MAX_OBJECTS)
+    batches = list(loader)
+    expected = list(plain_losses(make_model(dataset), batches))
+    passed, built, began = True, 0, time.monotonic()
+    for step, plain in zip(
+        xla_steps(make_model(dataset), batches, accelerator), expected, strict=True
+    ):
+        now, seconds = programs_built(), time.monotonic() - began
+        error = max(abs(step.losses[name] - value) / value for name, value in plain.items())
+        new, built, began = now - built, now, time.monotonic()
+        passed &= error <= LIMIT and (new == 0 or step.step <= SETTLED)
+        print(
+            f"step {step.step}: losses differ by {error:.1e} (limit {LIMIT:.0e}); "
+            f"{new} programs built; {seconds:.1f} s",
+            flush=True,
+        )
+    print("XLA: passed" if passed else "XLA: FAILED")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

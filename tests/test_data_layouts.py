@@ -1,0 +1,401 @@
+"""ImageNet and VOC label maps, crops and AutoAugment of photographs, the check of a folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from typer.testing import CliRunner
+
+from effspinenet_lib.cli import app
+from effspinenet_lib.data import (
+    Augmentation,
+    Batch,
+    DataConfig,
+    Dataset,
+    classes_of,
+    detect_format,
+    evaluation_loader,
+    open_dataset,
+    training_loader,
+)
+from effspinenet_lib.data.catalogue import KNOWN_SETS, ExpectedPart, KnownSet
+from effspinenet_lib.data.photographs import CROP_PADDING, centre_view, random_view
+from effspinenet_lib.errors import DataError, UnknownName, UserError
+
+CLASSES = ("n01", "n02", "n03")
+
+
+def noise(height: int, width: int, seed: int) -> np.ndarray:
+    """A smooth random picture."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes with 4, 2 and 3 training pictures, one of validation each."""
+    root = tmp_path_factory.mktemp("photos")
+    for split, counts in (("train", (4, 2, 3)), ("val", (1, 1, 1))):
+        for name, count in zip(CLASSES, counts, strict=True):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                picture = noise(40 + 4 * number, 60, 10 * number + len(name))
+                Image.fromarray(picture).save(root / split / name / f"{name}_{number}.JPEG")
+            (root / split / name / "notes.txt").write_text("no picture")
+    return root
+
+
+def imagenet(root: Path, images: int | None = None, part: Any = "train") -> Dataset:
+    config = DataConfig("imagenet", str(root), train_images=images, eval_images=images)
+    return open_dataset(config, part, "classification")
+
+
+# ImageNet's layout
+
+
+def test_imagenet_is_one_label_an_image(photos: Path) -> None:
+    assert detect_format(photos) == detect_format(photos, "classification") == "imagenet"
+    dataset = imagenet(photos)
+    assert [c.name for c in dataset.categories] == list(CLASSES)
+    assert classes_of(dataset, "classification") == 3
+    names = [dataset.load(i).file_name for i in range(len(dataset))]
+    assert names == [f"{c}/{c}_{n}.JPEG" for c, k in zip(CLASSES, (4, 2, 3), strict=True)
+                     for n in range(k)]  # fmt: skip
+    assert dataset.annotations.labels.tolist() == [0] * 4 + [1] * 2 + [2] * 3
+    assert dataset.load(1).image.shape == (44, 60, 3)
+    assert dataset.describe()["images"] == 9
+
+
+def test_no_image_is_opened_before_it_is_asked_for(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened"))
+    assert len(imagenet(photos)) == 9
+
+
+@pytest.mark.parametrize(("images", "labels"), [(3, [0, 1, 2]), (5, [0, 0, 1, 1, 2]), (99, None)])
+def test_a_few_images_are_spread_over_the_classes(
+    photos: Path, images: int, labels: list[int] | None
+) -> None:
+    found = imagenet(photos, images).annotations.labels.tolist()
+    assert found == (labels or [0] * 4 + [1] * 2 + [2] * 3)
+
+
+def test_a_million_names_take_tens_of_megabytes(photos: Path) -> None:
+    table = imagenet(photos).annotations
+    assert table.file_names.dtype.kind == "S"
+    assert table.file_names.nbytes == sum(len("n01/n01_0.JPEG") for _ in range(9))
+
+
+def test_imagenet_layouts_that_cannot_be_used_say_so(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"test: no such split; splits found: train, val"):
+        open_dataset(DataConfig("imagenet", str(photos), "test"), "train", "classification")
+    with pytest.raises(UserError, match="'imagenet' serves classification, not detection"):
+        open_dataset(DataConfig("imagenet", str(photos)), "train")
+    (tmp_path / "train" / "empty").mkdir(parents=True)
+    with pytest.raises(DataError, match="empty: the class has no images"):
+        imagenet(tmp_path)
+    (tmp_path / "train" / "empty" / "x.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"x\.jpg: is not an image that can be decoded"):
+        imagenet(tmp_path).load(0)
+
+
+# Crops and AutoAugment
+
+
+def test_the_centre_view_is_torchvisions_resize_and_centre_crop() -> None:
+    picture = noise(300, 200, 0)
+    view, scale = centre_view(picture, 224)
+    side = round(200 * 224 / (224 + CROP_PADDING))
+    assert side == round(0.875 * 200)
+    reference = v2.Compose(
+        [
+            v2.CenterCrop(side),
+            v2.Resize((224, 224), v2.InterpolationMode.BICUBIC, antialias=True),
+        ]
+    )(torch.from_numpy(picture).permute(2, 0, 1))
+    assert torch.equal(view, reference)
+    assert scale == pytest.approx(224 / side)
+
+
+def test_random_views_cover_the_shares_and_ratios_that_they_should() -> None:
+    """A picture whose red and green say where a pixel lay tells what a crop shows."""
+    ramp = np.zeros((256, 256, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(256)[:, None], np.arange(256)[None]
+    generator = np.random.default_rng(0)
+    shares, flips = [], 0
+    for _ in range(200):
+        view = random_view(ramp, 32, 0.5, generator).float()
+        assert view.shape == (3, 32, 32)
+        # A crop's sides, of the slope between the second and the last but one pixel.
+        down = (view[0, -2, 5] - view[0, 1, 5]).item() * 32 / 29
+        across = (view[1, 5, -2] - view[1, 5, 1]).item() * 32 / 29
+        flips += across < 0
+        assert 0.7 < abs(across) / down < 1.45
+        shares.append(down * abs(across) / 256**2)
+    assert 0.06 < min(shares) < 0.15
+    assert 0.85 < max(shares) < 1.05
+    assert 0.48 < sum(shares) / 200 < 0.6
+    assert 75 < flips < 125
+
+
+def view_batches(dataset: Dataset, policy: str = "imagenet", **options: Any) -> list[Batch]:
+    settings = {"seed": 3, "start_step": 0, "total_steps": 6, "workers": 0, **options}
+    return list(
+        training_loader(
+            dataset, 32, 4, Augmentation(flip_probability=0.5), task="classification",
+            auto_augment=policy, **settings,
+        )
+    )  # fmt: skip
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return all(
+        torch.equal(a.images, b.images)
+        and [t["label"].item() for t in a.targets] == [t["label"].item() for t in b.targets]
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_auto_augment_is_decided_by_seed_epoch_and_image_alone(photos: Path) -> None:
+    dataset = imagenet(photos)
+    run = view_batches(dataset)
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    assert same(run, view_batches(dataset, workers=2))
+    assert same(run[2:], view_batches(dataset, start_step=2))
+    assert same(run, view_batches(dataset))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not same(run, view_batches(dataset, seed=4))
+    plain = view_batches(dataset, policy="")
+    assert [b.image_ids for b in plain] == [b.image_ids for b in run]
+    assert not same(run, plain)
+    assert run[0].images.shape == (4, 3, 32, 32)
+    assert all(math.isnan(scale) for scale in run[0].scales.flatten().tolist())
+    for batch in run:
+        labels = [int(dataset.annotations.labels[number - 1]) for number in batch.image_ids]
+        assert [target["label"].item() for target in batch.targets] == labels
+
+
+def test_auto_augment_changes_pixels_as_torchvision_does(photos: Path) -> None:
+    """From the same seed as the loader draws, torchvision's own transform gives the same."""
+    from effspinenet_lib.data.photographs import FILL, auto_augment
+
+    pixels = torch.from_numpy(noise(32, 32, 1)).permute(2, 0, 1)
+    changed = 0
+    for seed in range(30):
+        mine = auto_augment(pixels, "imagenet", np.random.default_rng(seed))
+        torch.manual_seed(int(np.random.default_rng(seed).integers(2**63)))
+        assert torch.equal(mine, v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=FILL)(pixels))
+        changed += not torch.equal(mine, pixels)
+    assert changed > 20
+
+
+def test_auto_augment_elsewhere_is_refused(photos: Path) -> None:
+    dataset = imagenet(photos)
+    with pytest.raises(UnknownName, match="imagenet"):
+        view_batches(dataset, policy="imagenets")
+    with pytest.raises(UserError, match="AutoAugment is for classification, not for detection"):
+        training_loader(dataset, 32, 4, Augmentation(), 0, 0, 1, auto_augment="imagenet")
+
+
+def test_evaluation_shows_the_middle_of_each_photograph(photos: Path) -> None:
+    dataset = imagenet(photos, part="eval")
+    (batch,) = evaluation_loader(dataset, 32, 8)
+    assert len(batch.images) == 3
+    assert batch.sizes == [(40, 60)] * 3
+    side = round(40 * 32 / (32 + CROP_PADDING))
+    assert batch.scales.flatten().tolist() == pytest.approx([32 / side] * 6)
+    assert batch.images.std() > 0.1
+
+
+# VOC's label maps
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    root = tmp_path / "voc"
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
+        (root / folder).mkdir(parents=True)
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for number, stem in enumerate(("b", "a", "c")):
+        size = (12 + number, 9)
+        Image.new("RGB", size, (number * 50,) * 3).save(root / "JPEGImages" / f"{stem}.jpg")
+        labels = np.zeros(size[::-1], np.uint8)
+        labels[2:5, 3:8], labels[0] = number + 1, 255
+        picture = Image.fromarray(labels)
+        if stem != "c":  # VOC's own are palette pictures
+            picture.putpalette(list(range(256)) * 3)
+        folder = "SegmentationClassAug" if stem == "c" else "SegmentationClass"
+        picture.save(root / folder / f"{stem}.png")
+    (lists / "train.txt").write_text("b\na\n")
+    (lists / "val.txt").write_text("a\n")
+    (lists / "train_aug.txt").write_text("a\nb\nc\n")
+    return root
+
+
+def maps(root: Path, split: str = "train_aug", images: int | None = None) -> Dataset:
+    config = DataConfig("voc_segmentation", str(root), split, train_images=images)
+    return open_dataset(config, "train", "segmentation")
+
+
+def test_label_maps_are_read_as_they_are(voc: Path) -> None:
+    assert detect_format(voc) == "voc_segmentation"
+    dataset = maps(voc)
+    assert classes_of(dataset, "segmentation") == 21
+    assert [c.name for c in dataset.categories][::19] == ["aeroplane", "tvmonitor"]
+    assert dataset.annotations.sizes.tolist() == [[9, 13], [9, 12], [9, 14]]
+    sample = dataset.load(2, "segmentation")
+    assert sample.image.shape == (9, 14, 3)
+    assert sample.semantic is not None
+    expected = np.zeros((9, 14), np.uint8)
+    expected[2:5, 3:8], expected[0] = 3, 255
+    assert (sample.semantic == expected).all()
+    assert len(maps(voc, images=2)) == 2
+
+
+def test_label_maps_become_targets(voc: Path) -> None:
+    loader = training_loader(maps(voc), 32, 3, Augmentation(), 0, 0, 1, task="segmentation")
+    (batch,) = loader
+    for target, number in zip(batch.targets, batch.image_ids, strict=True):
+        label = {1: 2, 2: 1, 3: 3}[number]
+        assert set(target["semantic"].unique().tolist()) == {0, label, 255}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda r: (r / "JPEGImages/a.jpg").unlink(), r"train_aug\.txt: names the image a\.jpg"),
+        (lambda r: (r / "SegmentationClass/a.png").unlink(), "neither SegmentationClass nor"),
+        (lambda r: (r / "SegmentationClass/a.png").write_bytes(b"x"), r"a\.png: the image cannot"),
+        (lambda r: (r / "ImageSets/Segmentation/train_aug.txt").write_text("\n"), "lists no image"),
+        (lambda r: (r / "ImageSets/Segmentation/train_aug.txt").write_text("../a"), "leads out"),
+        (lambda r: (r / "ImageSets/Segmentation/train_aug.txt").unlink(), "splits found: train, v"),
+    ],
+)
+def test_bad_label_folders_are_refused(voc: Path, spoil: Any, message: str) -> None:
+    spoil(voc)
+    with pytest.raises(DataError, match=message) as caught:
+        maps(voc)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.full((9, 13), 21, np.uint8), r"a\.png: has the label 21; 0 to 20 and 255"),
+        (np.zeros((9, 13, 3), np.uint8), "a label map has one value a pixel"),
+    ],
+)
+def test_values_that_are_no_class_are_refused(voc: Path, labels: np.ndarray, message: str) -> None:
+    Image.fromarray(labels).save(voc / "SegmentationClass" / "a.png")
+    with pytest.raises(DataError, match=message):
+        maps(voc).semantic(0)
+
+
+def test_a_map_of_another_size_than_its_image_is_refused(voc: Path) -> None:
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(voc / "SegmentationClass" / "a.png")
+    with pytest.raises(DataError, match=r"a\.jpg: is 13 x 9 pixels, its annotations say 5 x 5"):
+        maps(voc).load(0, "segmentation")
+    with pytest.raises(UserError, match="serves segmentation, not detection"):
+        open_dataset(DataConfig("voc_segmentation", str(voc)), "train")
+
+
+# The check
+
+
+def checked(*words: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, ["data", "check", *words])
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.fixture
+def small_voc(monkeypatch: pytest.MonkeyPatch) -> KnownSet:
+    """VOC with as many images as the folder of these tests has."""
+    parts = (ExpectedPart("train", 2, None, 20), ExpectedPart("train_aug", 3, None, 20))
+    small = replace(KNOWN_SETS["voc"], parts=parts)
+    monkeypatch.setitem(KNOWN_SETS, "voc", small)
+    return small
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_whole_folder_passes(voc: Path, small_voc: KnownSet, workers: str) -> None:
+    code, out, _ = checked(str(voc), "--expect", "voc", "--workers", workers)
+    assert code == 0
+    assert "train_aug: 3 images, 20 classes" in out
+    code, out, _ = checked(str(voc), "--workers", workers)
+    assert code == 0
+    assert "val: 1 images" in out
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("suffix", [".json", ".csv"])
+def test_what_is_wrong_is_in_the_report(
+    voc: Path, small_voc: KnownSet, tmp_path: Path, suffix: str, workers: str
+) -> None:
+    Image.fromarray(np.full((9, 12), 40, np.uint8)).save(voc / "SegmentationClass" / "b.png")
+    with open(voc / "ImageSets" / "Segmentation" / "train.txt", "a") as handle:
+        handle.write("c\n")
+    report = tmp_path / f"report{suffix}"
+    code, _, err = checked(str(voc), "--expect", "voc", "--report", str(report),
+                           "--workers", workers)  # fmt: skip
+    assert code == 1
+    assert "problem: voc train: 3 images, 2 are expected" in err
+    if suffix == ".json":
+        rows = json.loads(report.read_text())["rows"]
+    else:
+        rows = list(csv.DictReader(report.read_text().splitlines()))
+    assert {str(row["found"]) for row in rows if row["what"] == "images"} == {"3"}
+    unreadable = [row for row in rows if row["what"] == "unreadable"]
+    assert [(row["part"], row["file"]) for row in unreadable] == [
+        ("train", "b.jpg"),
+        ("train_aug", "b.jpg"),
+    ]
+    assert all("has the label 40" in row["problem"] for row in unreadable)
+
+
+def test_every_missing_image_is_in_the_report(voc: Path, tmp_path: Path) -> None:
+    for stem in "ac":
+        (voc / "JPEGImages" / f"{stem}.jpg").unlink()
+    report = tmp_path / "report.json"
+    code, _, err = checked(str(voc), "--report", str(report))
+    assert code == 1
+    assert "(2 images are missing in all)" in err
+    missing = [(r["part"], r["file"]) for r in json.loads(report.read_text())["rows"]
+               if r["what"] == "missing"]  # fmt: skip
+    assert ("train_aug", "a.jpg") in missing
+    assert ("train_aug", "c.jpg") in missing
+
+
+def test_a_coco_folder_that_is_not_coco_is_told(tiny_coco: Path) -> None:
+    code, _, err = checked(str(tiny_coco), "--expect", "coco", "--no-pictures")
+    assert code == 1
+    assert "images, 118287 are expected" in err
+    assert "annotations, 860001 are expected" in err
+    assert "images, 5000 are expected" in err
+
+
+def test_an_imagenet_folder_is_counted(photos: Path) -> None:
+    code, out, _ = checked(str(photos))
+    assert code == 0
+    assert "IMAGENET layout" in out
+    assert "train: 9 images, 3 classes" in out
+
+
+def test_unknown_names_are_refused_before_any_work(photos: Path) -> None:
+    for words, message in [(("--expect", "koko"), "unknown data set"),
+                           (("--report", "x.txt"), "unknown report format")]:  # fmt: skip
+        done = CliRunner().invoke(app, ["data", "check", str(photos), *words])
+        assert isinstance(done.exception, UnknownName)
+        assert message in str(done.exception)

@@ -1,0 +1,419 @@
+"""Runs that are killed, told to stop, starved or poisoned end as those that were left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from effspinenet_lib.data import DataConfig
+from effspinenet_lib.errors import (
+    PREEMPTED_EXIT,
+    DataError,
+    Preempted,
+    TrainingError,
+    UserError,
+)
+from effspinenet_lib.experiments import fanout
+from effspinenet_lib.files import write_json
+from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.training import loop, stopping, trainer
+from effspinenet_lib.training.checkpoint import list_checkpoints, load_checkpoint
+from effspinenet_lib.training.logs import Curve
+from effspinenet_lib.training.loop import Step
+from effspinenet_lib.training.run import RunConfig, RunResult, train_run
+from effspinenet_lib.training.stopping import (
+    DIVERGED_FACTOR,
+    DIVERGED_ROWS,
+    StopRequest,
+    refuse_divergence,
+    stop_requests,
+)
+
+STEPS, STRUCK = 5, 3  # the fourth step is the one in which something happens
+SCENES = DataConfig("shapescenes", train_images=6, eval_images=2, image_size=64)
+# float32: at 64 pixels the coarsest level is one value, on which torch's bfloat16 layers on
+# processors do not give the same numbers every time.
+RECIPE = (
+    get_recipe("smoke_detection")
+    .scaled_to(STEPS)
+    .with_(precision="float32", learning_rate=0.001, batch_size=2)
+)
+AVERAGED = RECIPE.with_(ema_decay=0.9)
+CONFIGS = {
+    task: RunConfig(
+        "eff_spinenet_m0",
+        task,
+        64,
+        SCENES,
+        # one object an image leaves the classes' coarsest norm one value an image
+        (AVERAGED if task == "segmentation" else RECIPE).with_(
+            batch_size=4 if task == "classification" else 2
+        ),
+    )
+    for task in ("detection", "instances", "classification", "segmentation")
+}
+DETECTION = CONFIGS["detection"]
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def assert_same_end(result: RunResult, expected: RunResult) -> None:
+    """The same weights, predictions, metrics and curve, to the last bit."""
+    first, second = weights_of(result.folder), weights_of(expected.folder)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in ("metrics.json", "predictions.json"):
+        assert (result.folder / name).read_bytes() == (expected.folder / name).read_bytes(), name
+    assert curve_of(result.folder) == curve_of(expected.folder)
+
+
+def curve_of(folder: Path) -> list[list[str]]:
+    with open(folder / "curve.csv", newline="") as handle:
+        return [row[:-1] for row in csv.reader(handle)]
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [load_checkpoint(path).step for path in list_checkpoints(folder)]
+
+
+# --- what happens to the runs, each in a process of its own ---------------------------------
+
+
+def strike(action: Callable[[], object]) -> None:
+    """Do something in the middle of a step."""
+    rate_at = loop.learning_rate_at
+
+    def struck(recipe: Any, step: int) -> float:
+        if step == STRUCK:
+            action()
+        return rate_at(recipe, step)
+
+    loop.learning_rate_at = struck
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_loader() -> None:
+    (loader,) = multiprocessing.active_children()
+    os.kill(loader.pid, signal.SIGKILL)
+    time.sleep(60)  # torch tells of the death wherever the process is
+
+
+def poison() -> None:
+    split = loop._split
+
+    def spoilt(*arguments: Any) -> Any:
+        parts = split(*arguments)
+        for images, _ in parts:
+            images.fill_(math.inf)
+        return parts
+
+    loop._split = spoilt
+
+
+def train(config: RunConfig, runs: Path, **options: Any) -> int:
+    """The exit code; what an error said goes to error.txt."""
+    try:
+        train_run(config, runs, progress=False, checkpoint_seconds=0, **options)
+    except UserError as error:
+        (runs / "error.txt").write_text(str(error))
+        return error.exit_code
+    return 0
+
+
+def train_as_fanout_does(runs: Path) -> int:
+    write_json(runs / "request.json", DETECTION.to_dict())
+    return fanout.main([str(runs / "request.json"), str(runs)])
+
+
+def in_forks(root: Path) -> None:
+    """Every case in a copy of this process, which has loaded the library once; writes the ends."""
+    cases: dict[str, tuple[Callable[[], None], Callable[[Path], int]]] = {
+        task: (kill_self, lambda runs, c=config: train(c, runs))  # type: ignore[misc]
+        for task, config in CONFIGS.items()
+    }
+    cases["told to stop"] = (
+        lambda: os.kill(os.getpid(), signal.SIGTERM),
+        train_as_fanout_does,
+    )
+    cases["interrupted"] = (
+        lambda: os.kill(os.getpid(), signal.SIGINT),
+        lambda runs: train(DETECTION, runs),
+    )
+    cases["loader killed"] = (kill_loader, lambda runs: train(DETECTION, runs, workers=1))
+    cases["poisoned"] = (poison, lambda runs: train(DETECTION, runs))
+    ends = {}
+    for name, (action, run) in cases.items():
+        runs = root / name
+        runs.mkdir()
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                strike(action)
+                code = run(runs)
+            finally:
+                os._exit(code)
+        ends[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    write_json(root / "ends.json", ends)
+
+
+# --- fixtures -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
+    """The runs that were left alone."""
+    runs = tmp_path_factory.mktemp("alone")
+    return {task: train_run(c, runs, progress=False) for task, c in CONFIGS.items()}
+
+
+@pytest.fixture(scope="module")
+def struck(alone: dict[str, RunResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the struck runs, a folder each, and `ends.json`, their exit codes."""
+    root = tmp_path_factory.mktemp("struck")
+    run_python("from test_interruptions import *; in_forks(Path(sys.argv[1]))", str(root))
+    return root
+
+
+def run_python(code: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-c", code, *arguments], env=environment(), check=True)
+
+
+def environment() -> dict[str, str]:
+    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+
+
+def end_of(struck: Path, name: str) -> int:
+    ends: dict[str, int] = json.loads((struck / "ends.json").read_text())
+    return ends[name]
+
+
+# --- the tests ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", CONFIGS)
+def test_a_killed_run_of_any_task_goes_on(
+    struck: Path, alone: dict[str, RunResult], task: str
+) -> None:
+    config, runs = CONFIGS[task], struck / task
+    assert end_of(struck, task) == -signal.SIGKILL
+    assert steps_of(runs / config.key) == [3, 2]
+    if task == "detection":  # and the newest checkpoint is damaged
+        newest = list_checkpoints(runs / config.key)[0]
+        newest.write_bytes(newest.read_bytes()[:-1000])
+    assert_same_end(train_run(config, runs, progress=False), alone[task])
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said", "done"),
+    [
+        ("told to stop", PREEMPTED_EXIT, None, 4),
+        ("interrupted", PREEMPTED_EXIT, "stopped after step 4 by SIGINT; the same command", 4),
+        ("loader killed", DataError.exit_code, "a process that loads images died", 3),
+        ("poisoned", TrainingError.exit_code, "the loss of step 4 is not finite", 3),
+    ],
+)
+def test_a_run_that_cannot_go_on_says_why_and_keeps_its_last_whole_step(
+    struck: Path, alone: dict[str, RunResult], name: str, code: int, said: str | None, done: int
+) -> None:
+    runs = struck / name
+    assert end_of(struck, name) == code
+    if said is not None:
+        message = (runs / "error.txt").read_text()
+        assert said in message
+        assert "\n" not in message
+    assert steps_of(runs / DETECTION.key)[0] == done
+    assert_same_end(train_run(DETECTION, runs, progress=False), alone["detection"])
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """A file system of its own on `folder`, or a skip where none can be mounted."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    made = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no small file system can be mounted here: {made.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_the_checkpoints_before(
+    alone: dict[str, RunResult], tmp_path: Path
+) -> None:
+    size = list_checkpoints(alone["detection"].folder)[0].stat().st_size
+    with small_disk(tmp_path, int(2.8 * size)):  # two are kept while the third is written
+        with pytest.raises(UserError, match="No space left on device") as caught:
+            train_run(DETECTION, tmp_path, progress=False, checkpoint_seconds=0)
+        assert "\n" not in str(caught.value)
+        folder = tmp_path / DETECTION.key
+        assert steps_of(folder) == [2, 1]
+        assert not list(folder.glob(".*.tmp"))
+        remount = ["mount", "-o", f"remount,size={10 * size}", str(tmp_path)]
+        subprocess.run(remount, check=True)
+        assert_same_end(train_run(DETECTION, tmp_path, progress=False), alone["detection"])
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path) -> None:
+    train_run(DETECTION, tmp_path, max_steps=4, progress=False, checkpoint_seconds=0, checkpoints=3)
+    assert steps_of(tmp_path / DETECTION.key) == [4, 3, 2]
+    with pytest.raises(UserError, match="checkpoints is 0"):
+        train_run(DETECTION, tmp_path, progress=False, checkpoints=0)
+
+
+def test_a_fan_out_that_is_told_to_stop_lets_its_runs_save(tmp_path: Path) -> None:
+    endless = replace(DETECTION, recipe=RECIPE.scaled_to(10_000))
+    write_json(tmp_path / "request.json", endless.to_dict())
+    script = (
+        "from test_interruptions import *\n"
+        "config = RunConfig.from_dict(json.load(open(sys.argv[1])))\n"
+        "try: list(fanout.run_all([config], sys.argv[2], processes=1, progress=False))\n"
+        "except UserError as error: sys.exit(error.exit_code)"
+    )
+    runs = tmp_path / "runs"
+    command = [sys.executable, "-c", script, str(tmp_path / "request.json"), str(runs)]
+    parent = subprocess.Popen(command, env=environment())
+    curve, deadline = runs / endless.key / "curve.csv", time.monotonic() + 300
+    while not curve.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(timeout=300) == PREEMPTED_EXIT
+    (newest, *_) = steps_of(runs / endless.key)
+    assert newest >= 10
+    said = (runs / endless.key / "worker.log").read_text().splitlines()[-1]
+    assert said == f"error: stopped after step {newest} by SIGTERM; the same command goes on " + (
+        "from there"
+    )
+
+
+def test_the_second_signal_acts_at_once_but_not_a_launchers_echo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    request = StopRequest()
+    with request.in_steps():
+        request.take(signal.SIGTERM, None)
+        assert request.signal == "SIGTERM"
+        request.take(signal.SIGINT, None)
+        assert request.signal == "SIGTERM"
+        now += stopping.SAME_SIGNAL_SECONDS
+        with pytest.raises(KeyboardInterrupt):
+            request.take(signal.SIGINT, None)
+        with pytest.raises(Preempted):
+            request.take(signal.SIGTERM, None)
+
+
+def test_a_signal_between_steps_and_handlers_as_they_were() -> None:
+    before = [signal.getsignal(number) for number in stopping.STOP_SIGNALS]
+    with stop_requests() as request, pytest.raises(Preempted, match="SIGTERM"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert request.signal == ""
+    assert [signal.getsignal(number) for number in stopping.STOP_SIGNALS] == before
+
+
+@pytest.mark.parametrize(
+    ("late", "diverged"),
+    [
+        ([DIVERGED_FACTOR + 0.1] * DIVERGED_ROWS, True),
+        ([DIVERGED_FACTOR + 0.1] * (DIVERGED_ROWS - 1), False),
+        ([DIVERGED_FACTOR - 0.1] * DIVERGED_ROWS, False),
+        ([100.0] * (DIVERGED_ROWS - 1) + [1.0], False),
+    ],
+)
+def test_a_run_has_diverged_when_its_loss_stays_far_above_the_usual(
+    late: list[float], diverged: bool
+) -> None:
+    losses = [1.0] * DIVERGED_ROWS + [9.0, 1.0, 1.0] + late
+    if not diverged:
+        refuse_divergence(losses, 100)
+        return
+    with pytest.raises(TrainingError, match=r"diverged.* step 100 .*lower the learning rate"):
+        refuse_divergence(losses, 100)
+
+
+def test_the_curve_refuses_divergence_over_an_interruption(tmp_path: Path) -> None:
+    def add(start: int, rows: int, loss: float) -> None:
+        with Curve(tmp_path, start, 10_000, {}, progress=False) as curve:
+            for step in range(start + 1, start + 10 * rows + 1):
+                curve.add(Step(step, 0.1, {"box": loss}, 2))
+
+    add(0, DIVERGED_ROWS, 1.0)
+    add(10 * DIVERGED_ROWS, DIVERGED_ROWS - 1, 1000.0)
+    with pytest.raises(TrainingError, match="diverged"):
+        add(10 * (2 * DIVERGED_ROWS - 1), 1, 1000.0)
+
+
+def test_too_little_memory_names_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(loop, "_backward", exhausted)
+    with pytest.raises(TrainingError, match=r"too little memory for 2 images.*micro_batch"):
+        train_run(DETECTION, tmp_path, progress=False)
+
+
+def test_a_checkpoint_in_mid_update_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something breaks while half of the weights are new: the checkpoint before counts."""
+
+    def torn(self: Any, *_: Any) -> None:
+        raise RuntimeError("in the middle of an update")
+
+    train_run(DETECTION, tmp_path, max_steps=2, progress=False)
+    monkeypatch.setattr(torch.optim.SGD, "step", torn)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        train_run(DETECTION, tmp_path, progress=False)
+    assert steps_of(tmp_path / DETECTION.key) == [2]
+
+
+def test_weights_of_another_task_give_the_backbone(
+    alone: dict[str, RunResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = alone["detection"].folder / "model.safetensors"
+    started: list[dict[str, Tensor]] = []
+
+    def take(model: Any, *arguments: Any) -> Any:
+        started.append({name: value.clone() for name, value in model.state_dict().items()})
+        return prepare(model, *arguments)
+
+    prepare = trainer.prepare_model
+    monkeypatch.setattr(trainer, "prepare_model", take)
+    config = replace(CONFIGS["segmentation"], initial_weights=str(path))
+    train_run(config, tmp_path, max_steps=1, progress=False)
+    given = weights_of(alone["detection"].folder)
+    backbone = [name for name in started[0] if name.startswith("backbone.")]
+    assert backbone
+    assert all(torch.equal(started[0][name], given[name]) for name in backbone)
+    other = replace(config, model_options={"squeeze_excitation": False})
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="backbone"):
+        train_run(replace(other, model="eff_spinenet_m1"), tmp_path, max_steps=1, progress=False)

@@ -1,0 +1,331 @@
+"""Batches in parts and over processes give the losses, weights and metrics of one process."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from effspinenet_lib.data import Augmentation, Batch, DataConfig, open_dataset, training_loader
+from effspinenet_lib.errors import DataError, UserError
+from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.training import trainer
+from effspinenet_lib.training.checkpoint import create_from_weights, list_checkpoints
+from effspinenet_lib.training.evaluate import evaluate
+from effspinenet_lib.training.launch import launch
+from effspinenet_lib.training.loop import prepare_model, train_steps
+from effspinenet_lib.training.optim import build_optimizer
+from effspinenet_lib.training.run import RunConfig, train_run
+from effspinenet_lib.zoo import create_model
+
+STEPS = 4
+SCENES = DataConfig("shapescenes", train_images=8, eval_images=5, image_size=64)
+# Statistics frozen and nothing random but the weights and the data: then there is no difference.
+EXACT = (
+    get_recipe("smoke_detection")
+    .scaled_to(STEPS)
+    .with_(
+        precision="float32",
+        learning_rate=0.001,
+        warmup_steps=0,
+        stochastic_depth=0.0,
+        norm_freeze_steps=STEPS,
+    )
+)
+DETECTION = RunConfig("eff_spinenet_m0", "detection", 64, SCENES, EXACT)
+SEGMENTATION = RunConfig("eff_spinenet_m0", "segmentation", 64, SCENES, EXACT)
+RANDOM = [
+    RunConfig("eff_spinenet_m0", task, 64, SCENES, EXACT.with_(norm_freeze_steps=0))
+    for task in ("instances", "classification")
+]
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return record
+
+
+def curve_of(folder: Path) -> list[list[float]]:
+    with open(folder / "curve.csv", newline="") as handle:
+        return [[float(value) for value in row[:-1]] for row in list(csv.reader(handle))[1:]]
+
+
+def assert_close(first: Path, second: Path) -> None:
+    """Curves and weights agree to 1e-5."""
+    for row, other in zip(curve_of(first), curve_of(second), strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+    weights, others = weights_of(first), weights_of(second)
+    for name, value in weights.items():
+        torch.testing.assert_close(value, others[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+# --- parts of a batch -----------------------------------------------------------------------
+
+
+def batch_of(task: str, size: int = 64) -> Batch:
+    """Six images with different numbers of objects."""
+    dataset = open_dataset(SCENES, "train", task)
+    loader = training_loader(dataset, size, 6, Augmentation((0.8, 1.25), 0.5), 0, 0, 1, task=task)
+    (batch,) = loader
+    return batch
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4])  # of 6: three parts, and two
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("eff_spinenet_m0", "detection"),
+        ("eff_spinenet_m0", "classification"),
+        ("eff_spinenet_m0", "segmentation"),
+        ("mobilenetv3_small_ssdlite", "detection"),
+    ],
+)
+def test_parts_of_a_batch_add_up_to_the_batch(name: str, task: str, micro_batch: int) -> None:
+    recipe = EXACT.with_(steps=2, norm_freeze_steps=2, batch_size=6)
+    torch.manual_seed(0)
+    accelerator = Accelerator(mixed_precision="no", cpu=True)
+    given = create_model(name, task=task, num_classes=7)
+    for layer in given.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    batch = batch_of(task)
+    ends = []
+    for size in (None, micro_batch):
+        model = prepare_model(copy.deepcopy(given), recipe, accelerator)
+        steps = train_steps(
+            model, build_optimizer(model, recipe), [batch, batch], recipe, accelerator, 0, 0, size
+        )
+        ends.append(([step.losses for step in steps], model.state_dict()))
+    (losses, weights), (in_parts, others) = ends
+    for whole, parts in zip(losses, in_parts, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-5)
+    assert losses[0] != losses[1]
+    for key, value in weights.items():
+        torch.testing.assert_close(others[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("eff_spinenet_m0", 64), ("eff_spinenet_m0", 96), ("mobilenetv2_mnasfpn", 96)]
+    + [("mobilenetv3_small_ssdlite", size) for size in (64, 96)],
+)
+def test_what_losses_are_means_over_is_counted_as_the_losses_do(name: str, size: int) -> None:
+    """The count alone, without the network, divides the losses' sums as the model does."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=7).train()
+    batch = batch_of("detection", size)
+    counts = [model.loss_count(batch.images[i : i + 1], batch.targets[i : i + 1]) for i in range(6)]
+    count = model.loss_count(batch.images, batch.targets)
+    assert sum(counts) == count > 0
+    with torch.no_grad():
+        logits, codes, anchors = model.eval().network(batch.images)
+    losses = model.losses(logits, codes, anchors, batch.targets)
+    alone = [
+        model.losses(logits[i : i + 1], codes[i : i + 1], anchors, batch.targets[i : i + 1])
+        for i in range(6)
+    ]
+    for key, value in losses.items():
+        summed = sum(
+            losses_[key] * model.loss_divisor(one)
+            for losses_, one in zip(alone, counts, strict=True)
+        )
+        torch.testing.assert_close(summed / model.loss_divisor(count), value)
+
+
+def test_parts_move_the_norms_statistics_as_far_as_the_batch() -> None:
+    accelerator = Accelerator(mixed_precision="no", cpu=True)
+    norm = nn.BatchNorm2d(1)
+    recipe = EXACT.with_(norm_momentum=0.9)
+    prepared = prepare_model(norm, recipe, accelerator, parts=3).train()
+    for _ in range(3):  # what is seen has mean 1: what is left of the old mean, 0, is the momentum
+        prepared(torch.ones(2, 1, 4, 4))
+    assert float(norm.running_mean) == pytest.approx(1 - 0.9)
+
+
+def test_a_run_in_parts_says_so(tmp_path: Path) -> None:
+    whole = train_run(DETECTION, tmp_path / "whole", progress=False)
+    parts = train_run(DETECTION, tmp_path / "parts", progress=False, micro_batch=2)
+    assert_close(parts.folder, whole.folder)
+    assert parts.metrics == pytest.approx(whole.metrics, nan_ok=True, abs=1e-3)
+    assert record_of(parts.folder)["hardware"].endswith("; processes: 1, parts a step: 2")
+    assert "parts" not in record_of(whole.folder)["hardware"]
+    with pytest.raises(UserError, match="micro_batch is 0"):
+        train_run(DETECTION, tmp_path / "none", progress=False, micro_batch=0)
+
+
+# --- two processes --------------------------------------------------------------------------
+
+
+def _spoil_loader(rank: int, what: Any) -> None:
+    """Let `what` happen in one process when it asks for the batch of the third step."""
+    loader = training_loader
+
+    def spoilt(*arguments: Any, **options: Any) -> Iterator[Batch]:
+        for step, batch in enumerate(loader(*arguments, **options)):
+            if step == 2 and int(os.environ["RANK"]) == rank:
+                what()
+            yield batch
+
+    trainer.training_loader = spoilt  # type: ignore[assignment]
+
+
+def _fail() -> None:
+    raise DataError("picture.jpg: cannot be read")
+
+
+def _two_processes(root: str) -> None:
+    """What each of two processes does; told apart by the environment."""
+    folder, rank = Path(root), int(os.environ["RANK"])
+    for config in (DETECTION, SEGMENTATION, *RANDOM):
+        train_run(config, folder / "whole", progress=False)
+    for name, failing, what in (
+        ("other fails", 1, _fail),
+        ("main fails", 0, _fail),
+        ("told to stop", 1, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    ):
+        _spoil_loader(failing, what)
+        try:
+            train_run(DETECTION, folder / name, progress=False)
+        except UserError as error:
+            said = f"{type(error).__name__}: {error}"
+            (folder / f"{name} {rank}").write_text(said)
+        trainer.training_loader = training_loader
+
+
+def launch_two(root: str) -> None:
+    """Run by a Python of its own, as a notebook would."""
+    launch(_two_processes, 2, root)
+    train_run(DETECTION, Path(root) / "whole", progress=False)
+    try:
+        launch(_two_processes, 2, root)
+    except UserError as error:
+        (Path(root) / "launched again").write_text(str(error))
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**environment, "ACCELERATE_USE_CPU": "true"},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left."""
+    root = tmp_path_factory.mktemp("two")
+    code = "import sys; from test_several_processes import *; launch_two(sys.argv[1])"
+    done = run_python("-c", code, str(root))
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process left of the same runs."""
+    runs = tmp_path_factory.mktemp("one")
+    for config in (DETECTION, SEGMENTATION):
+        train_run(config, runs, progress=False)
+    return runs
+
+
+@pytest.mark.parametrize("config", [DETECTION, SEGMENTATION], ids=lambda config: config.task)
+def test_two_processes_train_as_one(two: Path, one: Path, config: RunConfig) -> None:
+    folder, alone = two / "whole" / config.key, one / config.key
+    assert_close(folder, alone)
+    record = record_of(folder)
+    assert (record["steps"], record["images"]) == (STEPS, STEPS * EXACT.batch_size)
+    assert record["hardware"].endswith("; processes: 2, parts a step: 1")
+
+
+@pytest.mark.parametrize(
+    "config", [DETECTION, SEGMENTATION, *RANDOM], ids=lambda config: config.task
+)
+def test_two_processes_evaluate_as_one(two: Path, config: RunConfig) -> None:
+    """Five images, three for one process and two for the other, each counted once."""
+    folder = two / "whole" / config.key
+    model, _ = create_from_weights(folder / "model.safetensors")
+    dataset = open_dataset(SCENES, "eval", config.task)
+    alone = evaluate(model, dataset, config.task, 64, 8, progress=False)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    found = json.loads((folder / "predictions.json").read_text())
+    assert [f["image_id"] for f in found] == [p["image_id"] for p in alone.predictions]
+    assert [f["score"] for f in found] == pytest.approx([p["score"] for p in alone.predictions])
+    expected = {name: None if value != value else value for name, value in alone.metrics.items()}
+    assert metrics.keys() == expected.keys()
+    assert all(metrics[name] == pytest.approx(expected[name], rel=1e-5) for name in metrics)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "other fails",
+            [
+                "Preempted: stopped after step 2, since another process cannot go on",
+                "DataError: picture.jpg: cannot be read",
+            ],
+        ),
+        (
+            "main fails",
+            [
+                "DataError: picture.jpg: cannot be read",
+                "Preempted: stopped after step 2, since another process cannot go on",
+            ],
+        ),
+        (
+            "told to stop",
+            [
+                "Preempted: stopped after step 2 by a signal to another process; the same command "
+                "goes on from there",
+                "Preempted: stopped after step 2 by SIGTERM; the same command goes on from there",
+            ],
+        ),
+    ],
+)
+def test_processes_stop_together_and_one_alone_goes_on(
+    two: Path, one: Path, name: str, said: list[str]
+) -> None:
+    assert [(two / f"{name} {rank}").read_text() for rank in (0, 1)] == said
+    folder = two / name / DETECTION.key
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2.pt"]
+    train_run(DETECTION, two / name, progress=False)
+    assert_close(folder, one / DETECTION.key)
+
+
+def test_a_notebook_that_has_trained_says_how_to_launch(two: Path) -> None:
+    assert "restart it" in (two / "launched again").read_text()
+
+
+def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
+    command = (
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "effspinenet_lib", "train", "--data", "shapescenes", "--image-size", "64"),
+        *("--images", "4", "--batch-size", "4", "--steps", "2", "--output", str(tmp_path)),
+    )
+    done = run_python(*command)
+    assert done.returncode == 0, done.stderr
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert record_of(folder)["steps"] == 2
+    assert "processes: 2" in record_of(folder)["hardware"]
