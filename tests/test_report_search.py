@@ -157,8 +157,8 @@ def test_a_comparison_says_whether_it_is_larger_than_the_spread() -> None:
     said = search_words.comparison_sentences(TRIALS).splitlines()
     assert "25.00 and 21.00 AP (3 and 3 seeds), a difference of +4.00 ± 2.27" in said[0]
     assert "larger than the spread over seeds, and the search's best is ahead" in said[0]
-    # 22 and 21: variances 4 and 1 over 3 seeds: t(2) = 4.303 times sqrt(5/3) = 5.6.
-    assert "a difference of +1.00 ± 5.55 (95 % interval): inconclusive" in said[1]
+    # 22 and 21: variances 4 and 1 over 3 seeds: t(2) = 4.303 times sqrt(5/3) = 5.56.
+    assert "a difference of +1.00 ± 5.56 (95 % interval): inconclusive" in said[1]
 
 
 def test_a_comparison_without_runs_or_with_one_seed_is_none() -> None:

@@ -127,7 +127,7 @@ def _read(
 ) -> tuple[Truth, list[str]]:
     """The checked content of an annotation file or a part of it; what was degenerate in it.
 
-    Without masks, which are nearly all of it, a file with masks of 50 numbers takes a quarter of the memory.
+    Without masks, which are nearly all of such a file, it takes a quarter of the memory.
     """
     content = read_json(path, None if masks else _without_masks)
     tables = {}

@@ -32,6 +32,7 @@ PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.2  # inches
 WIDE_WIDTH, ROW_HEIGHT = 7.0, 0.6
 TILE = 2.4
 BAR_SHARE = 0.8  # of the room between two blocks
+LEGEND_COLUMNS = 2  # three names would squeeze the plot
 MEAN_REACH = 0.28  # of the room between two rows, to either side
 PERCENT = 100.0
 
@@ -75,7 +76,7 @@ def _block_bars(
         axes.set_xticks(range(1, len(levels) + 1), map(str, levels))
         axes.grid(visible=False, axis="x")
         axes.set(xlabel="level of blocks 1 to 18, in order", ylabel=label)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(values))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=LEGEND_COLUMNS)
         lists = words(
             f"{name}: {', '.join(map(number.format, heights))}" for name, heights in values.items()
         )
@@ -83,7 +84,11 @@ def _block_bars(
 
 
 def seed_dots(
-    item: str, measurements: pd.DataFrame, rows: Sequence[str], metric: str = "AP"
+    item: str,
+    measurements: pd.DataFrame,
+    rows: Sequence[str],
+    metric: str = "AP",
+    digits: int = 1,
 ) -> Picture:
     """A dot a seed and a bar at the mean, for each row, of the proxy's measurements.
 
@@ -94,6 +99,7 @@ def seed_dots(
         measurements: measured rows; only those of source `proxy` are drawn.
         rows: names of the rows, first at the top.
         metric: what is drawn.
+        digits: decimals of the numbers.
     """
     chosen = measurements[
         (measurements["item"] == item)
@@ -106,7 +112,7 @@ def seed_dots(
         axes = figure.add_subplot()
         for place, name in enumerate(rows):
             values = chosen.loc[chosen["row"] == name, "value"].dropna().tolist()
-            sentences.append(_seed_row(axes, place, name, values))
+            sentences.append(_seed_row(axes, place, name, values, digits))
         axes.set_yticks(range(len(rows)), rows)
         if chosen.empty:
             axes.set_xticks([])
@@ -116,7 +122,7 @@ def seed_dots(
         return to_picture(figure, f"{metric} of the proxy runs by seed. {' '.join(sentences)}")
 
 
-def _seed_row(axes: Axes, place: int, name: str, values: list[float]) -> str:
+def _seed_row(axes: Axes, place: int, name: str, values: list[float], digits: int) -> str:
     if not values:
         axes.text(0.5, place, NOT_RUN, transform=axes.get_yaxis_transform(), ha="center")
         return f"{name}: {NOT_RUN}."
@@ -124,9 +130,14 @@ def _seed_row(axes: Axes, place: int, name: str, values: list[float]) -> str:
     axes.plot(values, [place] * len(values), "o", color=family_colour(name), alpha=0.75, ms=9)
     axes.plot([mean] * 2, [place - MEAN_REACH, place + MEAN_REACH], color=INK, linewidth=2)
     axes.annotate(
-        f"{mean:.1f}", (mean, place - MEAN_REACH), ha="center", va="bottom", annotation_clip=False
+        f"{mean:.{digits}f}",
+        (mean, place - MEAN_REACH),
+        ha="center",
+        va="bottom",
+        annotation_clip=False,
     )
-    return f"{name}: {', '.join(f'{value:.1f}' for value in values)}, mean {mean:.1f}."
+    shown = ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{name}: {shown}, mean {mean:.{digits}f}."
 
 
 def training_curves(curves: Mapping[str, pd.DataFrame]) -> Picture:
