@@ -13,10 +13,13 @@ from torch.nn import functional as F
 
 from effspinenet_lib import create_model, measure_cost
 from effspinenet_lib.backbones import BackboneOptions, ScalePermutedBackbone
+from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import TrainingError, UserError
 from effspinenet_lib.layers import SpaceToDepth
+from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.specs import MODELS
 from effspinenet_lib.tasks.logits import PyramidMean
+from effspinenet_lib.training.config import RunConfig
 from effspinenet_lib.zoo import default_image_size
 from effspinenet_lib.zoo.image_models import NOTES
 
@@ -172,6 +175,16 @@ def test_dropout_acts_before_the_classifier(name, rate):
         assert model.backbone.drop_rate == rate
     else:
         assert [m.p for m in model.head if isinstance(m, nn.Dropout)] == [rate]
+
+
+def test_dropout_is_an_option_and_the_recipes_rate_reaches_the_head():
+    model = classifier("eff_spinenet_m0", dropout=0.5)
+    assert [m.p for m in model.head if isinstance(m, nn.Dropout)] == [0.5]
+    with pytest.raises(UserError, match="dropout is 1"):
+        classifier("eff_spinenet_m0", dropout=1)
+    recipe = get_recipe("paper_classification")
+    config = RunConfig("eff_spinenet_m0", "classification", 64, DataConfig("shapescenes"), recipe)
+    assert config.options["dropout"] == recipe.dropout == 0.2
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -17,7 +17,6 @@ from effspinenet_lib.errors import CheckpointError, DataError, UnknownName, User
 from effspinenet_lib.experiments import (
     ITEMS,
     PROFILES,
-    check_parameters,
     find_row,
     planned_runs,
     train_row,
@@ -300,11 +299,3 @@ def test_options_that_do_not_fit_together_are_one_line(options, message):
     assert isinstance(result.exception, UserError)
     assert message in str(result.exception)
     assert "\n" not in str(result.exception)
-
-
-def test_check_parameters_keeps_the_initial_weights(tmp_path):
-    parameters = check_parameters(
-        "smoke", results_dir=tmp_path, initial_weights=tmp_path / "weights"
-    )
-    assert parameters.initial_weights == (tmp_path / "weights").resolve()
-    assert get_recipe("paper_segmentation").steps == 10_000

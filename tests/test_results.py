@@ -190,13 +190,16 @@ def test_a_run_is_finished_when_its_metrics_are_stored(store: ResultsStore) -> N
     rows = [measurement(metric=metric, value=value) for metric, value in values.items()]
     other = measurement(row="other", run="f" * 12, value=1.0)
     store.add_measurements("table-08", [*rows, other])
-    store.add_measurements("table-09", [measurement(metric="parameters", source="cost")])
+    store.add_measurements("table-09", [measurement(metric="parameters", source="cost", run="")])
     assert store.finished(KEY)
     assert store.metrics_of(KEY) == pytest.approx(values, nan_ok=True)
     assert not store.finished("f" * 12), "it is not in runs.csv"
     assert not ResultsStore(store.results_dir, "paper").finished(KEY)
+    assert len(store.results("table-08")) == len(rows) + 1
     store.add_run(run_record(state="partial"))
     assert not store.finished(KEY)
+    assert list(store.results("table-08")["row"]) == ["other"]
+    assert len(store.results("table-09")) == 1, "a cost needs no run"
 
 
 def test_a_run_comes_back_as_it_was_recorded(store: ResultsStore) -> None:

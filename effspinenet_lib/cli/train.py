@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -228,8 +229,9 @@ def _train_row(
         results_dir=results_dir,
         seeds=seed,
         force=force,
-        initial_weights=initial_weights,
     )
+    if initial_weights is not None:
+        parameters = replace(parameters, initial_weights=initial_weights.resolve())
     found = experiments.find_row(chosen, row)
     result = experiments.train_row(
         chosen,

@@ -23,7 +23,11 @@ ENGINES = ("local",)
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters of a notebook, checked and resolved."""
+    """The parameters of a notebook, checked and resolved.
+
+    `initial_weights` is no parameter of a notebook: the weights file that the paper's runs start
+    from, in the place of the run that an item names.
+    """
 
     profile: Profile
     data_root: Path | None
@@ -50,7 +54,6 @@ def check_parameters(
     seeds: str | int | Sequence[int] | None = None,
     engine: str = "local",
     force: bool = False,
-    initial_weights: str | os.PathLike[str] | None = None,
 ) -> Parameters:
     """Check a notebook's parameters before any work starts; "" and None take the default.
 
@@ -66,8 +69,6 @@ def check_parameters(
         seeds: such as "0,1,2", a number or a list; default the profile's own.
         engine: `local`.
         force: run again what is finished.
-        initial_weights: weights file that the paper's runs start from, in the place of the run
-            that an item names.
 
     Raises:
         UnknownName: an unknown profile, accelerator or engine.
@@ -100,7 +101,6 @@ def check_parameters(
         count,
         numbers or chosen.seeds,
         force,
-        Path(initial_weights).resolve() if initial_weights else None,
     )
 
 

@@ -243,7 +243,8 @@ def item_status(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
     """One row an item: what of it is rebuilt, computed from the items and the CSVs.
 
     Args:
-        results_dirs: results folders; what is measured in any of them counts.
+        results_dirs: results folders; what is measured in any of them counts, but for runs that
+            stopped before their last step.
 
     Returns:
         Columns `item`, `title`, `notebook`, `paper_values`, `cost_rows`, `proxy_rows`,
@@ -254,7 +255,7 @@ def item_status(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
     ]
     rows = []
     for item in ITEMS.values():
-        measured = pd.concat([store.measurements(item.id) for store in stores])
+        measured = pd.concat([store.results(item.id) for store in stores])
         unique = measured.drop_duplicates(["row", "metric", "source", "seed"])
         counts = unique["source"].value_counts()
         rows.append(

@@ -143,12 +143,12 @@ def measured(item: str, profile: str, *results_dirs: str | os.PathLike[str]) -> 
     """Measurements of an item that may be shown as results.
 
     Costs as the profile that runs measured them, accuracy from the profiles `proxy` and `paper`;
-    where several results folders have a measurement, the first one's. Rows of smoke runs are
-    left out.
+    where several results folders have a measurement, the first one's. Rows of smoke runs, and of
+    runs that stopped before their last step, are left out.
     """
     profiles = dict.fromkeys((profile, *RESULT_PROFILES))
     stores = [ResultsStore(Path(results), name) for results in results_dirs for name in profiles]
-    rows = pd.concat([store.measurements(item) for store in stores], ignore_index=True)
+    rows = pd.concat([store.results(item) for store in stores], ignore_index=True)
     rows = rows[rows["source"].isin((COST, PROXY, PAPER_SCALE))]
     return rows.drop_duplicates(["row", "metric", "source", "seed"]).reset_index(drop=True)
 

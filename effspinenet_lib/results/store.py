@@ -64,6 +64,16 @@ class ResultsStore:
             return to_frame(self._rows(self._item_path(item), MEASUREMENT), MEASUREMENT)
         return to_frame(self._all_measurements(), MEASUREMENT)
 
+    def results(self, item: str) -> pd.DataFrame:
+        """Read the measurements of one item, without those of runs that were cut short.
+
+        Raises:
+            DataError: a file has a broken row; names the file and the line.
+        """
+        rows = self.measurements(item)
+        runs = self.runs()
+        return rows[~rows["run"].isin(runs.loc[runs["state"] == "partial", "run"])]
+
     def runs(self) -> pd.DataFrame:
         """Read the runs, one row each; `config` is JSON text.
 

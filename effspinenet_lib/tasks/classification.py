@@ -42,16 +42,17 @@ class Classifier(LogitsModel):
 
 
 def pyramid_classification_head(
-    feature_dims: Mapping[int, int], num_classes: int, activation: str
+    feature_dims: Mapping[int, int], num_classes: int, activation: str, dropout: float
 ) -> nn.Sequential:
     """Make the head of section 4.2: all levels at P3, their mean, its global mean, a linear layer.
 
-    It maps the features of P3 to P7 to logits [N, num_classes].
+    It maps the features of P3 to P7 to logits [N, num_classes]; `dropout` is the rate before the
+    linear layer.
     """
     return nn.Sequential(
         PyramidMean(feature_dims, CLASSIFICATION_DIM, activation),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Dropout(DROPOUT),
+        nn.Dropout(dropout),
         nn.Linear(CLASSIFICATION_DIM, num_classes),
     )

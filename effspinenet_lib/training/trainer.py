@@ -20,6 +20,7 @@ from effspinenet_lib.data import Augmentation, Dataset, classes_of, training_loa
 from effspinenet_lib.data.padding import MAX_OBJECTS
 from effspinenet_lib.data.workers import worker_errors
 from effspinenet_lib.errors import UserError
+from effspinenet_lib.tasks.classification import Classifier
 from effspinenet_lib.training.checkpoint import (
     Checkpoint,
     load_backbone,
@@ -163,6 +164,8 @@ def _take_up(job: Job, accelerator: Accelerator, dataset: Dataset) -> _State:
         load_into(plain, latest.model_state, str(job.folder))
     elif config.initial_weights is not None:
         load_backbone(plain, config.initial_weights)
+    if isinstance(plain, Classifier):
+        plain.label_smoothing = config.recipe.label_smoothing
     parts = job.parts(accelerator.num_processes)
     model = prepare_model(plain, config.recipe, accelerator, parts)
     optimizer = accelerator.prepare_optimizer(build_optimizer(model, config.recipe))

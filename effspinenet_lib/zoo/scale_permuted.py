@@ -10,7 +10,7 @@ from effspinenet_lib.choices.learned import distributed, parse_betas
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.specs import SCALES, BackboneSpec, ModelSpec, scale_backbone
 from effspinenet_lib.tasks.base import TaskModel
-from effspinenet_lib.tasks.classification import Classifier, pyramid_classification_head
+from effspinenet_lib.tasks.classification import DROPOUT, Classifier, pyramid_classification_head
 from effspinenet_lib.tasks.detection import RetinaNet
 from effspinenet_lib.tasks.instances import MaskRCNN
 from effspinenet_lib.tasks.segmentation import PyramidSegmentationHead, Segmenter
@@ -23,9 +23,11 @@ class ScalePermutedOptions(BackboneOptions):
     Attributes:
         betas: of the 18 blocks (Equation 4), such as `10-10-5-...`, in place of the model's own
             distribution; empty: its own.
+        dropout: rate before the linear layer of the classifier.
     """
 
     betas: str = ""
+    dropout: float = DROPOUT
 
     def __post_init__(self) -> None:
         """Refuse values that would build another network than was meant.
@@ -39,6 +41,8 @@ class ScalePermutedOptions(BackboneOptions):
             raise UserError(f"model option betas is {self.betas!r}; write it as 10-10-5-...")
         if self.betas:
             parse_betas(self.betas)
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model option dropout is {self.dropout}; it must be from 0 to below 1")
 
 
 def _backbone_spec(spec: ModelSpec, betas: str) -> BackboneSpec:
@@ -67,7 +71,7 @@ def build_scale_permuted(
         "detection": lambda: RetinaNet(backbone, num_classes, *head, activation),
         "instances": lambda: MaskRCNN(backbone, num_classes, *head, scale.box_fc_dim, activation),
         "classification": lambda: Classifier(
-            backbone, pyramid_classification_head(dims, num_classes, activation)
+            backbone, pyramid_classification_head(dims, num_classes, activation, options.dropout)
         ),
         "segmentation": lambda: Segmenter(
             backbone, PyramidSegmentationHead(dims, num_classes, *head, activation)
