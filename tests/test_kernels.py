@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -73,6 +75,23 @@ def test_depthwise_gradients_in_bfloat16_are_the_exact_ones_to_its_precision(ker
     for name, value in expected.items():
         difference = (found[name].double() - value).norm() / value.norm().clamp(min=1e-9)
         assert difference < 2**-7, name
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_a_stride_on_one_pixel_reads_no_memory_that_nobody_wrote(kernel):
+    """Freed blocks of NaN of every size at hand would show in the gradient of the weights."""
+    layer = DepthwiseConv2d(24, 24, kernel, 2, kernel // 2, groups=24, bias=False)
+    for _ in range(20):
+        features = torch.randn(4, 24, 1, 1).to(memory_format=torch.channels_last).requires_grad_()
+        freed = [torch.full((24 * count,), math.nan) for count in (1, 4, 9, 18, 25, 36, 50, 100)]
+        freed += [values.bfloat16() for values in freed]
+        del freed
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(features).float().sum().backward()
+        middle = layer.weight.grad[:, 0, kernel // 2, kernel // 2]
+        torch.testing.assert_close(middle, features.detach().sum((0, 2, 3)), rtol=0.02, atol=0.05)
+        assert layer.weight.grad.count_nonzero() <= 24
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong():

@@ -29,8 +29,9 @@ class TaskModel(nn.Module, ABC):
         Args:
             images: [N, 3, H, W], normalised.
             targets: for training, one dictionary an image. Detection: `boxes` [M, 4] (x1 y1 x2
-                y2 in input pixels), `labels` int64 [M] from 0, `iscrowd` bool [M]. Instances: as
-                detection, and `masks` bool [M, H, W]. Classification: `label` int64 []. Semantic
+                y2 in input pixels), `labels` int64 [M] from 0, `iscrowd` bool [M]; rows that
+                `data.padding` added hold no object. Instances: as detection without such rows,
+                and `masks` bool [M, H, W]. Classification: `label` int64 []. Semantic
                 segmentation: `semantic` int64 [H, W], 255 where it does not count.
 
         Returns:

@@ -49,6 +49,9 @@ from effspinenet_lib.tasks.instance_heads import (
 class MaskRCNN(TaskModel):
     """A two-stage detector with masks.
 
+    The shapes of a training step depend on the data (torchvision's proposals and samples), so a
+    compiler that builds a program for every shape builds one at every step: not for a TPU.
+
     Args:
         backbone: computes the outputs P3 to P7.
         num_classes: classes, without background. The cost columns of the paper fit 90, COCO's

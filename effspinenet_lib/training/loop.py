@@ -83,7 +83,8 @@ def describe_hardware(accelerator: Accelerator) -> str:
     if device.type == "cpu":
         name = _processor_facts().get("cpu_name") or platform.machine()
         return f"{name}, {os.cpu_count()} cores"
-    named = getattr(torch.get_device_module(device), "get_device_name", None)
+    # XLA has no module of torch's
+    named = getattr(getattr(torch, device.type, None), "get_device_name", None)
     return f"{accelerator.num_processes} x {named(device) if named else device.type}"
 
 
