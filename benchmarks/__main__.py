@@ -1,28 +1,78 @@
-"""Run every benchmark and print one table: `python -m benchmarks`."""
+"""Measure this library's speed: `python -m benchmarks`; needs the extra `bench`.
+
+Ratios are medians of times taken in turn, on one thread; above 1 this library is the faster one.
+"""
 
 from __future__ import annotations
 
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import evaluation, models
+from benchmarks import evaluation, loading, machine, models, profile, scaling
+from benchmarks.record import Figure, to_rows, write
+from effspinenet_lib.results.csvfile import Row
+from effspinenet_lib.training.allocation import keep_freed_memory
+
+Benchmark = Callable[[int, bool], Iterator[Figure]]
+BENCHMARKS: dict[str, Benchmark] = {
+    "training": models.training,
+    "inference": models.inference,
+    "proxy": models.proxy,
+    "evaluation": evaluation.evaluation,
+    "loading": loading.loading,
+    "scaling": scaling.scaling,
+    "machine": machine.machine,
+    "profile": profile.profiles,
+}
+ROUNDS, QUICK_ROUNDS = 7, 2
 
 
 def main() -> None:
-    """Time every pair; takes about two minutes on two cores."""
-    table = Table(title="Median of paired runs; a ratio above 1 means that this library is faster")
-    for heading in ("what", "this library", "peer", "ratio", "range"):
+    """Run the benchmarks that were asked for; the record is written after each."""
+    arguments = _parse()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    console = Console()
+    rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
+    rows: list[Row] = []
+    for name in arguments.benchmarks or BENCHMARKS:
+        start = time.perf_counter()
+        found = to_rows(BENCHMARKS[name](rounds, arguments.quick))
+        console.print(_table(name, found), f"{time.perf_counter() - start:.0f} s")
+        rows += found
+        if arguments.output:
+            write(rows, arguments.output)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog="\n".join(f"{name:12}{work.__doc__}" for name, work in BENCHMARKS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("benchmarks", nargs="*", choices=[[], *BENCHMARKS], help="default: all")
+    parser.add_argument("--quick", action="store_true", help="few rounds, and fewer images")
+    parser.add_argument("--output", type=Path, help="CSV file to write")
+    return parser.parse_args()
+
+
+def _table(name: str, rows: list[Row]) -> Table:
+    table = Table(title=name)
+    for heading in ("what", "settings", "ours", "peer", "figure", "range", "goal"):
         table.add_column(heading)
-    for make in (*models.PAIRS, *evaluation.PAIRS):
-        pair = make()
-        table.add_row(
-            pair.name,
-            f"{pair.ours * 1e3:.0f} ms",
-            f"{pair.peer * 1e3:.0f} ms",
-            f"{pair.ratio:.2f}",
-            f"{pair.lowest:.2f} to {pair.highest:.2f}",
-        )
-    Console().print(table)
+    for row in rows:
+        milliseconds = [f"{row[key]} ms" if row[key] else "" for key in ("ours", "peer")]
+        spread = f"{row['lowest']} to {row['highest']}" if row["lowest"] else ""
+        figure = f"{row['value']} {row['unit']}"
+        table.add_row(row["what"], row["settings"], *milliseconds, figure, spread, row["goal"])
+    return table
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ and objects. Peers get `keep_freed_memory` too, for it acts on the whole process
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from effspinenet_lib import create_model
 from effspinenet_lib.data import Batch
 from effspinenet_lib.recipes import Recipe, get_recipe
 from effspinenet_lib.tasks.detection import RetinaNet
-from effspinenet_lib.training.folding import fold_norms
+from effspinenet_lib.training.inference import inference_copy
 from effspinenet_lib.training.loop import prepare_model, train_steps
 from effspinenet_lib.training.optim import build_optimizer
 
@@ -61,13 +62,14 @@ class Setting:
         return [target] * self.batch
 
 
-def training(rounds: int) -> Iterator[Figure]:
+def training(rounds: int, quick: bool) -> Iterator[Figure]:
     """A training step of Eff-SpineNet-D0 against those of the peers."""
+    del quick
     setting = Setting(SIZE, BATCH)
     works = {
         f"{name} {precision}": make(setting, precision)
         for precision in PRECISIONS
-        for name, make in ((OURS, _our_step), (EFFDET, _effdet_step), (RETINANET, _retinanet_step))
+        for name, make in ((OURS, our_step), (EFFDET, _effdet_step), (RETINANET, _retinanet_step))
     }
     times = time_in_turn(works, rounds)
     what = "training, Eff-SpineNet-D0 against"
@@ -77,14 +79,15 @@ def training(rounds: int) -> Iterator[Figure]:
     works = {
         f"{name} {precision}": make(small, precision)
         for precision in PRECISIONS
-        for name, make in ((OURS, _our_step), (SSDLITE, _ssdlite_step))
+        for name, make in ((OURS, our_step), (SSDLITE, _ssdlite_step))
     }
     times = time_in_turn(works, rounds)
     yield from _against(times, SSDLITE, f"{what} torchvision's SSDLite", small)
 
 
-def inference(rounds: int) -> Iterator[Figure]:
+def inference(rounds: int, quick: bool) -> Iterator[Figure]:
     """One image through the networks; of torchvision's models with what follows the network."""
+    del quick
     setting = Setting(SIZE, 1)
     works = {
         f"{name} {precision}": make(setting, precision)
@@ -105,10 +108,11 @@ def inference(rounds: int) -> Iterator[Figure]:
     yield from _against(times, SSDLITE, f"{what} torchvision's SSDLite", small)
 
 
-def proxy(rounds: int) -> Iterator[Figure]:
+def proxy(rounds: int, quick: bool) -> Iterator[Figure]:
     """A training step of the proxy runs against the same network written the plain way."""
+    del quick
     setting = Setting(PROXY_SIZE, PROXY_BATCH)
-    works = {OURS: proxy_step(setting, plain=False), "plain": proxy_step(setting, plain=True)}
+    works = {OURS: proxy_step(setting), "plain": plain_step(setting, "bfloat16", "eff_spinenet_m0")}
     times = time_in_turn(works, rounds)
     yield ratio_figure(
         "proxy",
@@ -146,13 +150,11 @@ def _against(
     )
 
 
-def our_training(name: str, setting: Setting, recipe: Recipe, plain: bool, classes: int) -> Work:
-    """A step of this library's loop; with `plain` of the same network's plain twin."""
+def our_training(name: str, setting: Setting, recipe: Recipe, classes: int) -> Work:
+    """A step of this library's loop."""
     accelerator = Accelerator(cpu=True)
-    model = create_model(name, num_classes=classes)
-    assert isinstance(model, RetinaNet)
-    prepared = prepare_model(make_plain(model) if plain else model, recipe, accelerator)
-    optimizer = build_optimizer(prepared, recipe)
+    model = prepare_model(create_model(name, num_classes=classes), recipe, accelerator)
+    optimizer = build_optimizer(model, recipe)
     batch = Batch(
         setting.images(),
         setting.targets(classes),
@@ -160,29 +162,30 @@ def our_training(name: str, setting: Setting, recipe: Recipe, plain: bool, class
         torch.ones(setting.batch, 2),
         [(setting.size, setting.size)] * setting.batch,
     )
-    return lambda: list(train_steps(prepared, optimizer, [batch], recipe, accelerator, seed=0))
+    batches = itertools.repeat(batch)
+    steps = train_steps(model, optimizer, batches, recipe, accelerator, seed=0)
+    return lambda: next(steps)
 
 
-def proxy_step(setting: Setting, plain: bool) -> Work:
+def our_step(setting: Setting, precision: str) -> Work:
+    """A step of Eff-SpineNet-D0."""
+    recipe = get_recipe("proxy_detection").with_(precision=precision)
+    return our_training("eff_spinenet_d0", setting, recipe, CLASSES)
+
+
+def proxy_step(setting: Setting) -> Work:
     """A step of Eff-SpineNet-M0 by the proxy's recipe."""
     recipe = get_recipe("proxy_detection").with_(precision="bfloat16")
-    if plain:
-        return _plain_loop("eff_spinenet_m0", setting)
-    return our_training("eff_spinenet_m0", setting, recipe, False, PROXY_CLASSES)
+    return our_training("eff_spinenet_m0", setting, recipe, PROXY_CLASSES)
 
 
-def _our_step(setting: Setting, precision: str) -> Work:
-    recipe = get_recipe("proxy_detection").with_(precision=precision)
-    return our_training("eff_spinenet_d0", setting, recipe, False, CLASSES)
-
-
-def _plain_loop(name: str, setting: Setting) -> Work:
-    """The loop that one writes first: forward under autocast, backward, SGD."""
-    model = create_model(name, num_classes=PROXY_CLASSES)
+def plain_step(setting: Setting, precision: str, name: str = "eff_spinenet_d0") -> Work:
+    """The loop that one writes first, over the plain twin of a model of this library."""
+    model = create_model(name, num_classes=PROXY_CLASSES if name.endswith("m0") else CLASSES)
     assert isinstance(model, RetinaNet)
     plain = make_plain(model)
     targets = setting.targets(PROXY_CLASSES)
-    return _step(plain, setting, "bfloat16", lambda images: plain(images, targets))
+    return _step(plain, setting, precision, lambda images: plain(images, targets))
 
 
 def _effdet_step(setting: Setting, precision: str) -> Work:
@@ -237,10 +240,20 @@ def _step(
     return work
 
 
+class _Network(nn.Module):
+    """What effdet's model computes: the outputs of the heads."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> object:
+        return self.model.network(images)
+
+
 def _our_network(setting: Setting, precision: str) -> Work:
-    model = fold_norms(create_model("eff_spinenet_d0", num_classes=CLASSES))
-    assert isinstance(model, RetinaNet)
-    return _inference(model, model.network, setting, precision)
+    model = inference_copy(create_model("eff_spinenet_d0", num_classes=CLASSES))
+    return _in_format(_Network(model), setting, precision)
 
 
 def _effdet_network(setting: Setting, precision: str) -> Work:
@@ -251,25 +264,31 @@ def _effdet_network(setting: Setting, precision: str) -> Work:
         pretrained_backbone=False,
         image_size=(setting.size, setting.size),
     )
-    return _inference(model, model, setting, precision)
+    return _in_format(model, setting, precision)
 
 
 def _retinanet(setting: Setting, precision: str) -> Work:
-    model = _make_retinanet(setting)
-    return _inference(model, lambda images: model(list(images)), setting, precision)
+    return _torchvision_inference(_make_retinanet(setting), setting, precision)
 
 
 def _ssdlite(setting: Setting, precision: str) -> Work:
-    model = _make_ssdlite()
-    return _inference(model, lambda images: model(list(images)), setting, precision)
+    return _torchvision_inference(_make_ssdlite(), setting, precision)
 
 
-def _inference(
-    model: nn.Module, run: Callable[[Tensor], object], setting: Setting, precision: str
-) -> Work:
+def _torchvision_inference(model: nn.Module, setting: Setting, precision: str) -> Work:
+    """Under autocast: torchvision's suppression takes no bfloat16."""
     model.eval().to(memory_format=torch.channels_last)
-    images = setting.images()
+    return _inference(lambda images: model(list(images)), setting.images(), precision)
 
+
+def _in_format(network: nn.Module, setting: Setting, precision: str) -> Work:
+    """A network whose weights are in the number format: casting them each time costs more."""
+    dtype = PRECISIONS[precision]
+    network.eval().to(memory_format=torch.channels_last).to(dtype)
+    return _inference(network, setting.images().to(dtype), "float32")
+
+
+def _inference(run: Callable[[Tensor], object], images: Tensor, precision: str) -> Work:
     def work() -> None:
         with (
             torch.inference_mode(),

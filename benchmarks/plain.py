@@ -19,9 +19,9 @@ from effspinenet_lib.tasks.detection import BOX_CODE, RetinaNet
 
 
 class _SqueezeExcitation(SqueezeExcitation):
-    def forward(self, features: Tensor) -> Tensor:
+    def gates(self, features: Tensor) -> Tensor:
         mean = features.mean((2, 3), keepdim=True)
-        return features * self.gate(self.expand(self.activation(self.reduce(mean))))
+        return self.gate(self.expand(self.activation(self.reduce(mean))))
 
 
 class _RetinaNet(RetinaNet):

@@ -104,9 +104,13 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [N, C, H, W] to the same shape."""
+        return features * self.gates(features)
+
+    def gates(self, features: Tensor) -> Tensor:
+        """What the features [N, C, H, W] are scaled by: [N, C, 1, 1]."""
         # Not mean(): its gradient divides every pixel, this one a pixel for each channel.
         mean = features.sum((2, 3), keepdim=True) / features[0, 0].numel()
-        return features * self.gate(self.expand(self.activation(self.reduce(mean))))
+        return self.gate(self.expand(self.activation(self.reduce(mean))))
 
 
 class MBConv(nn.Module):

@@ -121,15 +121,14 @@ def kill_loader() -> None:
 
 
 def poison() -> None:
-    split = loop._split
+    backward = loop._backward
 
-    def spoilt(*arguments: Any) -> Any:
-        parts = split(*arguments)
+    def spoilt(model: Any, parts: Any, *arguments: Any) -> Any:
         for images, _ in parts:
             images.fill_(math.inf)
-        return parts
+        return backward(model, parts, *arguments)
 
-    loop._split = spoilt
+    loop._backward = spoilt
 
 
 def train(config: RunConfig, runs: Path, **options: Any) -> int:
@@ -225,6 +224,14 @@ def test_a_killed_run_of_any_task_goes_on(
         newest = list_checkpoints(runs / config.key)[0]
         newest.write_bytes(newest.read_bytes()[:-1000])
     assert_same_end(train_run(config, runs, progress=False), alone[task])
+
+
+def test_the_average_is_what_a_run_leaves(alone: dict[str, RunResult]) -> None:
+    folder = alone["segmentation"].folder
+    checkpoint, left = load_checkpoint(list_checkpoints(folder)[0]), weights_of(folder)
+    assert checkpoint.ema_state is not None
+    assert all(torch.equal(left[name], value) for name, value in checkpoint.ema_state.items())
+    assert not all(torch.equal(left[name], v) for name, v in checkpoint.model_state.items())
 
 
 @pytest.mark.parametrize(

@@ -601,25 +601,3 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
     assert again.steps == 12
     assert same(weights_of(folder), weights_of(uninterrupted.folder))
     assert curve_of(folder) == curve_of(uninterrupted.folder)
-
-
-SHARED = """
-import sys
-from effspinenet_lib.training.run import train_run
-from test_training import SMOKE
-assert train_run(SMOKE, sys.argv[1], progress=False).steps == 12
-"""
-
-
-def test_two_processes_share_a_run(tmp_path: Path, uninterrupted: RunResult) -> None:
-    """Each takes half of every batch; norms see half a batch, so the losses are only close."""
-    script = tmp_path / "shared.py"
-    script.write_text(SHARED)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    assert run_script(*launcher, str(script), str(tmp_path), ACCELERATE_USE_CPU="true") == 0
-    folder = tmp_path / SMOKE.key
-    record = json.loads((folder / "run.json").read_text())
-    assert (record["steps"], record["images"]) == (12, 48)
-    for row, alone in zip(curve_of(folder)[1:], curve_of(uninterrupted.folder)[1:], strict=True):
-        assert row[:2] == alone[:2]
-        assert [float(v) for v in row[2:]] == pytest.approx([float(v) for v in alone[2:]], rel=0.1)

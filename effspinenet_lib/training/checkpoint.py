@@ -5,6 +5,7 @@ Both are written whole or not at all, and read without running code from the fil
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import pickle
@@ -84,7 +85,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, kept: int = KEPT) -> P
     contents = {item.name: getattr(checkpoint, item.name) for item in fields(checkpoint)}
     path = folder / f"checkpoint-{checkpoint.step}.pt"
     with atomic_write(path, "wb") as handle:
-        torch.save({"format": FORMAT, **contents}, handle)
+        # in memory first: on a full disk torch's writer hides the reason behind its own complaint
+        written = io.BytesIO()
+        torch.save({"format": FORMAT, **contents}, written)
+        handle.write(written.getbuffer())
     for old in list_checkpoints(folder)[kept:]:
         old.unlink(missing_ok=True)
     return path

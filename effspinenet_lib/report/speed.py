@@ -1,0 +1,111 @@
+"""How fast this library is beside others, as the benchmarks recorded it."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from effspinenet_lib.report.tables import Table
+from effspinenet_lib.results.csvfile import read_rows, to_frame
+from effspinenet_lib.results.speed import SPEED
+
+SPEED_FILE = Path("speed") / "speed.csv"
+PROFILE, MACHINE = "profile", "machine"
+RATIO = "ratio"
+BEFORE, AFTER = "before", "after"
+
+
+class _Row(NamedTuple):
+    what: str
+    settings: str
+    ours: float
+    peer: float
+    value: float
+    lowest: float
+    highest: float
+    goal: float
+
+
+def read_speed(results_dir: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read the record.
+
+    Raises:
+        DataError: the file is missing or broken.
+    """
+    return to_frame(read_rows(Path(results_dir) / SPEED_FILE, SPEED), SPEED)
+
+
+def ratio_table(speed: pd.DataFrame) -> Table:
+    """One row a comparison: milliseconds, the ratio with its range, and the goal."""
+    found = speed[speed["unit"] == RATIO]
+    rows = [
+        {
+            "what": row.what,
+            "settings": row.settings,
+            "this library, ms": f"{row.ours:.4g}",
+            "peer, ms": f"{row.peer:.4g}",
+            "ratio": f"{row.value:.2f}",
+            "range": f"{row.lowest:.2f} to {row.highest:.2f}",
+            "goal": "" if math.isnan(row.goal) else f"{row.goal:.1f}",
+            "reached": _reached(row.value, row.goal),
+        }
+        for row in map(_Row._make, found[list(_Row._fields)].itertuples(index=False))
+    ]
+    caption = "Medians of times taken in turn; above 1 this library is the faster one"
+    return Table(pd.DataFrame(rows).set_index("what"), caption)
+
+
+def profile_table(speed: pd.DataFrame) -> Table:
+    """Milliseconds of a training step by kind of operation, before and after."""
+    found = speed[speed["benchmark"] == PROFILE]
+    states = found["settings"].str.rsplit(", ", n=1, expand=True)
+    columns = states[0].str.split(",").str[0] + ", " + states[1]
+    frame = found.assign(column=columns).pivot_table(
+        "value", "what", "column", sort=False, aggfunc="first"
+    )
+    shown = frame.map(lambda value: f"{value:.0f}").rename_axis(None, axis="columns")
+    return Table(shown, "Milliseconds of a training step of Eff-SpineNet-D0")
+
+
+def machine_table(speed: pd.DataFrame) -> Table:
+    """What the machine can do, and what a training step reaches of it."""
+    found = speed[(speed["unit"] != RATIO) & (speed["benchmark"] != PROFILE)]
+    rows = [
+        {"what": row.what, "settings": row.settings, "figure": f"{row.value:.3g} {row.unit}"}
+        for row in found.itertuples()
+    ]
+    return Table(pd.DataFrame(rows).set_index("what"), "Rates")
+
+
+def goal_sentence(speed: pd.DataFrame) -> str:
+    """How many goals were reached, and how near the others came."""
+    found = speed[(speed["unit"] == RATIO) & speed["goal"].notna()]
+    missed = found[found["value"] < found["goal"]]
+    said = f"{len(found) - len(missed)} of the {len(found)} goals were reached."
+    if missed.empty:
+        return said
+    named = "; ".join(
+        f"{row.what} ({row.settings}): {row.value:.2f} of {row.goal:.1f}"
+        for row in missed.itertuples()
+    )
+    return f"{said} Missed: {named}."
+
+
+def measured_on(speed: pd.DataFrame) -> str:
+    """The machine, its load, the version of torch and the code."""
+    first = speed.iloc[0]
+    load = f"{speed['load'].min():.0f} to {speed['load'].max():.0f}"
+    return (
+        f"Measured on {first['date']} on {first['hardware']} with torch {first['torch']}, commit "
+        f"{first['commit']}, on one thread, while {load} programs wanted the processor."
+    )
+
+
+def _reached(value: float, goal: float) -> str:
+    if math.isnan(goal):
+        return ""
+    return "yes" if value >= goal else "no"
