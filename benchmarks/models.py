@@ -144,6 +144,8 @@ def _against(
         compare(times[f"{OURS} float32"], times[f"{peer} float32"]),
         goals[0],
     )
+    if len(found[OURS]) == 1:  # --quick times one number format
+        return
     formats = f"{ours.split()[1]} against {theirs.split()[1]}, the faster of each"
     yield ratio_figure(
         benchmark, what, f"{formats}, {setting}", compare(times[ours], times[theirs]), goals[1]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from effspinenet_lib.report.tables import Table
+from effspinenet_lib.report.tables import NOT_RUN, Table
 from effspinenet_lib.results.csvfile import read_rows, to_frame
 from effspinenet_lib.results.speed import SPEED
 
@@ -62,6 +62,8 @@ def ratio_table(speed: pd.DataFrame) -> Table:
 def profile_table(speed: pd.DataFrame) -> Table:
     """Milliseconds of a training step by kind of operation, before and after."""
     found = speed[speed["benchmark"] == PROFILE]
+    if found.empty:
+        return Table(pd.DataFrame(), f"Milliseconds of a training step: {NOT_RUN}")
     states = found["settings"].str.rsplit(", ", n=1, expand=True)
     columns = states[0].str.split(",").str[0] + ", " + states[1]
     frame = found.assign(column=columns).pivot_table(
@@ -74,6 +76,8 @@ def profile_table(speed: pd.DataFrame) -> Table:
 def machine_table(speed: pd.DataFrame) -> Table:
     """What the machine can do, and what a training step reaches of it."""
     found = speed[(speed["unit"] != RATIO) & (speed["benchmark"] != PROFILE)]
+    if found.empty:
+        return Table(pd.DataFrame(), f"Rates: {NOT_RUN}")
     rows = [
         {"what": row.what, "settings": row.settings, "figure": f"{row.value:.3g} {row.unit}"}
         for row in found.itertuples()

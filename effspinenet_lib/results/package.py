@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from effspinenet_lib.errors import DataError
 from effspinenet_lib.files import locked, read_json, write_json
 from effspinenet_lib.results.csvfile import Row, scan
-from effspinenet_lib.results.schemas import MEASUREMENT, schema_of_file
+from effspinenet_lib.results.schemas import (
+    CHOICE,
+    CLAIM,
+    COST,
+    EVALUATION,
+    ITEM_PATTERN,
+    MEASUREMENT,
+    MISPRINT,
+    PARITY,
+    RUN,
+    SEARCH_TRIAL,
+    SPACE,
+    Schema,
+)
+from effspinenet_lib.results.speed import SPEED
 
 PACKAGE_FILE = "datapackage.json"
 
@@ -18,19 +33,40 @@ FOLDER_SOURCES = {
     "cost": ("cost",),
     "parity": (),
     "search": (),
+    "speed": (),
     "proxy": ("proxy", "cost"),
     "paper_scale": ("paper_scale", "cost"),
     "smoke": ("smoke", "cost"),
 }
-PACKAGED_FOLDERS = ("paper", "cost", "parity", "search", "proxy", "paper_scale")
+PACKAGED_FOLDERS = ("paper", "cost", "parity", "search", "speed", "proxy", "paper_scale")
 FOLDER_TITLES = {
     "paper": "transcribed from the paper, as printed",
     "cost": "counted on the built models",
     "parity": "released models against TensorFlow",
     "search": "the space of resource distributions",
+    "speed": "benchmarks beside other libraries",
     "proxy": "measured by the proxy profile",
     "paper_scale": "measured at the paper's settings",
 }
+
+
+def schema_of_file(name: str) -> Schema | None:
+    """Give the schema that a file called `name` must follow, or None if no file has that name."""
+    named = {
+        "runs.csv": RUN,
+        "misprints.csv": MISPRINT,
+        "claims.csv": CLAIM,
+        "costs.csv": COST,
+        "choices.csv": CHOICE,
+        "parity.csv": PARITY,
+        "speed.csv": SPEED,
+        "evaluations.csv": EVALUATION,
+        "search_trials.csv": SEARCH_TRIAL,
+        "space.csv": SPACE,
+    }
+    if re.fullmatch(ITEM_PATTERN + r"\.csv", name):
+        return MEASUREMENT
+    return named.get(name)
 
 
 def write_datapackage(results_dir: str | Path) -> None:

@@ -379,21 +379,3 @@ SPACE = Schema(
 
 MEASUREMENT_COLUMNS = MEASUREMENT.columns
 RUN_COLUMNS = RUN.columns
-
-
-def schema_of_file(name: str) -> Schema | None:
-    """Give the schema that a file called `name` must follow, or None if no file has that name."""
-    named = {
-        "runs.csv": RUN,
-        "misprints.csv": MISPRINT,
-        "claims.csv": CLAIM,
-        "costs.csv": COST,
-        "choices.csv": CHOICE,
-        "parity.csv": PARITY,
-        "evaluations.csv": EVALUATION,
-        "search_trials.csv": SEARCH_TRIAL,
-        "space.csv": SPACE,
-    }
-    if re.fullmatch(ITEM_PATTERN + r"\.csv", name):
-        return MEASUREMENT
-    return named.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,11 +45,9 @@ def coco_metrics(
         raise ValueError(f"iou_type is {iou_type!r}; it must be one of {', '.join(IOU_TYPES)}")
     shape = "bbox" if iou_type == "bbox" else "segmentation"
     truth = _checked_truth(ground_truth, shape)
-    found = _checked_detections(detections, truth, shape)
     reference = COCO(truth)
-    evaluation = COCOeval_faster(
-        reference, reference.loadRes(found), iou_type, print_function=_say_nothing
-    )
+    results = _results(detections, truth, reference, shape)
+    evaluation = COCOeval_faster(reference, results, iou_type, print_function=_say_nothing)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
@@ -82,18 +81,49 @@ def _checked_truth(ground_truth: Mapping[str, Any], shape: str) -> dict[str, Any
     }
 
 
-def _checked_detections(
+def _results(
+    detections: Sequence[Mapping[str, Any]], truth: Mapping[str, Any], reference: COCO, shape: str
+) -> COCO:
+    """The detections as the evaluation reads them; what it reads of boxes is written at once.
+
+    Only the keys that count are copied: a `bbox` beside a mask would set the mask's area.
+    """
+    _check_detections(detections, truth, shape)
+    if shape != "bbox" or not detections:
+        kept = ("image_id", "category_id", shape, "score")
+        return reference.loadRes([{key: found[key] for key in kept} for found in detections])
+    results = COCO()
+    results.dataset = {
+        **{key: truth[key] for key in ("images", "categories")},
+        "annotations": [
+            {
+                "id": number,
+                "image_id": found["image_id"],
+                "category_id": found["category_id"],
+                "bbox": found["bbox"],
+                "score": found["score"],
+                "area": found["bbox"][2] * found["bbox"][3],
+                "iscrowd": 0,
+            }
+            for number, found in enumerate(detections, start=1)
+        ],
+    }
+    results.createIndex()
+    return results
+
+
+def _check_detections(
     detections: Sequence[Mapping[str, Any]], truth: Mapping[str, Any], shape: str
-) -> list[dict[str, Any]]:
-    """Copy the keys that count; a `bbox` beside a mask would set the mask's area."""
+) -> None:
+    """Refuse what cannot be evaluated; looks at single records only where something is wrong."""
     images = {image["id"] for image in truth["images"]}
     categories = {category["id"] for category in truth["categories"]}
-    kept = ("image_id", "category_id", shape, "score")
-    copies = []
+    if _seem_right(detections, images, categories, shape):
+        return
     for number, detection in enumerate(detections, start=1):
-        missing = [key for key in kept if key not in detection]
-        if missing:
-            raise DataError(f"detection {number} has no {missing[0]!r}")
+        for key in ("image_id", "category_id", shape, "score"):
+            if key not in detection:
+                raise DataError(f"detection {number} has no {key!r}")
         if detection["image_id"] not in images:
             raise DataError(f"detection {number}: image {detection['image_id']} is not listed")
         if detection["category_id"] not in categories:
@@ -103,5 +133,18 @@ def _checked_detections(
         numbers = [detection["score"], *(detection[shape] if shape == "bbox" else ())]
         if not all(math.isfinite(value) for value in numbers):
             raise DataError(f"detection {number}: a number of {numbers} is not finite")
-        copies.append({key: detection[key] for key in kept})
-    return copies
+
+
+def _seem_right(
+    detections: Sequence[Mapping[str, Any]], images: set[int], categories: set[int], shape: str
+) -> bool:
+    try:
+        numbers = [found["score"] for found in detections]
+        shapes = [found[shape] for found in detections]
+        listed = images.issuperset(found["image_id"] for found in detections)
+        named = categories.issuperset(found["category_id"] for found in detections)
+    except KeyError:
+        return False
+    if shape == "bbox":
+        numbers += itertools.chain.from_iterable(shapes)
+    return listed and named and all(map(math.isfinite, numbers))
