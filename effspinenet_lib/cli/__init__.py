@@ -62,7 +62,8 @@ def start(
     - `effspinenet book` builds the book from the results
 
     Exit codes: 0 done, 1 a check found problems, 2 a wrong name or option, 3 an input file that
-    cannot be used, 4 weights that do not fit, 5 training that cannot go on, 130 interrupted.
+    cannot be used, 4 weights that do not fit, 5 training that cannot go on, 75 stopped by a
+    signal (the same command goes on), 130 interrupted.
     """
     set_up_messages()
 
