@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import evaluation, loading, machine, models, profile, scaling
+from benchmarks import evaluation, loading, machine, memory, models, profile, scaling
 from benchmarks.record import Figure, to_rows, write
 from effspinenet_lib.results.csvfile import Row
 from effspinenet_lib.training.allocation import keep_freed_memory
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "evaluation": evaluation.evaluation,
     "loading": loading.loading,
     "scaling": scaling.scaling,
+    "memory": memory.memory,
     "machine": machine.machine,
     "profile": profile.profiles,
 }

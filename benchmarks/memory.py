@@ -1,43 +1,47 @@
-"""Memory of a loading process against the number of images: `python -m benchmarks.memory`.
+"""Memory of a loading process against the number of images.
 
 Annotations of as many images as COCO has and of fewer are generated; all share one small picture,
-so that what is measured is the annotations' share. Each row comes from two programs of their own:
-the first opens the annotation file for the first time, the second opens it again and lets one
-worker load images. The table is CSV. Linux only: it reads what the kernel says of a process.
+so that what is measured is the annotations' share. Each count of images takes two programs: the
+first opens the annotation file for the first time, the second opens it again and lets one worker
+load images for two epochs, or `LOADED` images where these are more. Linux only: it reads what the
+kernel says of a process.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-IMAGE_COUNTS = (100, 1_000, 10_000, 120_000)
+from benchmarks.record import Figure
+
+IMAGE_COUNTS, QUICK_COUNTS = (1_000, 10_000, 120_000), (1_000,)
 BOXES = 7  # an image: COCO train2017 has 7.3
 SIDE = 16  # of the picture
 # Images that the worker loads: of 120,000 at random so many lie on nearly every page of the arrays.
 LOADED, BATCH = 20_000, 50
+EPOCHS = 2
 NAME = f"{0:012d}.png"  # as long as COCO's names
 MIB = 2**20
 
+# The peak is the kernel's "high water mark"; `ru_maxrss` would count the program that started this.
 _OPEN = """
-import json, resource, sys, time
+import json, sys
+from pathlib import Path
 from effspinenet_lib.data import Augmentation, DataConfig, open_dataset, training_loader
 
 def opened():
-    began = time.perf_counter()
     dataset = open_dataset(DataConfig("coco", sys.argv[1], "train2017"), "train")
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return dataset, {"seconds": seconds, "peak": peak}
+    status = Path("/proc/self/status").read_text()
+    return dataset, {"peak": int(status.split("VmHWM:")[1].split()[0]) * 1024}
 """
 _FIRST = _OPEN + "print(json.dumps(opened()[1]))\n"
 _AGAIN = (
@@ -49,7 +53,7 @@ dataset, facts = opened()
 steps, batch = int(sys.argv[2]), int(sys.argv[3])
 plan = training_loader(dataset, 16, batch, Augmentation((0.5, 2.0), 0.5), 0, 0, steps, 1)
 for step, _ in enumerate(plan, start=1):
-    if step in (steps // 10, steps - 2):  # at the very end the worker is gone
+    if step in (steps // 2, steps - 2):  # at the very end the worker is gone
         (worker,) = psutil.Process().children()
         memory = worker.memory_full_info()
         facts["early" if step < steps - 2 else "late"] = [memory.rss, memory.pss, memory.uss]
@@ -58,12 +62,33 @@ print(json.dumps(facts))
 )
 
 
-def measure(images: int) -> dict[str, Any]:
-    """One row: sizes in MiB, times in seconds."""
+def memory(rounds: int, quick: bool) -> Iterator[Figure]:
+    """Resident memory of a loading process, and of opening an annotation file."""
+    del rounds
+    for images in QUICK_COUNTS if quick else IMAGE_COUNTS:
+        steps = max(LOADED, EPOCHS * images) // BATCH
+        settings = f"{images:,} images, {images * BOXES:,} annotations"
+        first, again = _measure(images, steps)
+        resident, shared, own = (value / MIB for value in again["late"])
+        figures = {
+            "memory of a loading worker, resident": resident,
+            "memory of a loading worker, its share of what is shared": shared,
+            "memory of a loading worker, its own alone": own,
+            "growth of a worker's resident memory over the second half": (
+                resident - again["early"][0] / MIB
+            ),
+            "peak of opening an annotation file for the first time": first["peak"] / MIB,
+            "peak of opening it again": again["peak"] / MIB,
+        }
+        for what, value in figures.items():
+            yield Figure("memory", what, f"{settings}, {steps * BATCH:,} loaded", value, "MiB")
+
+
+def _measure(images: int, steps: int) -> list[dict[str, Any]]:
+    """What the two programs say."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"
-        annotations = _write(root, images)
-        steps = LOADED // BATCH
+        _write(root, images)
         environment = {
             **os.environ,
             "EFFSPINENET_CACHE": str(Path(folder) / "cache"),
@@ -79,24 +104,11 @@ def measure(images: int) -> dict[str, Any]:
             )
             for program in (_FIRST, _AGAIN)
         ]
-    first, again = (json.loads(run.stdout) for run in runs)
-    row = {
-        "images": images,
-        "annotations": images * BOXES,
-        "file_mib": annotations / MIB,
-        "first_open_seconds": first["seconds"],
-        "first_open_peak_mib": first["peak"] / MIB,
-        "next_open_seconds": again["seconds"],
-        "next_open_peak_mib": again["peak"] / MIB,
-    }
-    for kind, index in (("rss", 0), ("pss", 1), ("uss", 2)):
-        row[f"worker_{kind}_mib"] = again["late"][index] / MIB
-        row[f"worker_{kind}_growth_mib"] = (again["late"][index] - again["early"][index]) / MIB
-    return row
+    return [json.loads(run.stdout) for run in runs]
 
 
-def _write(root: Path, images: int) -> int:
-    """Write a data folder; the bytes of its annotation file."""
+def _write(root: Path, images: int) -> None:
+    """Write a data folder."""
     (root / "train2017").mkdir(parents=True)
     (root / "annotations").mkdir()
     generator = np.random.default_rng(0)
@@ -122,22 +134,3 @@ def _write(root: Path, images: int) -> int:
             }
             handle.write(("," if number else "") + json.dumps(record))
         handle.write("]}")
-    return path.stat().st_size
-
-
-def main() -> None:
-    """Print the table, a row as soon as it is measured; about five minutes on a free core."""
-    writer = None
-    for images in IMAGE_COUNTS:
-        row = measure(images)
-        if writer is None:
-            writer = csv.DictWriter(sys.stdout, list(row))
-            writer.writeheader()
-        writer.writerow(
-            {name: f"{v:.1f}" if isinstance(v, float) else v for name, v in row.items()}
-        )
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -321,6 +321,13 @@ def test_the_share_of_right_orders_is_what_a_simulation_gives() -> None:
     assert stated == pytest.approx(100 * right, abs=1)
 
 
+def test_the_scale_of_the_search_is_that_of_its_record() -> None:
+    said = search_words.scale_sentence(TRIALS, get_search("proxy").steps)
+    assert f"{SAMPLES} samples of PPO and {SAMPLES} samples of random search" in said
+    assert "240 steps a trial" in said and "eff_spinenet_m0" in said
+    assert "not run" in search_words.scale_sentence(NOTHING, 1)
+
+
 # Pictures
 
 

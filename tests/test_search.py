@@ -25,12 +25,7 @@ from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import DataError, UnknownName, UserError
 from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.results import ResultsStore, validate
-from effspinenet_lib.search.export import (
-    best_trial,
-    betas_frame,
-    export_distribution,
-    progress_frame,
-)
+from effspinenet_lib.search.export import best_trial, export_distribution
 from effspinenet_lib.search.record import equal_betas, plan_betas
 from effspinenet_lib.search.run import Penalty
 from effspinenet_lib.search.settings import get_search
@@ -191,16 +186,6 @@ def test_the_best_trial_is_of_the_highest_reward_and_no_reference(tmp_path: Path
     assert best_trial(record, "ppo")["reward"] == 7.0
     with pytest.raises(UserError, match="no finished trial of evolution"):
         best_trial(record, "evolution")
-    progress = progress_frame(record).query("method == 'ppo'")
-    assert progress["best_so_far"].tolist() == [1.0, 7.0, 7.0]
-    assert progress["mean_of_step"].tolist() == pytest.approx([11 / 3] * 3)
-    blocks = betas_frame(record)
-    assert len(blocks) == len(record) * 18
-    own = blocks[(blocks["method"] == "ppo") & (blocks["trial"] == 1)]
-    assert (
-        betas_text(own["beta"].tolist())
-        == record.query("method == 'ppo' and trial == 1")["betas"].item()
-    )
 
 
 def test_the_papers_distribution_is_exported_with_what_remains(tmp_path: Path):

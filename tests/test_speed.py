@@ -16,8 +16,10 @@ from effspinenet_lib import create_model
 from effspinenet_lib.errors import DataError
 from effspinenet_lib.kernels import DepthwiseConv2d
 from effspinenet_lib.report.speed import (
+    format_sentence,
     goal_sentence,
     machine_table,
+    memory_table,
     profile_table,
     ratio_table,
     read_speed,
@@ -114,6 +116,8 @@ def results(tmp_path: Path) -> Path:
         ratio_figure("training", "training against B", "float32", slow, 1.0),
         ratio_figure("training", "training against C", "float32", slow),
         Figure("machine", "copying", "", 11.9, "GB/s"),
+        Figure("memory", "resident", "1,000 images", 312.1, "MiB"),
+        Figure("memory", "resident", "120,000 images", 341.2, "MiB"),
         Figure("profile", "norms", "float32, 512x512, batch 2, before", 400.0, "ms"),
         Figure("profile", "norms", "float32, 512x512, batch 2, after", 200.0, "ms"),
     ]
@@ -123,7 +127,8 @@ def results(tmp_path: Path) -> Path:
 
 def test_the_record_follows_its_schema_and_says_on_what_it_was_measured(results: Path):
     rows = read_rows(results / "speed" / "speed.csv", SPEED)
-    assert [row["value"] for row in rows] == ["2", "0.75", "0.75", "11.9", "400", "200"]
+    values = ["2", "0.75", "0.75", "11.9", "312.1", "341.2", "400", "200"]
+    assert [row["value"] for row in rows] == values
     assert (rows[0]["ours"], rows[0]["peer"]) == ("1000", "2000")
     assert all(row["hardware"] and row["torch"] and row["date"] for row in rows)
 
@@ -149,3 +154,23 @@ def test_the_tables_of_the_page_hold_the_record(results: Path):
     profile = profile_table(speed).frame
     assert profile.loc["norms"].to_dict() == {"float32, before": "400", "float32, after": "200"}
     assert list(machine_table(speed).frame["figure"]) == ["11.9 GB/s"]
+    memory = memory_table(speed).frame
+    assert memory.loc["resident"].to_dict() == {"1,000 images": "312", "120,000 images": "341"}
+
+
+def test_the_page_says_which_number_format_the_machine_multiplies_faster(tmp_path: Path):
+    def said(single: float, half: float) -> str:
+        rates = {"float32": single, "bfloat16": half}
+        figures = [
+            Figure("machine", "matrix product", f"{name}, 2048x2048", rate, "GMAC/s")
+            for name, rate in rates.items()
+        ]
+        write(to_rows(figures), tmp_path / "speed" / "speed.csv")
+        return format_sentence(read_speed(tmp_path))
+
+    assert "0.5 times as fast in bfloat16 as in float32, so bfloat16 saves memory" in said(80, 40)
+    assert said(80, 160).endswith("2.0 times as fast in bfloat16 as in float32.")
+
+
+def test_without_the_machines_rates_nothing_is_said_of_formats(results: Path):
+    assert "not run" in format_sentence(read_speed(results))

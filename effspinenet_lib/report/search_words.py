@@ -184,6 +184,23 @@ def noise_sentence(trials: pd.DataFrame) -> str:
     )
 
 
+def scale_sentence(trials: pd.DataFrame, steps: int) -> str:
+    """How much smaller the search on record is than the paper's (section 5.1.1).
+
+    Args:
+        trials: the record.
+        steps: of the training of a trial.
+    """
+    found = [(name, len(samples)) for name, _, samples in searches(trials)]
+    if not found:
+        return NOTHING
+    counts = words(f"{count} samples of {name}" for name, count in found)
+    return (
+        f"What stands here is smaller in all of this: {steps} steps a trial; {counts}. A trial is "
+        f"{setting(trials)}."
+    )
+
+
 def conclusions(trials: pd.DataFrame) -> str:
     """What the record shows and what it cannot, as a list."""
     rows = searched(trials)

@@ -14,8 +14,10 @@ from effspinenet_lib.results.csvfile import read_rows, to_frame
 from effspinenet_lib.results.speed import SPEED
 
 SPEED_FILE = Path("speed") / "speed.csv"
-PROFILE, MACHINE = "profile", "machine"
+PROFILE, MEMORY = "profile", "memory"
 RATIO = "ratio"
+PRODUCT = "matrix product"
+FORMATS = ("float32", "bfloat16")
 BEFORE, AFTER = "before", "after"
 
 
@@ -65,7 +67,7 @@ def profile_table(speed: pd.DataFrame) -> Table:
     if found.empty:
         return Table(pd.DataFrame(), f"Milliseconds of a training step: {NOT_RUN}")
     states = found["settings"].str.rsplit(", ", n=1, expand=True)
-    columns = states[0].str.split(",").str[0] + ", " + states[1]
+    columns = _first_word(found) + ", " + states[1]
     frame = found.assign(column=columns).pivot_table(
         "value", "what", "column", sort=False, aggfunc="first"
     )
@@ -73,9 +75,19 @@ def profile_table(speed: pd.DataFrame) -> Table:
     return Table(shown, "Milliseconds of a training step of Eff-SpineNet-D0")
 
 
+def memory_table(speed: pd.DataFrame) -> Table:
+    """MiB of a loading process, a column a number of images."""
+    found = speed[speed["benchmark"] == MEMORY]
+    if found.empty:
+        return Table(pd.DataFrame(), f"Memory: {NOT_RUN}")
+    frame = found.pivot_table("value", "what", "settings", sort=False, aggfunc="first")
+    shown = frame.map(lambda value: f"{value:.0f}").rename_axis(None, axis="columns")
+    return Table(shown, "Memory of loading, MiB")
+
+
 def machine_table(speed: pd.DataFrame) -> Table:
     """What the machine can do, and what a training step reaches of it."""
-    found = speed[(speed["unit"] != RATIO) & (speed["benchmark"] != PROFILE)]
+    found = speed[(speed["unit"] != RATIO) & ~speed["benchmark"].isin((PROFILE, MEMORY))]
     if found.empty:
         return Table(pd.DataFrame(), f"Rates: {NOT_RUN}")
     rows = [
@@ -83,6 +95,23 @@ def machine_table(speed: pd.DataFrame) -> Table:
         for row in found.itertuples()
     ]
     return Table(pd.DataFrame(rows).set_index("what"), "Rates")
+
+
+def format_sentence(speed: pd.DataFrame) -> str:
+    """Which number format the machine multiplies faster, and what that means for training."""
+    products = speed[speed["what"] == PRODUCT].assign(format=_first_word).set_index("format")
+    if not set(FORMATS) <= set(products.index):
+        return f"Rates of matrix products: {NOT_RUN}."
+    rates = products["value"]
+    single, half = (float(rates[name]) for name in FORMATS)
+    found = f"This machine multiplies {half / single:.1f} times as fast in bfloat16 as in float32"
+    if half > single:
+        return f"{found}."
+    return f"{found}, so bfloat16 saves memory here and no time in convolutions."
+
+
+def _first_word(speed: pd.DataFrame) -> pd.Series[str]:
+    return speed["settings"].str.split(",").str[0]
 
 
 def goal_sentence(speed: pd.DataFrame) -> str:

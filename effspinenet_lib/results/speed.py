@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from effspinenet_lib.results.schemas import Field, Schema
 
-UNITS = ("ratio", "percent", "images/s", "GMAC/s", "GB/s", "ms")
+UNITS = ("ratio", "percent", "images/s", "GMAC/s", "GB/s", "MiB", "ms")
 
 SPEED = Schema(
     "speed",

@@ -1,4 +1,4 @@
-"""From a search's record to a model: the best distribution as a file, and frames for reports."""
+"""From a search's record to a model: the best distribution as a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 from effspinenet_lib.choices.learned import BETAS, SEARCH_SPACE, parse_betas
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.results import ResultsStore
-from effspinenet_lib.search.record import FAILED, REFERENCE, equal_betas, rows_of
+from effspinenet_lib.search.record import FAILED, REFERENCE, equal_betas
 from effspinenet_lib.search.settings import get_search
 from effspinenet_lib.specs import BASES
 from effspinenet_lib.zoo.distributions import Distribution, write_distribution
@@ -103,29 +103,3 @@ def compared_betas(record: pd.DataFrame) -> dict[str, tuple[int, ...]]:
 def _plain(value: Any) -> Any:
     """A cell as JSON type."""
     return value.item() if hasattr(value, "item") else value
-
-
-def progress_frame(record: pd.DataFrame) -> pd.DataFrame:
-    """Reward over time: the record with `best_so_far` and the `mean_of_step` of its method.
-
-    Args:
-        record: `ResultsStore.trials()`.
-    """
-    ordered = record[record["method"] != REFERENCE].sort_values(["method", "seed", "trial"])
-    searches = ordered.groupby(["method", "seed"], sort=False)["reward"]
-    steps = ordered.groupby(["method", "seed", "step"], sort=False)["reward"]
-    return ordered.assign(
-        best_so_far=searches.cummax(), mean_of_step=steps.transform("mean")
-    ).reset_index(drop=True)
-
-
-def betas_frame(record: pd.DataFrame) -> pd.DataFrame:
-    """One row a block and trial: `method`, `seed`, `trial`, `reward`, `block`, `level`, `beta`."""
-    levels = [block.level for block in BASES["sp_efficientnet"].blocks]
-    rows = [
-        (row["method"], row["seed"], row["trial"], row["reward"], index + 1, level, beta)
-        for row in rows_of(record)
-        for index, (level, beta) in enumerate(zip(levels, parse_betas(row["betas"]), strict=True))
-    ]
-    columns = ["method", "seed", "trial", "reward", "block", "level", "beta"]
-    return pd.DataFrame(rows, columns=columns)

@@ -52,6 +52,11 @@ class SearchSettings:
         )
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps of a trial."""
+        return get_recipe(self.recipe).steps
+
+    @property
     def description(self) -> str:
         """What a trial is, in a few words."""
         data = self.data

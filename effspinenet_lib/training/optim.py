@@ -10,6 +10,9 @@ from torch import nn
 
 from effspinenet_lib.recipes import Recipe
 
+# Devices for which torch has no SGD that updates a parameter in one pass.
+UNFUSED_DEVICES = ("xla", "meta")
+
 
 def learning_rate_at(recipe: Recipe, step: int) -> float:
     """The learning rate of 0-based step `step`: linear warmup, then the schedule.
@@ -71,7 +74,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     filled = [group for group in groups if group["params"]]
     rate = learning_rate_at(recipe, 0)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(filled, lr=rate, momentum=recipe.momentum, foreach=True)
+        fused = all(p.device.type not in UNFUSED_DEVICES for p in parameters.values())
+        return torch.optim.SGD(filled, lr=rate, momentum=recipe.momentum, fused=fused)
     assert recipe.optimizer_decay is not None
     assert recipe.optimizer_epsilon is not None
     return RMSpropTF(
