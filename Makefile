@@ -9,6 +9,7 @@ ITEMS ?= all
 
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.effspinenet-installed
+BENCH_INSTALLED = $(VENV)/.effspinenet-bench
 PARITY_VENV ?= .venv-parity
 PARITY_INSTALLED = $(PARITY_VENV)/.effspinenet-installed
 XLA_VENV ?= .venv-xla
@@ -58,9 +59,14 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 	@echo "Tests: tests/ (one file: $(BIN)/python -m pytest tests/test_cli.py)"
 
-bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks
-	@echo "Benchmarks: benchmarks/"
+$(BENCH_INSTALLED): $(INSTALLED)
+	@echo "Installing what the library is compared with into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
+bench: $(BENCH_INSTALLED)
+	$(BIN)/python -m benchmarks --output results/speed/speed.csv
+	@echo "Speed: results/speed/speed.csv"
 
 # TensorFlow needs older packages than the library's tools; hence an environment of its own.
 $(PARITY_INSTALLED): pyproject.toml

@@ -10,6 +10,7 @@ import pandas as pd
 
 from effspinenet_lib.choices.learned import BETAS, SEARCH_SPACE, parse_betas
 from effspinenet_lib.errors import UserError
+from effspinenet_lib.report.search import best_sample
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.search.record import FAILED, REFERENCE, equal_betas
 from effspinenet_lib.search.settings import get_search
@@ -21,7 +22,7 @@ PAPER = "paper"  # in a method's place: the distribution of Table 1
 ORIGIN = ("method", "seed", "trial", "AP", "reward", "run", "setting", "commit", "date")
 
 
-def best_trial(record: pd.DataFrame, method: str | None = None) -> pd.Series[Any]:
+def best_trial(record: pd.DataFrame, method: str | None = None) -> Any:
     """The trial of the highest reward; of equal ones the one with fewer parameters.
 
     Args:
@@ -31,16 +32,13 @@ def best_trial(record: pd.DataFrame, method: str | None = None) -> pd.Series[Any
     Raises:
         UserError: there is no trial with a result.
     """
-    worked = record[record["state"] != FAILED]
-    chosen = worked["method"] != REFERENCE if method is None else worked["method"] == method
-    worked = worked[chosen]
-    if worked.empty:
+    best = best_sample(record if method is None else record[record["method"] == method])
+    if best is None:
         raise UserError(
             f"the record has no finished trial{f' of {method}' if method else ''}; run "
             "`effspinenet search` first"
         )
-    order = worked.sort_values(["reward", "parameters", "trial"], ascending=[False, True, True])
-    return order.iloc[0]
+    return best
 
 
 def found_distribution(store: ResultsStore, method: str | None = None) -> Distribution:
