@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
-from faster_coco_eval import COCO, COCOeval_faster
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 from effspinenet_lib.errors import DataError
+from effspinenet_lib.training.coco_matching import Detections, Objects, match
+from effspinenet_lib.training.coco_summary import METRICS, summarize
 
-# In the order of COCO's summary: precision at 0.50:0.95, 0.50 and 0.75 and by object size, then
-# recall at 1, 10 and 100 detections an image and by object size.
-METRICS = (
-    *("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L"),
-    *("AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L"),
-)
+__all__ = ["IOU_TYPES", "METRICS", "coco_metrics"]
+
 IOU_TYPES = ("bbox", "segm")
-# What COCO's summary gives where there is no object to find.
-UNDEFINED = -1.0
+Record = Mapping[str, Any]
+Places = Mapping[Any, int]  # of ids in their order
 
 
 def coco_metrics(
@@ -39,112 +40,112 @@ def coco_metrics(
 
     Raises:
         DataError: an annotation or detection lacks a key, names an unknown image or category,
-            or holds a number that is not finite; names the record.
+            or holds a shape that cannot be read or a number that is not finite; names the record.
     """
     if iou_type not in IOU_TYPES:
         raise ValueError(f"iou_type is {iou_type!r}; it must be one of {', '.join(IOU_TYPES)}")
-    shape = "bbox" if iou_type == "bbox" else "segmentation"
-    truth = _checked_truth(ground_truth, shape)
-    reference = COCO(truth)
-    results = _results(detections, truth, reference, shape)
-    evaluation = COCOeval_faster(reference, results, iou_type, print_function=_say_nothing)
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    values = (float(value) for value in evaluation.stats)
-    return {
-        name: math.nan if value == UNDEFINED else 100.0 * value
-        for name, value in zip(METRICS, values, strict=True)
-    }
+    categories = _places(ground_truth["categories"])
+    reader = _Reader(ground_truth["images"], categories, masks=iou_type == "segm")
+    objects = reader.objects(ground_truth["annotations"])
+    found, hits, misses = match(objects, reader.detections(detections), len(categories))
+    return summarize(objects, found, hits, misses, len(categories))
 
 
-def _say_nothing(*_: Any, **__: Any) -> None:
-    pass
+def _places(records: Iterable[Record]) -> Places:
+    return {number: place for place, number in enumerate(sorted({one["id"] for one in records}))}
 
 
-def _checked_truth(ground_truth: Mapping[str, Any], shape: str) -> dict[str, Any]:
-    """Copy what the evaluation reads.
+class _Reader:
+    """Turns records into arrays; looks at single ones only where something is wrong."""
 
-    Annotations are numbered from 1: COCO's matching takes the id 0 for "no match".
-    """
-    annotations = []
-    for number, annotation in enumerate(ground_truth["annotations"], start=1):
-        missing = {"image_id", "category_id", "area", shape} - set(annotation)
-        if missing:
-            raise DataError(f"ground truth: annotation {number} has no {min(missing)!r}")
-        crowd = int(annotation.get("iscrowd", 0))
-        annotations.append({**annotation, "id": number, "iscrowd": crowd})
-    return {
-        "images": [dict(image) for image in ground_truth["images"]],
-        "annotations": annotations,
-        "categories": [dict(category) for category in ground_truth["categories"]],
-    }
+    def __init__(self, images: Sequence[Record], categories: Places, masks: bool) -> None:
+        self.places = {"image_id": _places(images), "category_id": categories}
+        self.images = {image["id"]: image for image in images}
+        self.masks = masks
+        self.shape = "segmentation" if masks else "bbox"
 
+    def objects(self, records: Sequence[Record]) -> Objects:
+        """The annotations of the ground truth."""
+        name = "ground truth: annotation"
+        image, category, area, shape = self._columns(records, name, "area")
+        if self.masks:
+            shape, _ = self._run_lengths(records, name)
+        crowd = np.array([bool(record.get("iscrowd", 0)) for record in records], np.bool_)
+        return Objects(image, category, area, shape, crowd)
 
-def _results(
-    detections: Sequence[Mapping[str, Any]], truth: Mapping[str, Any], reference: COCO, shape: str
-) -> COCO:
-    """The detections as the evaluation reads them; what it reads of boxes is written at once.
+    def detections(self, records: Sequence[Record]) -> Detections:
+        """The detections, whose area is that of their box or mask."""
+        image, category, score, shape = self._columns(records, "detection", "score")
+        if self.masks:
+            shape, area = self._run_lengths(records, "detection")
+        else:
+            area = shape[:, 2] * shape[:, 3]
+        return Detections(image, category, area, shape, score)
 
-    Only the keys that count are copied: a `bbox` beside a mask would set the mask's area.
-    """
-    _check_detections(detections, truth, shape)
-    if shape != "bbox" or not detections:
-        kept = ("image_id", "category_id", shape, "score")
-        return reference.loadRes([{key: found[key] for key in kept} for found in detections])
-    results = COCO()
-    results.dataset = {
-        **{key: truth[key] for key in ("images", "categories")},
-        "annotations": [
-            {
-                "id": number,
-                "image_id": found["image_id"],
-                "category_id": found["category_id"],
-                "bbox": found["bbox"],
-                "score": found["score"],
-                "area": found["bbox"][2] * found["bbox"][3],
-                "iscrowd": 0,
-            }
-            for number, found in enumerate(detections, start=1)
-        ],
-    }
-    results.createIndex()
-    return results
-
-
-def _check_detections(
-    detections: Sequence[Mapping[str, Any]], truth: Mapping[str, Any], shape: str
-) -> None:
-    """Refuse what cannot be evaluated; looks at single records only where something is wrong."""
-    images = {image["id"] for image in truth["images"]}
-    categories = {category["id"] for category in truth["categories"]}
-    if _seem_right(detections, images, categories, shape):
-        return
-    for number, detection in enumerate(detections, start=1):
-        for key in ("image_id", "category_id", shape, "score"):
-            if key not in detection:
-                raise DataError(f"detection {number} has no {key!r}")
-        if detection["image_id"] not in images:
-            raise DataError(f"detection {number}: image {detection['image_id']} is not listed")
-        if detection["category_id"] not in categories:
-            raise DataError(
-                f"detection {number}: category {detection['category_id']} is not listed"
+    def _columns(
+        self, records: Sequence[Record], name: str, number: str
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[Any]]:
+        """Image, category, the number asked for, and boxes [N, 4] where there are no masks."""
+        try:
+            image, category = (
+                np.fromiter(map(place.__getitem__, map(itemgetter(key), records)), np.int64)
+                for key, place in self.places.items()
             )
-        numbers = [detection["score"], *(detection[shape] if shape == "bbox" else ())]
-        if not all(math.isfinite(value) for value in numbers):
-            raise DataError(f"detection {number}: a number of {numbers} is not finite")
+            numbers = np.fromiter(map(itemgetter(number), records), np.float64)
+            shapes = list(map(itemgetter(self.shape), records))
+            boxes = np.zeros((0, 4)) if self.masks else _boxes(shapes)
+            if np.isfinite(numbers).all() and np.isfinite(boxes).all():
+                return image, category, numbers, boxes
+        except (KeyError, TypeError, ValueError):
+            pass
+        for index, record in enumerate(records, start=1):
+            self._check(record, f"{name} {index}", number)
+        raise DataError(f"{name}s cannot be read")
+
+    def _check(self, record: Record, where: str, number: str) -> None:
+        for key in ("image_id", "category_id", self.shape, number):
+            if key not in record:
+                raise DataError(f"{where} has no {key!r}")
+        for key, kind in (("image_id", "image"), ("category_id", "category")):
+            if record[key] not in self.places[key]:
+                raise DataError(f"{where}: {kind} {record[key]} is not listed")
+        box = [] if self.masks else record["bbox"]
+        if not self.masks and (isinstance(box, str) or len(box) != 4):
+            raise DataError(f"{where}: bbox is {box!r}; four numbers x, y, w, h are needed")
+        numbers = [record[number], *box]
+        if not all(map(_is_finite, numbers)):
+            raise DataError(f"{where}: a number of {numbers} is not finite")
+
+    def _run_lengths(
+        self, records: Sequence[Record], name: str
+    ) -> tuple[NDArray[np.object_], NDArray[np.float64]]:
+        """The masks as compressed run lengths, and their areas in pixels."""
+        masks, areas = np.empty(len(records), np.object_), np.zeros(len(records))
+        for index, record in enumerate(records):
+            try:
+                masks[index] = _compressed(record[self.shape], self.images[record["image_id"]])
+                areas[index] = coco_mask.area(masks[index])
+            except Exception as error:  # pycocotools raises bare ones too
+                raise DataError(
+                    f"{name} {index + 1}: its segmentation cannot be read ({error})"
+                ) from error
+        return masks, areas
 
 
-def _seem_right(
-    detections: Sequence[Mapping[str, Any]], images: set[int], categories: set[int], shape: str
-) -> bool:
-    try:
-        numbers = [found["score"] for found in detections]
-        shapes = [found[shape] for found in detections]
-        listed = images.issuperset(found["image_id"] for found in detections)
-        named = categories.issuperset(found["category_id"] for found in detections)
-    except KeyError:
-        return False
-    if shape == "bbox":
-        numbers += itertools.chain.from_iterable(shapes)
-    return listed and named and all(map(math.isfinite, numbers))
+def _boxes(shapes: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    if not set(map(len, shapes)) <= {4}:
+        raise ValueError("a box has not four numbers")
+    return np.fromiter(itertools.chain.from_iterable(shapes), np.float64).reshape(-1, 4)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and math.isfinite(value)
+
+
+def _compressed(shape: Any, image: Record) -> dict[str, Any]:
+    """Polygons or run lengths as compressed run lengths."""
+    if isinstance(shape, Mapping) and isinstance(shape["counts"], str | bytes):
+        return dict(shape)
+    parts = coco_mask.frPyObjects(shape, image["height"], image["width"])
+    encoded: dict[str, Any] = coco_mask.merge(parts) if isinstance(shape, list) else parts
+    return encoded

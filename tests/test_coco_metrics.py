@@ -1,0 +1,378 @@
+"""COCO's metrics against pycocotools."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools import mask as masks
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from effspinenet_lib.errors import DataError
+from effspinenet_lib.training import coco_matching
+from effspinenet_lib.training.coco import METRICS, coco_metrics
+
+
+def pycocotools_metrics(
+    truth: dict[str, Any], detections: list[dict[str, Any]], iou_type: str = "bbox"
+) -> dict[str, float]:
+    """The metrics by pycocotools itself; its `loadRes` cannot take an empty list."""
+    reference = COCO()
+    reference.dataset = copy.deepcopy(truth)
+    reference.createIndex()
+    if detections:
+        results = reference.loadRes(copy.deepcopy(detections))
+    else:
+        results = COCO()
+        results.dataset = {**copy.deepcopy(truth), "annotations": []}
+        results.createIndex()
+    evaluation = COCOeval(reference, results, iou_type)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return {
+        name: math.nan if value == -1 else 100 * value
+        for name, value in zip(METRICS, evaluation.stats, strict=True)
+    }
+
+
+def check_against_pycocotools(
+    truth: dict[str, Any], detections: list[dict[str, Any]], iou_type: str = "bbox"
+) -> dict[str, float]:
+    ours = coco_metrics(truth, detections, iou_type)
+    assert ours == pytest.approx(
+        pycocotools_metrics(truth, detections, iou_type), abs=1e-9, nan_ok=True
+    )
+    return ours
+
+
+def make_truth(
+    annotations: list[dict[str, Any]], images: int = 3, categories: tuple[int, ...] = (1, 2)
+) -> dict[str, Any]:
+    return {
+        "images": [{"id": 10 + index, "width": 640, "height": 480} for index in range(images)],
+        "categories": [{"id": number, "name": f"class {number}"} for number in categories],
+        "annotations": annotations,
+    }
+
+
+def annotate(
+    number: int, image: int, category: int, box: list[float], iscrowd: int = 0
+) -> dict[str, Any]:
+    area = box[2] * box[3]
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "bbox": box,
+        "area": area,
+        "iscrowd": iscrowd,
+    }
+
+
+def perturbed(truth: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """Detections near the annotations: shifted, repeated, missed, mislabelled, scores tied."""
+    rng = np.random.default_rng(seed)
+    categories = [category["id"] for category in truth["categories"]]
+    found = []
+    for annotation in truth["annotations"]:
+        for _ in range(rng.integers(0, 4)):
+            x, y, w, h = annotation["bbox"]
+            shift = rng.normal(0, 0.15, 4) * (w, h, w, h)
+            wrong = rng.random() < 0.15
+            found.append(
+                {
+                    "image_id": annotation["image_id"],
+                    "category_id": int(rng.choice(categories))
+                    if wrong
+                    else annotation["category_id"],
+                    "bbox": [
+                        float(value) for value in (x + shift[0], y + shift[1], abs(w + shift[2]), h)
+                    ],
+                    "score": round(float(rng.random()), 1),
+                }
+            )
+    return found
+
+
+@pytest.fixture(scope="module", params=["train2017", "val2017"])
+def real_truth(request: pytest.FixtureRequest, tiny_coco: Any) -> dict[str, Any]:
+    with open(tiny_coco / "annotations" / f"instances_{request.param}.json") as handle:
+        return json.load(handle)
+
+
+def test_boxes_on_real_annotations_agree_with_pycocotools(real_truth: dict[str, Any]) -> None:
+    assert any(annotation["iscrowd"] for annotation in real_truth["annotations"])
+    metrics = check_against_pycocotools(real_truth, perturbed(real_truth, seed=0))
+    assert 0 < metrics["AP_S"] < metrics["AP50"] < 100
+
+
+def test_masks_on_real_annotations_agree_with_pycocotools(real_truth: dict[str, Any]) -> None:
+    rng = np.random.default_rng(1)
+    reference = COCO()
+    reference.dataset = copy.deepcopy(real_truth)
+    reference.createIndex()
+    found = []
+    for annotation in reference.dataset["annotations"][::2]:
+        pixels = np.roll(reference.annToMask(annotation), rng.integers(-6, 7, 2), (0, 1))
+        rle = masks.encode(np.asfortranarray(pixels))
+        found.append(
+            {
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "segmentation": rle,
+                "score": round(float(rng.random()), 1),
+            }
+        )
+    metrics = check_against_pycocotools(real_truth, found, "segm")
+    assert 0 < metrics["AP"] < 100
+    # A box beside the mask must not take the place of the mask's area.
+    boxed = [{**one, "bbox": [0.0, 0.0, 600.0, 400.0]} for one in found]
+    assert coco_metrics(real_truth, boxed, "segm") == metrics
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_generated_hard_cases_agree_with_pycocotools(seed: int) -> None:
+    """Crowds, empty images, a class without objects, ties, over 100 detections in an image."""
+    rng = np.random.default_rng(seed)
+    annotations = []
+    for number in range(1, 60):
+        w, h = np.exp(rng.uniform(0.5, 5.5, 2))
+        box = [float(rng.uniform(0, 400)), float(rng.uniform(0, 300)), float(w), float(h)]
+        crowd = int(rng.random() < 0.25)
+        annotations.append(
+            annotate(number, 10 + int(rng.integers(0, 4)), int(rng.integers(1, 4)), box, crowd)
+        )
+    truth = make_truth(annotations, images=7, categories=(1, 2, 3, 9))
+    found = perturbed(truth, seed)
+    busy = [{**found[i % len(found)], "image_id": 10} for i in range(250)]
+    stray = [{**one, "image_id": 16} for one in found[:20]]
+    flat = [{**one, "bbox": [*one["bbox"][:2], 0.0, one["bbox"][3]]} for one in found[:5]]
+    check_against_pycocotools(truth, found + busy + stray + flat)
+
+
+def random_ids(rng: np.random.Generator, count: int) -> list[int]:
+    """Ids that are neither consecutive nor in order, one of them 0."""
+    return rng.permutation([0, *rng.choice(np.arange(1, 60), count - 1, replace=False)]).tolist()
+
+
+def random_truth(rng: np.random.Generator, objects: int) -> dict[str, Any]:
+    """Boxes of whole numbers: equal overlaps, areas at the limits, crowds, empty images."""
+    images, categories = random_ids(rng, 7), random_ids(rng, 5)
+    annotations = []
+    for number in rng.permutation(objects).tolist():
+        sides = rng.choice([20, 32, 40, 96, 110], 2)
+        box = [*rng.integers(0, 6, 2) * 20, *(sides[:1].repeat(2) if number % 2 else sides)]
+        category, image = int(rng.choice(categories[:-1])), int(rng.choice(images[:-2]))
+        crowd = int(rng.random() < 0.2)
+        one = annotate(number + 1, image, category, [int(side) for side in box], crowd)
+        # As in COCO, the area is not that of the box.
+        one["area"] = float(rng.choice([one["area"], 32**2, 96**2, 32**2 + 1, 96**2 - 0.5]))
+        annotations.append(one)
+    return {
+        "images": [{"id": image, "width": 240, "height": 240} for image in images],
+        "categories": [{"id": category, "name": f"class {category}"} for category in categories],
+        "annotations": annotations,
+    }
+
+
+def random_detections(
+    rng: np.random.Generator, truth: dict[str, Any], found: int
+) -> list[dict[str, Any]]:
+    """Detections whose overlaps are often at a threshold to the bit, and whose scores are tied."""
+    images, categories = ([one["id"] for one in truth[key]] for key in ("images", "categories"))
+    detections = []
+    for _ in range(found):
+        real = truth["annotations"][rng.integers(len(truth["annotations"]))]
+        x, y, w, h = real["bbox"]
+        if rng.random() < 0.5:  # k twentieths of the object
+            w = w * int(rng.integers(8, 22)) / 20
+        elif rng.random() < 0.5:
+            x, y = x + int(rng.integers(-8, 9)), y + int(rng.integers(-8, 9))
+        elsewhere = rng.random() < 0.1
+        detections.append(
+            {
+                "image_id": int(rng.choice(images)) if elsewhere else real["image_id"],
+                "category_id": int(rng.choice(categories)) if elsewhere else real["category_id"],
+                "bbox": [x, y, w, h],
+                "score": round(float(rng.random()), 1),
+            }
+        )
+    return detections
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_random_boxes_agree_with_pycocotools(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth = random_truth(rng, objects=int(rng.integers(1, 60)))
+    found = random_detections(rng, truth, found=int(rng.choice([3, 40, 400])))
+    check_against_pycocotools(truth, found)
+    for one in truth["annotations"] + found:  # now rounding decides at the thresholds
+        one["bbox"] = [0.7 * side for side in one["bbox"]]
+    check_against_pycocotools(truth, found)
+    if seed % 4 == 0:  # over 100, and over 10, of one image and category
+        busy = {key: found[0][key] for key in ("image_id", "category_id")}
+        crowded = [{**one, **busy} for one in random_detections(rng, truth, found=260)]
+        check_against_pycocotools(truth, found + crowded)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_masks_agree_with_pycocotools(seed: int) -> None:
+    """Rectangles as every kind of segmentation that COCO knows."""
+    rng = np.random.default_rng(seed)
+    truth = random_truth(rng, objects=20)
+    found = random_detections(rng, truth, found=60)
+    for place, one in enumerate(truth["annotations"]):
+        rectangle = run_lengths(one["bbox"])
+        x, y, w, h = one["bbox"]
+        counts = {**rectangle, "counts": list(map(len, runs(masks.decode(rectangle))))}
+        polygons = [
+            [x, y, x + w / 2, y, x + w / 2, y + h, x, y + h],
+            [x, y, x + w, y, x + w, y + h],
+        ]
+        one["segmentation"] = (rectangle, counts, polygons)[place % 3]
+    for one in found:
+        one["segmentation"] = run_lengths(one.pop("bbox"))
+    check_against_pycocotools(truth, found, "segm")
+
+
+def run_lengths(box: list[float]) -> dict[str, Any]:
+    x, y, w, h = (round(side) for side in box)
+    pixels = np.zeros((240, 240), np.uint8, order="F")
+    pixels[max(y, 0) : y + h, max(x, 0) : x + w] = 1
+    encoded = masks.encode(pixels)
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+
+
+def runs(pixels: np.ndarray) -> list[np.ndarray]:
+    """The runs of equal pixels down the columns, of which the first is of zeros."""
+    values = np.concatenate([[0], pixels.ravel(order="F")])
+    first, *others = np.split(values, np.flatnonzero(np.diff(values)) + 1)
+    return [first[1:], *others]
+
+
+def test_many_pairs_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    truth = random_truth(rng, objects=50)
+    found = random_detections(rng, truth, found=300)
+    whole = coco_metrics(truth, found)
+    monkeypatch.setattr(coco_matching, "PAIRS_AT_ONCE", 7)
+    assert coco_metrics(truth, found) == whole
+
+
+def test_equal_scores_keep_the_order_of_the_detections() -> None:
+    truth = make_truth([annotate(1, 10, 1, [10, 10, 50, 50])])
+    hit = {"image_id": 10, "category_id": 1, "bbox": [10, 10, 50, 50], "score": 0.5}
+    miss = {**hit, "bbox": [300, 300, 50, 50]}
+    assert check_against_pycocotools(truth, [hit, miss])["AP"] == pytest.approx(100)
+    assert check_against_pycocotools(truth, [miss, hit])["AP"] == pytest.approx(50)
+
+
+def test_one_object_of_two_found_is_51_of_101_recall_points() -> None:
+    truth = make_truth([annotate(1, 10, 1, [10, 10, 50, 50]), annotate(2, 11, 1, [10, 10, 50, 50])])
+    found = [{"image_id": 10, "category_id": 1, "bbox": [10, 10, 50, 50], "score": 0.9}]
+    metrics = coco_metrics(truth, found)
+    assert metrics["AP"] == pytest.approx(100 * 51 / 101)
+    assert metrics["AR_100"] == pytest.approx(50)
+    assert math.isnan(metrics["AP_S"])
+    assert math.isnan(metrics["AR_L"])
+    assert tuple(metrics) == METRICS
+
+
+def test_no_detections_score_zero_where_there_are_objects() -> None:
+    truth = make_truth([annotate(1, 10, 1, [10, 10, 50, 50])])
+    metrics = check_against_pycocotools(truth, [])
+    assert metrics["AP"] == metrics["AR_100"] == metrics["AP_M"] == 0
+    assert math.isnan(metrics["AP_L"])
+
+
+@pytest.mark.parametrize(
+    "annotations", [[], [annotate(1, 10, 1, [0, 0, 200, 200], iscrowd=1)]], ids=["none", "crowd"]
+)
+@pytest.mark.parametrize("detected", [False, True])
+def test_metrics_are_undefined_without_objects(
+    annotations: list[dict[str, Any]], detected: bool
+) -> None:
+    found = [{"image_id": 10, "category_id": 1, "bbox": [5, 5, 50, 50], "score": 0.9}]
+    metrics = check_against_pycocotools(make_truth(annotations), found if detected else [])
+    assert all(math.isnan(value) for value in metrics.values())
+
+
+def test_a_detection_inside_a_crowd_is_no_mistake() -> None:
+    crowd = annotate(2, 10, 1, [100, 100, 300, 300], iscrowd=1)
+    truth = make_truth([annotate(1, 10, 1, [10, 10, 50, 50]), crowd])
+    inside = {"image_id": 10, "category_id": 1, "bbox": [150, 150, 40, 40], "score": 0.9}
+    hit = {"image_id": 10, "category_id": 1, "bbox": [10, 10, 50, 50], "score": 0.5}
+    assert check_against_pycocotools(truth, [inside, hit])["AP"] == pytest.approx(100)
+
+
+def test_an_annotation_numbered_0_counts() -> None:
+    """COCO's matching reads id 0 as "no match"; the metrics must not depend on numbering."""
+    found = [{"image_id": 10, "category_id": 1, "bbox": [10, 10, 50, 50], "score": 0.9}]
+    truth = make_truth([annotate(0, 10, 1, [10, 10, 50, 50])])
+    assert coco_metrics(truth, found)["AP"] == pytest.approx(100)
+
+
+def test_nothing_is_printed_and_nothing_is_changed(capfd: pytest.CaptureFixture[str]) -> None:
+    truth = make_truth([annotate(0, 10, 1, [10, 10, 50, 50])])
+    found = [{"image_id": 10, "category_id": 1, "bbox": [10, 10, 50, 50], "score": 0.9}]
+    before = copy.deepcopy((truth, found))
+    coco_metrics(truth, found)
+    assert (truth, found) == before
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 99}, "detection 2: image 99"),
+        ({"category_id": 7}, "detection 2: category 7"),
+        ({"score": math.nan}, "detection 2: .* not finite"),
+        ({"bbox": [0.0, 0.0, math.inf, 1.0]}, "detection 2: .* not finite"),
+        ({"score": "high"}, "detection 2: .* not finite"),
+        ({"score": None}, "detection 2 has no 'score'"),
+        ({"bbox": [0.0, 0.0, 1.0]}, "detection 2: .* four numbers"),
+    ],
+)
+def test_a_broken_detection_is_named(change: dict[str, Any], message: str) -> None:
+    truth = make_truth([annotate(1, 10, 1, [10, 10, 50, 50])])
+    good = {"image_id": 10, "category_id": 1, "bbox": [10.0, 10.0, 50.0, 50.0], "score": 0.9}
+    broken = {key: value for key, value in {**good, **change}.items() if value is not None}
+    with pytest.raises(DataError, match=message):
+        coco_metrics(truth, [good, broken])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"area": None}, "annotation 1 has no 'area'"),
+        ({"area": math.nan}, "annotation 1: .* not finite"),
+        ({"bbox": [0.0, math.nan, 1.0, 1.0]}, "annotation 1: .* not finite"),
+        ({"image_id": 99}, "annotation 1: image 99 is not listed"),
+        ({"category_id": 7}, "annotation 1: category 7 is not listed"),
+    ],
+)
+def test_a_broken_annotation_is_named(change: dict[str, Any], message: str) -> None:
+    annotation = {**annotate(1, 10, 1, [10, 10, 50, 50]), **change}
+    broken = {key: value for key, value in annotation.items() if value is not None}
+    with pytest.raises(DataError, match=f"ground truth: {message}"):
+        coco_metrics(make_truth([broken]), [])
+
+
+@pytest.mark.parametrize(
+    "segmentation", [[], "rows", {"size": [480, 640]}, {"size": [4, 4], "counts": 5}, [[1, 2, 3]]]
+)
+def test_a_segmentation_that_cannot_be_read_is_named(segmentation: Any) -> None:
+    whole = run_lengths([0, 0, 240, 240])
+    annotation = annotate(1, 10, 1, [0, 0, 640, 480])
+    good = {"image_id": 10, "category_id": 1, "segmentation": whole, "score": 0.9}
+    broken = {**good, "segmentation": segmentation}
+    with pytest.raises(DataError, match="detection 2: its segmentation cannot be read"):
+        coco_metrics(make_truth([{**annotation, "segmentation": whole}]), [good, broken], "segm")
+    with pytest.raises(DataError, match="truth: annotation 1: its segmentation cannot be read"):
+        coco_metrics(make_truth([{**annotation, "segmentation": segmentation}]), [], "segm")
