@@ -141,8 +141,8 @@ def compare(
 
     They are trained as the search's trials are and join its record as method `reference`.
     """
-    from effspinenet_lib.choices.learned import betas_text
     from effspinenet_lib.experiments import default_results_dir
+    from effspinenet_lib.report.search import references
     from effspinenet_lib.results import ResultsStore
     from effspinenet_lib.search.export import compared_betas
     from effspinenet_lib.search.run import run_references
@@ -152,12 +152,13 @@ def compare(
     store = ResultsStore(results_dir or default_results_dir(), profile)
     named = compared_betas(store.trials())
     with _engine(engine, processes, settings.timeout) as running:
-        record = run_references(settings, store, named, range(seeds), running)
-    rows = []
-    for name, betas in named.items():
-        own = record[record["betas"] == betas_text(betas)]["AP"].dropna()
-        rows.append((name, len(own), float(own.mean()), float(own.std())))
+        run_references(settings, store, named, range(seeds), running)
+    rows = [
+        (name, len(own), float(own["AP"].mean()), float(own["AP"].std()))
+        for name, own in references(store.trials()).groupby("row", sort=False)
+    ]
     print_table("AP over seeds", ("distribution", "seeds", "mean AP", "deviation"), rows)
+    typer.echo("Left out: the runs by which a search chose its best.")
 
 
 @app.command()
