@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import search_fakes
+from typer.testing import CliRunner
 
+from effspinenet_lib.cli import app
 from effspinenet_lib.errors import CheckpointError, UserError
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.search.engines import Engine, LocalEngine, RayEngine
@@ -254,3 +256,17 @@ def test_references_are_run_once_for_each_seed(store: ResultsStore):
     ]
     assert len(set(rows["run"])) == 4
     assert len(started(store)) == 4
+
+
+def test_compare_shows_chosen_distributions_without_the_runs_that_chose_them(
+    store: ResultsStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    engine = Here()
+    run_search(Search(SETTINGS, store, "random", 0, 4), engine, progress=False)
+    monkeypatch.setattr("effspinenet_lib.cli.search._engine", lambda *_: engine)
+    command = ["search", "compare", "--profile", "smoke", "--seeds", "3"]
+    result = CliRunner().invoke(app, [*command, "--results-dir", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("│")]
+    seeds = {cells[1].strip(): int(cells[2]) for cells in (line.split("│") for line in lines)}
+    assert seeds == {"SP-EfficientNet-B0": 3, "Eff-SpineNet-D0": 3, "search's best": 2}
