@@ -7,6 +7,7 @@ here imports torch: a worker process starts at once.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Mapping
@@ -36,6 +37,12 @@ def works(request: Mapping[str, Any]) -> dict[str, float]:
     note_start(request)
     time.sleep(SECONDS)
     return {"AP": sum(betas_of(request)) / 10, "seconds": SECONDS}
+
+
+def tells_of_its_process(request: Mapping[str, Any]) -> dict[str, float]:
+    """Whether it must compute on the processor, and whether it may start processes."""
+    alone = multiprocessing.current_process().daemon
+    return {"AP": float("ACCELERATE_USE_CPU" in os.environ), "seconds": float(not alone)}
 
 
 def dies_once(request: Mapping[str, Any]) -> dict[str, float]:

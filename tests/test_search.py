@@ -231,3 +231,39 @@ def test_the_penalty_is_mnasnets():
 def test_held_out_images_are_in_no_split_that_a_table_uses():
     assert PROXY.data.eval_split not in (PROXY.data.train_split, "train", "val")
     assert PROXY.config(BETAS, 0).to_dict()["data"]["eval_split"] == "search"
+
+
+def test_the_papers_search_is_section_5_1_1s_on_the_users_folder(tmp_path: Path):
+    found = get_search("paper").on(tmp_path)
+    config = found.config(BETAS, seed=0)
+    assert (found.trials, found.model, found.image_size) == (5_000, "eff_spinenet_d0", 512)
+    assert (config.data.train_split, config.data.eval_split) == (
+        "train2017-rest-7392",
+        "train2017-held-7392",
+    )
+    assert (config.recipe.batch_size, config.recipe.steps) == (256, 4_500)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert get_search("paper").on(elsewhere).config(BETAS, 0).key == config.key
+    scaled = get_search("paper").on(tmp_path, batch_size=64).config(BETAS, 0).recipe
+    assert (scaled.batch_size, scaled.steps) == (64, 4 * 4_500)
+    assert scaled.learning_rate == pytest.approx(0.28 / 4)
+
+
+def test_a_search_is_refused_on_data_that_it_cannot_take(tmp_path: Path):
+    with pytest.raises(UserError, match="name its folder with --data"):
+        get_search("paper").on(None)
+    with pytest.raises(UserError, match="is none"):
+        get_search("paper").on(tmp_path / "missing")
+    with pytest.raises(UserError, match="data of its own"):
+        get_search("smoke").on(tmp_path)
+
+
+def test_the_papers_search_on_a_processor_is_refused_with_what_to_do(tmp_path: Path):
+    folders = ["--data", str(tmp_path), "--results-dir", str(tmp_path)]
+    result = CliRunner().invoke(
+        app, ["search", "--profile", "paper", "--accelerator", "cpu", *folders]
+    )
+    assert result.exit_code != 0
+    assert isinstance(result.exception, UserError)
+    assert "--micro-batch or --batch-size" in str(result.exception)

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from effspinenet_lib.cli import app
 from effspinenet_lib.errors import CheckpointError, UserError
 from effspinenet_lib.results import ResultsStore
-from effspinenet_lib.search.engines import Engine, LocalEngine, RayEngine
+from effspinenet_lib.search.engines import Engine, LocalEngine, RayEngine, ray_resources
 from effspinenet_lib.search.run import METHODS, Penalty, Search, run_references, run_search
 from effspinenet_lib.search.settings import get_search
-from effspinenet_lib.search.trials import Trial, TrialFailed, run_trial
+from effspinenet_lib.search.trials import Device, Trial, TrialFailed, run_trial
 
 SETTINGS = get_search("smoke")
 PROGRAM = Path(search_fakes.__file__).with_name("search_program.py")
@@ -122,6 +122,22 @@ def test_a_trial_that_dies_or_hangs_twice_is_recorded_as_failed(
     assert (row["state"], row["attempts"]) == ("failed", 2)
     assert reason in row["note"]
     assert len(started(store)) == 2
+
+
+@pytest.mark.parametrize(("device", "said"), [(Device(), (1, 0)), (Device("cuda", 2), (0, 1))])
+def test_trials_leave_the_processor_only_where_an_accelerator_is_asked_for(
+    device: Device, said: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    with LocalEngine(search_fakes.tells_of_its_process, device=device, timeout=60) as engine:
+        answer = engine.attempt({})
+    assert (answer["AP"], answer["seconds"]) == said
+
+
+def test_ray_is_asked_for_what_a_trial_needs():
+    assert ray_resources(Device()) == {"num_cpus": 1}
+    assert ray_resources(Device("cuda", 3)) == {"num_cpus": 4, "num_gpus": 1}
+    assert ray_resources(Device("tpu")) == {"num_cpus": 1, "resources": {"TPU": 1}}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -11,6 +11,7 @@ from effspinenet_lib.cli.console import print_table
 
 if TYPE_CHECKING:
     from effspinenet_lib.search.engines import Engine
+    from effspinenet_lib.search.settings import SearchSettings
 
 ALL = "all"
 
@@ -21,25 +22,58 @@ ResultsDir = Annotated[
 Profile = Annotated[
     str,
     typer.Option(
-        help="`smoke` (minutes; says nothing about accuracy) or `proxy` (about two hours of one "
-        "core)."
+        help="`smoke` (a minute; says nothing about accuracy), `proxy` (hours of one core), or "
+        "`paper` (5,000 trials on COCO; needs accelerators)."
     ),
 ]
-
+Data = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder of COCO 2017, for `paper` alone.")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Images a step; the recipe is scaled to them.")
+]
 EngineName = Annotated[str, typer.Option(help="`local` processes, or a `ray` cluster.")]
 Processes = Annotated[
     int | None,
-    typer.Option(min=1, help="Trials at once, one core each. [default: the machine's cores]"),
+    typer.Option(
+        min=1,
+        help="Trials at once, each on one core or one accelerator of the cluster. "
+        "[default: the machine's cores; 1 on an accelerator]",
+    ),
 ]
+AcceleratorName = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `tpu`.")]
+MicroBatch = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images computed at once; gradients add up to the batch's."),
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, for each trial.")]
 
 app = typer.Typer(invoke_without_command=True)
 
 
-def _engine(name: str, processes: int | None, timeout: float) -> Engine:
-    from effspinenet_lib.experiments.parameters import usable_cores
+def _engine(
+    name: str,
+    settings: SearchSettings,
+    processes: int | None,
+    accelerator: str,
+    micro_batch: int | None,
+    workers: int,
+) -> Engine:
+    from effspinenet_lib.errors import UserError
+    from effspinenet_lib.experiments.parameters import CPU, find_device, usable_cores
     from effspinenet_lib.search.engines import get_engine
+    from effspinenet_lib.search.trials import Device
 
-    return get_engine(name)(workers=processes or usable_cores(), timeout=timeout)
+    kind = find_device(accelerator)
+    whole = micro_batch is None and settings.recipe.scaled_from_batch is None
+    if settings.profile == "paper" and kind == CPU and whole:
+        raise UserError(
+            f"a step of a trial has {settings.recipe.batch_size} images, more than a processor's "
+            "memory holds: use an accelerator, or give --micro-batch or --batch-size"
+        )
+    count = processes or (usable_cores() if kind == CPU else 1)
+    device = Device(kind, workers, micro_batch)
+    return get_engine(name)(workers=count, timeout=settings.timeout, device=device)
 
 
 @app.callback()
@@ -53,7 +87,12 @@ def search(
         int | None, typer.Option(min=1, help="Samples of each method. [default: the profile's]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the samples and of the trainings.")] = 0,
+    data: Data = None,
+    batch_size: BatchSize = None,
+    micro_batch: MicroBatch = None,
+    workers: Workers = 0,
     engine: EngineName = "local",
+    accelerator: AcceleratorName = "auto",
     processes: Processes = None,
     penalty: Annotated[
         float,
@@ -70,6 +109,7 @@ def search(
     For example:
 
     - `effspinenet search --profile proxy --method ppo`
+    - `effspinenet search --profile paper --data coco --micro-batch 64 --workers 8 --engine ray`
     - `effspinenet search export found.json --profile proxy`
     """
     if context.invoked_subcommand is not None:
@@ -79,11 +119,11 @@ def search(
     from effspinenet_lib.search.run import Penalty, Search, run_search
     from effspinenet_lib.search.settings import get_search
 
-    settings = get_search(profile)
+    settings = get_search(profile).on(data, batch_size)
     store = ResultsStore(results_dir or default_results_dir(), profile)
     names = settings.methods if method == ALL else (method,)
     rows = []
-    with _engine(engine, processes, settings.timeout) as running:
+    with _engine(engine, settings, processes, accelerator, micro_batch, workers) as running:
         for name in names:
             one = Search(settings, store, name, seed, trials or settings.trials, Penalty(penalty))
             record = run_search(one, running, force=force)
@@ -133,7 +173,12 @@ def export(
 def compare(
     profile: Profile = "proxy",
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each.")] = 3,
+    data: Data = None,
+    batch_size: BatchSize = None,
+    micro_batch: MicroBatch = None,
+    workers: Workers = 0,
     engine: EngineName = "local",
+    accelerator: AcceleratorName = "auto",
     processes: Processes = None,
     results_dir: ResultsDir = None,
 ) -> None:
@@ -148,10 +193,10 @@ def compare(
     from effspinenet_lib.search.run import run_references
     from effspinenet_lib.search.settings import get_search
 
-    settings = get_search(profile)
+    settings = get_search(profile).on(data, batch_size)
     store = ResultsStore(results_dir or default_results_dir(), profile)
     named = compared_betas(store.trials())
-    with _engine(engine, processes, settings.timeout) as running:
+    with _engine(engine, settings, processes, accelerator, micro_batch, workers) as running:
         run_references(settings, store, named, range(seeds), running)
     rows = [
         (name, len(own), float(own["AP"].mean()), float(own["AP"].std()))

@@ -18,9 +18,10 @@ from types import TracebackType
 from typing import Any
 
 from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.search.trials import Trial, TrialFailed, run_trial
+from effspinenet_lib.search.trials import CPU, ONE_THREAD, Device, Trial, TrialFailed, run_trial
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+TPU = "tpu"
 IDLE_SECONDS = 3.0  # our choice: a process that waits for a request needs under one to end
 STARTING_SECONDS = 120.0  # our choice: a process that imports torch on a busy machine
 
@@ -32,10 +33,18 @@ class Engine(AbstractContextManager["Engine"], ABC):
         trial: what an attempt calls.
         workers: attempts at the same time.
         timeout: seconds after which an attempt counts as hung and is killed.
+        device: what each attempt computes on.
     """
 
-    def __init__(self, trial: Trial, workers: int, timeout: float) -> None:
+    def __init__(
+        self,
+        trial: Trial = run_trial,
+        workers: int = 1,
+        timeout: float = 600.0,
+        device: Device = ONE_THREAD,
+    ) -> None:
         self.trial, self.workers, self.timeout = trial, workers, timeout
+        self.device = device
 
     @abstractmethod
     def attempt(self, request: Mapping[str, Any]) -> dict[str, float]:
@@ -59,12 +68,18 @@ class Engine(AbstractContextManager["Engine"], ABC):
 
 
 class LocalEngine(Engine):
-    """Processes on this machine, each with one thread of computation."""
+    """Processes on this machine; on processors each computes on one thread."""
 
-    def __init__(self, trial: Trial = run_trial, workers: int = 1, timeout: float = 600.0) -> None:
-        super().__init__(trial, workers, timeout)
+    def __init__(
+        self,
+        trial: Trial = run_trial,
+        workers: int = 1,
+        timeout: float = 600.0,
+        device: Device = ONE_THREAD,
+    ) -> None:
+        super().__init__(trial, workers, timeout, device)
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        self._all = [_Worker(trial) for _ in range(workers)]
+        self._all = [_Worker(trial, device) for _ in range(workers)]
         for worker in self._all:
             self._idle.put(worker)
 
@@ -85,8 +100,8 @@ class LocalEngine(Engine):
 class _Worker:
     """A process that answers requests one after the other; started when first asked."""
 
-    def __init__(self, trial: Trial) -> None:
-        self._trial = trial
+    def __init__(self, trial: Trial, device: Device) -> None:
+        self._trial, self._device = trial, device
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection[Any, Any] | None = None
 
@@ -113,7 +128,11 @@ class _Worker:
         # a forked child would inherit torch's threads and locks in whatever state they are
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._trial), daemon=True)
+        self._process = context.Process(
+            target=_serve,
+            args=(theirs, self._trial, self._device),
+            daemon=self._device.workers == 0,  # a daemon cannot start processes
+        )
         self._process.start()
         theirs.close()
         self._connection = ours
@@ -133,10 +152,10 @@ class _Worker:
         self._process = self._connection = None
 
 
-def _serve(connection: Connection[Any, Any], trial: Trial) -> None:
+def _serve(connection: Connection[Any, Any], trial: Trial, device: Device) -> None:
     """Answer requests until the other side is gone: a dictionary, or why it failed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _compute_on_one_thread()
+    _prepare(device)
     connection.send("ready")
     while True:
         try:
@@ -153,9 +172,10 @@ def _answer(trial: Trial, request: Mapping[str, Any]) -> dict[str, float] | str:
         return f"{type(error).__name__}: {error}"
 
 
-def _compute_on_one_thread() -> None:
-    """One thread a process trains more in all than one process on every core."""
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"), ACCELERATE_USE_CPU="true")
+def _prepare(device: Device) -> None:
+    """On processors one thread a process trains more in all than one process on every core."""
+    if device.kind == CPU:
+        os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"), ACCELERATE_USE_CPU="true")
 
 
 def _end_with_parent() -> None:
@@ -167,10 +187,20 @@ def _end_with_parent() -> None:
 
 
 class RayEngine(Engine):
-    """A Ray cluster: the one at `RAY_ADDRESS`, or `workers` processes on this machine."""
+    """A Ray cluster: the one at `RAY_ADDRESS`, or `workers` processes on this machine.
 
-    def __init__(self, trial: Trial = run_trial, workers: int = 1, timeout: float = 600.0) -> None:
-        super().__init__(trial, workers, timeout)
+    An attempt asks for a core for itself and for each process that loads its images, and for one
+    accelerator if it computes on one.
+    """
+
+    def __init__(
+        self,
+        trial: Trial = run_trial,
+        workers: int = 1,
+        timeout: float = 600.0,
+        device: Device = ONE_THREAD,
+    ) -> None:
+        super().__init__(trial, workers, timeout, device)
         try:
             import ray
         except ImportError as error:
@@ -178,13 +208,14 @@ class RayEngine(Engine):
                 "the engine ray is not installed: pip install 'effspinenet[ray]'"
             ) from error
         self._ray = ray
-        cores = None if os.environ.get("RAY_ADDRESS") else workers
+        needed = ray_resources(device)
+        cores = None if os.environ.get("RAY_ADDRESS") else workers * needed["num_cpus"]
         ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
-        self._answer = ray.remote(num_cpus=1, max_retries=0, max_calls=0)(_answer_on_ray)
+        self._answer = ray.remote(max_retries=0, max_calls=0, **needed)(_answer_on_ray)
 
     def attempt(self, request: Mapping[str, Any]) -> dict[str, float]:
         """Run the trial as a Ray task."""
-        reference = self._answer.remote(self.trial, dict(request))
+        reference = self._answer.remote(self.trial, dict(request), self.device)
         ready, _ = self._ray.wait([reference], timeout=self.timeout)
         if not ready:
             self._ray.cancel(reference, force=True)
@@ -202,9 +233,21 @@ class RayEngine(Engine):
         self._ray.shutdown()
 
 
-def _answer_on_ray(trial: Trial, request: Mapping[str, Any]) -> dict[str, float] | str:
-    _compute_on_one_thread()
+def _answer_on_ray(
+    trial: Trial, request: Mapping[str, Any], device: Device
+) -> dict[str, float] | str:
+    _prepare(device)
     return _answer(trial, request)
+
+
+def ray_resources(device: Device) -> dict[str, Any]:
+    """What an attempt asks a Ray cluster for."""
+    cores = {"num_cpus": 1 + device.workers}
+    if device.kind == CPU:
+        return cores
+    if device.kind == TPU:
+        return {**cores, "resources": {"TPU": 1}}
+    return {**cores, "num_gpus": 1}
 
 
 ENGINES: dict[str, type[LocalEngine] | type[RayEngine]] = {"local": LocalEngine, "ray": RayEngine}

@@ -10,7 +10,6 @@ import pandas as pd
 
 from effspinenet_lib.choices import ModelCost
 from effspinenet_lib.choices.learned import SEARCH_SPACE, betas_text
-from effspinenet_lib.data.shapes import CATEGORIES
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.search.methods import Choices
 from effspinenet_lib.search.settings import SearchSettings
@@ -57,7 +56,7 @@ def plan_betas(
     dims = base_dims(np.array(betas))
     full = detector_costs(dims, SCALES["D0"], COCO_CLASSES, SCALES["D0"].input_size)
     scale = SCALES[MODELS[settings.model].scale]
-    own = detector_costs(dims, scale, len(CATEGORIES), settings.image_size)
+    own = detector_costs(dims, scale, settings.classes, settings.image_size)
     return [
         {
             "method": method,

@@ -332,7 +332,7 @@ def _train(
         futures: dict[Future[dict[str, Any]], list[dict[str, Any]]] = {}
         for rows in groups:
             config = settings.config(parse_betas(rows[0]["betas"]), rows[0]["seed"])
-            request = trial_request(config.to_dict(), store.runs_folder)
+            request = trial_request(config.to_dict(), store.runs_folder, engine.device)
             futures[pool.submit(_attempts, engine, request)] = rows
         try:
             for future in as_completed(futures):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 from effspinenet_lib.choices.learned import betas_text
 from effspinenet_lib.data import DataConfig
-from effspinenet_lib.errors import UnknownName
-from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.data.heldout import Part
+from effspinenet_lib.data.shapes import CATEGORIES
+from effspinenet_lib.errors import UnknownName, UserError
+from effspinenet_lib.recipes import SEARCH_HELD_OUT_IMAGES, Recipe, get_recipe
+from effspinenet_lib.specs import SCALES
 from effspinenet_lib.training.config import RunConfig
+from effspinenet_lib.zoo.registry import COCO_CLASSES
 
+OWN_FORMAT = "shapescenes"
 HELD_OUT = "search"  # split of ShapeScenes that no training and no table sees
+UNKNOWN_ROOT = "data"  # stands for a folder that the user has to name
 
 
 @dataclass(frozen=True)
@@ -18,11 +26,11 @@ class SearchSettings:
     """The search of a profile.
 
     Attributes:
-        profile: `smoke` or `proxy`.
+        profile: `smoke`, `proxy` or `paper`.
         model: scale-permuted model that a trial trains with the betas of its sample.
         image_size: side of the square input in pixels.
         data: what a trial is trained and, on the held-out split, evaluated on.
-        recipe: name of the recipe of a trial.
+        recipe: how a trial is trained.
         methods: those of `all`.
         trials: samples of each method.
         batch: samples between two updates of a method.
@@ -33,11 +41,29 @@ class SearchSettings:
     model: str
     image_size: int
     data: DataConfig
-    recipe: str
+    recipe: Recipe
     methods: tuple[str, ...]
     trials: int
     batch: int
     timeout: float
+
+    def on(self, root: Path | None, batch_size: int | None = None) -> SearchSettings:
+        """The same search on the data in a user's folder, with the recipe scaled to a batch.
+
+        Raises:
+            UserError: a folder is needed and not given, or is given and not needed.
+        """
+        needed = self.data.format != OWN_FORMAT
+        if needed and (root is None or not root.is_dir()):
+            raise UserError(
+                f"the profile {self.profile!r} searches on COCO 2017: name its folder with --data"
+                + (f" ({root} is none)" if root else "")
+            )
+        if not needed and root is not None:
+            raise UserError(f"the profile {self.profile!r} has data of its own; leave out --data")
+        recipe = self.recipe if batch_size is None else self.recipe.for_batch(batch_size)
+        data = self.data if root is None else replace(self.data, root=str(root.resolve()))
+        return replace(self, data=data, recipe=recipe)
 
     def config(self, betas: tuple[int, ...], seed: int) -> RunConfig:
         """The run of a trial."""
@@ -46,7 +72,7 @@ class SearchSettings:
             task="detection",
             image_size=self.image_size,
             data=self.data,
-            recipe=get_recipe(self.recipe),
+            recipe=self.recipe,
             seed=seed,
             model_options={"betas": betas_text(betas)},
         )
@@ -54,17 +80,27 @@ class SearchSettings:
     @property
     def steps(self) -> int:
         """Optimizer steps of a trial."""
-        return get_recipe(self.recipe).steps
+        return self.recipe.steps
+
+    @property
+    def classes(self) -> int:
+        """Classes that the costs of a trial's model are counted with."""
+        return len(CATEGORIES) if self.data.format == OWN_FORMAT else COCO_CLASSES
 
     @property
     def description(self) -> str:
         """What a trial is, in a few words."""
         data = self.data
+        counts = (data.train_images, data.eval_images)
+        images = "all" if counts == (None, None) else "/".join(map(str, counts))
         return (
-            f"{self.model}, {data.format} {data.train_split}/{data.eval_split} "
-            f"{data.train_images}/{data.eval_images} images, {self.image_size}x{self.image_size}, "
-            f"{self.recipe}"
+            f"{self.model}, {data.format} {data.train_split}/{data.eval_split} {images} images, "
+            f"{self.image_size}x{self.image_size}, {self.recipe.name}"
         )
+
+
+def _paper_part(side: Literal["held", "rest"]) -> str:
+    return Part("train2017", side, SEARCH_HELD_OUT_IMAGES).name
 
 
 SEARCHES: dict[str, SearchSettings] = {
@@ -75,13 +111,13 @@ SEARCHES: dict[str, SearchSettings] = {
             model="eff_spinenet_m0",
             image_size=64,
             data=DataConfig(
-                "shapescenes",
+                OWN_FORMAT,
                 eval_split=HELD_OUT,
                 train_images=16,
                 eval_images=4,
                 image_size=64,
             ),
-            recipe="smoke_search",
+            recipe=get_recipe("smoke_search"),
             methods=("ppo", "reinforce", "random", "evolution"),
             trials=4,
             batch=2,
@@ -95,17 +131,28 @@ SEARCHES: dict[str, SearchSettings] = {
             image_size=96,
             # Our choice: each image is seen once; 300 to find objects in take 2 seconds.
             data=DataConfig(
-                "shapescenes",
+                OWN_FORMAT,
                 eval_split=HELD_OUT,
                 train_images=2000,
                 eval_images=300,
                 image_size=96,
             ),
-            recipe="proxy_search",
+            recipe=get_recipe("proxy_search"),
             methods=("ppo", "random", "evolution"),
             trials=50,
             batch=10,  # our choice: five updates
             timeout=900,  # our choice: twenty times what a trial takes
+        ),
+        SearchSettings(
+            "paper",
+            model="eff_spinenet_d0",
+            image_size=SCALES["D0"].input_size,  # paper 5.1.1: SP-EfficientNet-B0 at 512
+            data=DataConfig("coco", UNKNOWN_ROOT, _paper_part("rest"), _paper_part("held")),
+            recipe=get_recipe("paper_search_trial"),
+            methods=("ppo",),  # paper 5.1.1: reinforcement learning
+            trials=5_000,  # paper 5.1.1: about 5k architectures are sampled
+            batch=20,  # our choice: the paper does not say how many samples make an update
+            timeout=24 * 3600,  # our choice: many times what a trial takes on one accelerator
         ),
     )
 }

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,40 @@ from typing import Any
 Trial = Callable[[Mapping[str, Any]], dict[str, float]]
 
 
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What each trial computes on.
+
+    Attributes:
+        kind: `cpu`, on one thread; or the accelerator of the worker process.
+        workers: processes that load a trial's images; 0: none beside it.
+        micro_batch: images computed at once; None: the batch.
+    """
+
+    kind: str = CPU
+    workers: int = 0
+    micro_batch: int | None = None
+
+
+ONE_THREAD = Device()
+
+
 class TrialFailed(Exception):  # noqa: N818 - it says what happened
     """An attempt at a trial gave nothing; the message says why."""
 
 
-def trial_request(config: Mapping[str, Any], runs_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a worker needs: the run's configuration and where its folder is made."""
-    return {"config": dict(config), "runs_dir": os.fspath(runs_dir)}
+def trial_request(
+    config: Mapping[str, Any], runs_dir: str | os.PathLike[str], device: Device
+) -> dict[str, Any]:
+    """What a worker needs: the run's configuration, where its folder is made, and the device."""
+    return {"config": dict(config), "runs_dir": os.fspath(runs_dir), "device": asdict(device)}
 
 
 def run_trial(request: Mapping[str, Any]) -> dict[str, float]:
-    """Train and evaluate a sample on one thread, or go on where an attempt stopped.
+    """Train and evaluate a sample, or go on where an attempt stopped.
 
     Returns:
         `AP` in percent and `seconds`, of training and evaluation.
@@ -37,9 +61,17 @@ def run_trial(request: Mapping[str, Any]) -> dict[str, float]:
 
     from effspinenet_lib.training.run import RunConfig, train_run
 
-    torch.set_num_threads(1)
+    device = Device(**request["device"])
+    if device.kind == CPU:
+        torch.set_num_threads(1)
     config = RunConfig.from_dict(request["config"])
-    result = train_run(config, request["runs_dir"], progress=False)
+    result = train_run(
+        config,
+        request["runs_dir"],
+        workers=device.workers,
+        progress=False,
+        micro_batch=device.micro_batch,
+    )
     if not math.isfinite(result.metrics["AP"]):
         raise TrialFailed("no AP: there is nothing to find in the held-out images")
     return {"AP": result.metrics["AP"], "seconds": result.wall_seconds}
