@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and that errors are one line."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -105,6 +106,47 @@ def test_every_command_explains_itself(run, command):
     result = run(command, "--help")
     assert result.code == 0
     assert f"Usage: effspinenet {command}" in result.out
+
+
+@pytest.mark.parametrize(
+    ("rank", "speaks"), [("0", True), ("1", False)], ids=["first process", "another process"]
+)
+def test_of_several_processes_one_speaks_and_all_say_errors(rank, speaks):
+    code = (
+        "import logging, sys, warnings\n"
+        "from effspinenet_lib.cli import main\n"
+        "from effspinenet_lib.cli.console import set_up_messages\n"
+        "set_up_messages()\n"
+        "logging.getLogger('effspinenet_lib').info('told')\n"
+        "warnings.warn('warned')\n"
+        "sys.argv = ['effspinenet', 'train', '--data', 'nowhere']\n"
+        "print('printed')\n"
+        "main()"
+    )
+    environment = {**os.environ, "RANK": rank}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert ("printed" in done.stdout) == speaks
+    assert ("told" in done.stderr) == ("warning: warned" in done.stderr) == speaks
+    assert done.stderr.splitlines()[-1].startswith("error: nowhere: no such folder")
+
+
+def test_train_keeps_as_many_checkpoints_as_asked_for(run, scenes, tmp_path, monkeypatch):
+    from effspinenet_lib.training import run as running
+
+    given = {}
+    train_run = running.train_run
+
+    def train(*arguments, **options):
+        given.update(options)
+        return train_run(*arguments, **options, checkpoint_seconds=0)
+
+    monkeypatch.setattr(running, "train_run", train)
+    command = ("train", "--data", scenes, "--output", tmp_path, "--steps", 3, *TINY)
+    assert run(*command, "--checkpoints", 3).code == 0
+    assert len(list(tmp_path.glob("*/checkpoint-*.pt"))) == given["checkpoints"] == 3
 
 
 def test_the_version_is_the_packages(run):
@@ -451,8 +493,10 @@ def test_results_validate_names_the_file_of_a_broken_row(run, repository, tmp_pa
 def test_reproduce_all_runs_each_item_that_needs_runs_once(run, monkeypatch, tmp_path):
     asked = []
 
-    def record(name, parameters, forced):
-        asked.append((name, parameters.profile.name, parameters.seeds, parameters.force))
+    def record(name, parameters, forced, micro_batch):
+        asked.append(
+            (name, parameters.profile.name, parameters.seeds, parameters.force, micro_batch)
+        )
         return real(name, parameters)
 
     def real(name, parameters):
@@ -461,12 +505,12 @@ def test_reproduce_all_runs_each_item_that_needs_runs_once(run, monkeypatch, tmp
         return ResultsStore(parameters.results_dir, parameters.profile.name)
 
     monkeypatch.setattr(experiments, "reproduce", record)
-    options = ("--results-dir", tmp_path, "--seeds", "3,4", "--force")
+    options = ("--results-dir", tmp_path, "--seeds", "3,4", "--force", "--micro-batch", 5)
     result = run("reproduce", "table-08", "all", *options)
     assert result.code == 0
     with_rows = [item.id for item in experiments.ITEMS.values() if item.notebook and item.rows]
     assert sorted(name for name, *_ in asked) == sorted(with_rows)
-    assert {tuple(rest) for _, *rest in asked} == {("smoke", (3, 4), True)}
+    assert {tuple(rest) for _, *rest in asked} == {("smoke", (3, 4), True, 5)}
     listed = [row[0] for row in table_rows(result.out)]
     rebuilt = [item.id for item in experiments.ITEMS.values() if item.notebook]
     assert sorted(listed) == sorted(rebuilt)

@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from effspinenet_lib import experiments
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import (
     PREEMPTED_EXIT,
@@ -30,7 +31,7 @@ from effspinenet_lib.errors import (
     TrainingError,
     UserError,
 )
-from effspinenet_lib.experiments import fanout
+from effspinenet_lib.experiments import fanout, reproduction
 from effspinenet_lib.files import write_json
 from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.training import loop, stopping, trainer
@@ -292,6 +293,42 @@ def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path) -> None:
         train_run(DETECTION, tmp_path, progress=False, checkpoints=0)
 
 
+def test_a_run_of_a_fan_out_can_be_computed_in_parts(tmp_path: Path) -> None:
+    config = replace(DETECTION, recipe=RECIPE.with_(batch_size=4))
+    (result,) = fanout.run_all([config], tmp_path, 1, progress=False, micro_batch=2)
+    assert result.key == config.key
+    assert result.record["hardware"].endswith("parts a step: 2")
+
+
+@pytest.mark.parametrize(
+    ("profile", "asked", "given"), [("paper", None, 2), ("paper", 7, 7), ("smoke", None, None)]
+)
+def test_the_papers_batches_are_computed_in_parts_on_a_processor(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    profile: str,
+    asked: int | None,
+    given: int | None,
+) -> None:
+    seen: list[tuple[int, int | None]] = []
+
+    def take(configs: list[RunConfig], *_: Any, micro_batch: int | None, **__: Any) -> list[Any]:
+        seen.extend((config.recipe.batch_size, micro_batch) for config in configs)
+        return []
+
+    annotations = tmp_path / "annotations"
+    annotations.mkdir()
+    for split in ("train2017", "val2017"):
+        (annotations / f"instances_{split}.json").write_text("{}")
+    parameters = experiments.check_parameters(
+        profile, tmp_path, tmp_path / "results", accelerator="cpu", seeds=0
+    )
+    monkeypatch.setattr(reproduction, "run_all", take)
+    monkeypatch.setattr(reproduction, "cost_rows", lambda rows: [])
+    experiments.reproduce("table-08", parameters, progress=False, micro_batch=asked)
+    assert seen == [(256 if profile == "paper" else 4, given)] * 2
+
+
 def test_a_fan_out_that_is_told_to_stop_lets_its_runs_save(tmp_path: Path) -> None:
     endless = replace(DETECTION, recipe=RECIPE.scaled_to(10_000))
     write_json(tmp_path / "request.json", endless.to_dict())
@@ -306,6 +343,7 @@ def test_a_fan_out_that_is_told_to_stop_lets_its_runs_save(tmp_path: Path) -> No
     parent = subprocess.Popen(command, env=environment())
     curve, deadline = runs / endless.key / "curve.csv", time.monotonic() + 300
     while not curve.exists():
+        assert parent.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
     parent.send_signal(signal.SIGTERM)

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.experiments import ITEMS, check_parameters, planned_runs
 from effspinenet_lib.experiments.memory import activation_bytes, training_memory
-from effspinenet_lib.experiments.plan import DEVICES, Throughput, plan, totals
+from effspinenet_lib.experiments.plan import (
+    DEVICES,
+    Throughput,
+    _entries,
+    plan,
+    totals,
+)
 from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.zoo import create_model
@@ -115,7 +121,16 @@ def test_the_search_is_part_of_the_papers_total(tmp_path):
     (row,) = planned.to_dict("records")
     assert (row["kind"], row["runs"], row["steps"]) == ("search", 5_000, 4_500)
     assert row["images"] == 5_000 * 4_500 * 256
+    assert "7,392" in row["row"]
     assert totals(planned).loc["search", "images"] == row["images"]
+
+
+def test_the_searchs_runs_hold_out_what_they_are_rewarded_for(tmp_path):
+    parameters = check_parameters("paper", data_root=_coco(tmp_path), results_dir=tmp_path)
+    (entry,) = _entries("figure-05", parameters)
+    assert entry.config.recipe.name == "paper_search_trial"
+    data = entry.config.data
+    assert (data.train_split, data.eval_split) == ("train2017-rest-7392", "train2017-held-7392")
 
 
 def test_rows_without_a_recipe_in_the_profile_are_left_out(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import itertools
 import json
 import os
 import signal
@@ -19,20 +20,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from effspinenet_lib import cli
+from effspinenet_lib.cli.evaluate import _key
 from effspinenet_lib.data import Augmentation, Batch, DataConfig, open_dataset, training_loader
 from effspinenet_lib.data.masks import SEMANTIC_IGNORE
 from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.recipes import get_recipe
-from effspinenet_lib.training import trainer
+from effspinenet_lib.training import loop, trainer
 from effspinenet_lib.training.checkpoint import create_from_weights, list_checkpoints
+from effspinenet_lib.training.config import file_digest
 from effspinenet_lib.training.evaluate import evaluate
 from effspinenet_lib.training.launch import launch
 from effspinenet_lib.training.loop import prepare_model, train_steps
 from effspinenet_lib.training.optim import build_optimizer
+from effspinenet_lib.training.prediction_log import PredictionLog
 from effspinenet_lib.training.run import RunConfig, read_result, train_run
 from effspinenet_lib.zoo import create_model, known_options
 
 STEPS = 4
+MOST_SECONDS = 300.0  # what a launcher and its processes may take, far more than they do
 TASKS = ("detection", "instances", "classification", "segmentation")
 SCENES = DataConfig("shapescenes", train_images=8, eval_images=5, image_size=64)
 # Statistics frozen and nothing random but the weights and the data: then there is no difference.
@@ -206,6 +212,22 @@ def _fail() -> None:
     raise DataError("picture.jpg: cannot be read")
 
 
+def _strike_losses(rank: int, what: Any) -> None:
+    """Let `what` happen in one process when it is to compute the losses of the third step."""
+    backward, steps = loop._backward, itertools.count()
+
+    def struck(*arguments: Any) -> dict[str, float]:
+        if next(steps) == 2 and int(os.environ["RANK"]) == rank:
+            what()
+        return backward(*arguments)
+
+    loop._backward = struck  # type: ignore[assignment]
+
+
+def _break() -> None:
+    raise RuntimeError("a mistake in the losses")
+
+
 def _two_processes(root: str, first: str) -> None:
     """What each of two processes does; told apart by the environment."""
     folder, rank = Path(root), int(os.environ["RANK"])
@@ -223,16 +245,22 @@ def _two_processes(root: str, first: str) -> None:
             said = f"{type(error).__name__}: {error}"
             (folder / f"{name} {rank}").write_text(said)
         trainer.training_loader = training_loader
+    _strike_losses(1, _break)
+    try:
+        train_run(config_of("detection", Path(first)), folder / "other breaks", progress=False)
+    except Exception as error:
+        (folder / f"other breaks {rank}").write_text(f"{type(error).__name__}: {error}")
+        raise
 
 
 def launch_two(root: str, first: str) -> None:
     """Run by a Python of its own, as a notebook would."""
-    launch(_two_processes, 2, root, first)
-    train_run(FIRST, first, progress=False)
-    try:
-        launch(_two_processes, 2, root, first)
-    except UserError as error:
-        (Path(root) / "launched again").write_text(str(error))
+    for name in ("launched", "launched again"):
+        try:
+            launch(_two_processes, 2, root, first)
+        except UserError as error:
+            (Path(root) / name).write_text(str(error))
+        train_run(FIRST, first, progress=False)
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -244,6 +272,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
         check=False,
         capture_output=True,
         text=True,
+        timeout=MOST_SECONDS,
     )
 
 
@@ -316,6 +345,14 @@ def test_two_processes_evaluate_as_one(two: Path, one: Path, task: str) -> None:
                 "Preempted: stopped after step 2 by SIGTERM; the same command goes on from there",
             ],
         ),
+        (
+            "other breaks",
+            [
+                "Preempted: another process of this run died; the same command goes on from the "
+                "last checkpoint",
+                "RuntimeError: a mistake in the losses",
+            ],
+        ),
     ],
 )
 def test_processes_stop_together_and_one_alone_can_go_on(
@@ -325,23 +362,117 @@ def test_processes_stop_together_and_one_alone_can_go_on(
     config = config_of("detection", one)
     folder = two / name / config.key
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2.pt"]
-    if name == "told to stop":
+    if name in ("told to stop", "other breaks"):
         train_run(config, two / name, progress=False)
         assert_close(folder, one / config.key)
+
+
+def test_a_notebook_hears_of_the_process_that_failed_first(two: Path) -> None:
+    said = (two / "launched").read_text()
+    assert said == "process 1 of 2 failed: RuntimeError: a mistake in the losses"
 
 
 def test_a_notebook_that_has_trained_says_how_to_launch(two: Path) -> None:
     assert "restart it" in (two / "launched again").read_text()
 
 
-def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
-    command = (
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "effspinenet_lib", "train", "--data", "shapescenes", "--image-size", "64"),
-        *("--images", "4", "--batch-size", "4", "--steps", "2", "--output", str(tmp_path)),
+# --- torchrun ---------------------------------------------------------------------------------
+
+COMMAND_OUTPUT = ("Run: ", "Weights: ", "Predictions: ", "Record: ", "AP50 ")  # a line a command
+
+
+def _under_torchrun(root: str, first: str, name: str) -> None:
+    """What two processes do: the second one is killed, or they go on and run more commands."""
+    if name == "killed":
+        _strike_losses(1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    try:
+        train_run(config_of("detection", Path(first)), Path(root) / "killed", progress=False)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    weights = Path(first) / FIRST.key / "model.safetensors"
+    scenes = "--data shapescenes --image-size 64"
+    for command in (
+        f"train {scenes} --images 4 --batch-size 4 --steps 1 --output {root}/trained",
+        f"evaluate {scenes} --images 5 --weights {weights} --output {root}/evaluated "
+        f"--record {root}/evaluated/record.csv",
+    ):
+        sys.argv = ["effspinenet", *command.split()]
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+
+
+@pytest.fixture(scope="module")
+def torchrun(one: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What two processes under torchrun left, one of them killed at first; their stdout."""
+    root = tmp_path_factory.mktemp("torchrun")
+    dataset = open_dataset(SCENES, "eval", "detection")
+    digest = file_digest(str(one / FIRST.key / "model.safetensors"))
+    log = PredictionLog(
+        root / "evaluated" / "predictions-2-of-2.partial", _key(digest[:12], dataset, 64)
     )
-    done = run_python(*command)
-    assert done.returncode == 0, done.stderr
-    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert record_of(folder)["steps"] == 2
+    log.add([planted(dataset.image_id(2))])  # the first image of the second process
+    for name in ("killed", "whole"):
+        done = run_python(
+            *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", Path(__file__).stem, str(root), str(one), name),
+        )
+        assert (done.returncode == 0) == (name == "whole"), done.stderr
+        assert ("error: another process of this run died" in done.stderr) == (name == "killed")
+    return root, done.stdout
+
+
+def planted(image_id: int) -> dict[str, Any]:
+    """A prediction that no model makes."""
+    return {"image_id": image_id, "category_id": 1, "bbox": [1.0, 2.0, 3.0, 4.0], "score": 0.5}
+
+
+def test_killed_under_torchrun_a_run_goes_on_as_if_it_were_not(
+    torchrun: tuple[Path, str], one: Path
+) -> None:
+    root, _ = torchrun
+    key = config_of("detection", one).key
+    folder = root / "killed" / key
+    assert [path.name for path in list_checkpoints(folder)] == [
+        f"checkpoint-{STEPS}.pt",
+        "checkpoint-2.pt",  # saved by the process that was left
+    ]
+    assert_close(folder, one / key)
+
+
+def test_the_command_trains_under_torchrun_and_speaks_once(torchrun: tuple[Path, str]) -> None:
+    root, said = torchrun
+    (folder,) = [path for path in (root / "trained").iterdir() if path.is_dir()]
+    assert record_of(folder)["steps"] == 1
     assert "processes: 2" in record_of(folder)["hardware"]
+    counts = [said.count(text) for text in COMMAND_OUTPUT]
+    assert counts == [1, 1, 1, 1, 2]  # both commands print the metrics
+
+
+def test_the_command_evaluates_under_torchrun_and_goes_on(
+    torchrun: tuple[Path, str], one: Path
+) -> None:
+    """Each image once; what a process had before the interruption is not made again."""
+    folder = torchrun[0] / "evaluated"
+    dataset = open_dataset(SCENES, "eval", "detection")
+    known = planted(dataset.image_id(2))
+    model, _ = create_from_weights(one / FIRST.key / "model.safetensors")
+    alone = evaluate(model, dataset, "detection", 64, 8, progress=False).predictions
+    images = [dataset.image_id(index) for index in range(5)]
+    expected = [p for i in images for p in [*alone, known] if p["image_id"] == i]
+    expected = [p for p in expected if p == known or p["image_id"] != known["image_id"]]
+    found = json.loads((folder / "predictions.json").read_text())
+    assert [p["image_id"] for p in found] == [p["image_id"] for p in expected]
+    for one_, other in zip(found, expected, strict=True):
+        assert one_["category_id"] == other["category_id"]
+        assert [*one_["bbox"], one_["score"]] == pytest.approx(
+            [*other["bbox"], other["score"]], rel=1e-4, abs=1e-4
+        )
+    assert not list(folder.glob("*.partial"))
+    assert len((folder / "record.csv").read_text().splitlines()) == 1 + len(
+        json.loads((folder / "metrics.json").read_text())
+    )
+
+
+if __name__ == "__main__":
+    _under_torchrun(*sys.argv[1:])

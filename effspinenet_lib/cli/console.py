@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,15 @@ PIPED_WIDTH = 160  # columns where the output is no terminal, so that no cell is
 
 
 def set_up_messages() -> None:
-    """Send the library's log messages and its warnings to stderr, one line each."""
+    """Send the library's log messages and its warnings to stderr, one line each.
+
+    Of several processes (`torchrun`) only the first speaks; the others print errors alone.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
+        logging.basicConfig(format="%(message)s", level=logging.ERROR)
+        warnings.simplefilter("ignore")
+        return
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("effspinenet_lib").setLevel(logging.INFO)
     warnings.showwarning = _show_warning

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
+    from accelerate import Accelerator
+
     from effspinenet_lib.data import Dataset
     from effspinenet_lib.training.prediction_log import PredictionLog
 
 FOLDER = Path("runs") / "evaluations"
+PARTIAL = ".partial"  # how the names of logs end
 KEY_DIGITS = 12  # as of a run's key
 UNUSED = "unused "  # beginning of the name of a class that no data set has
 
@@ -61,7 +64,8 @@ def evaluate(
     """Measure a model by the metrics of its task.
 
     Detection and instances: the 12 COCO metrics of boxes, and of masks; interrupted, the same
-    command goes on. Classification: top-1 and top-5. Segmentation: mIOU.
+    command goes on. Classification: top-1 and top-5. Segmentation: mIOU. Under `torchrun` the
+    processes share the images.
 
     For example:
 
@@ -69,6 +73,8 @@ def evaluate(
     - `effspinenet evaluate --model mobile_spinenet_49 --weights mobile.safetensors --data coco
       --workers 2`
     """
+    from accelerate import Accelerator
+
     from effspinenet_lib.data import open_dataset
     from effspinenet_lib.data.released import FITTED
     from effspinenet_lib.files import ensure_folder, write_json
@@ -76,7 +82,9 @@ def evaluate(
     from effspinenet_lib.training.checkpoint import create_from_weights
     from effspinenet_lib.training.evaluate import Settings, write_predictions
     from effspinenet_lib.training.evaluate import evaluate as measure
+    from effspinenet_lib.training.stopping import lost_processes
 
+    accelerator = Accelerator(mixed_precision="no")
     network, facts = create_from_weights(weights)
     if model not in (None, facts["model"]):
         raise CheckpointError(f"{weights}: is of model {facts['model']}, not of {model}")
@@ -90,10 +98,23 @@ def evaluate(
     key = _key(digest, dataset, size)
     folder = ensure_folder(output or FOLDER / key)
     ensure_folder(record.parent)
-    with _log(folder, key, task) as log:
+    with lost_processes(), _log(folder, key, task, accelerator) as log:
         evaluation = measure(
-            network, dataset, task, size, batch_size, workers, log=log, settings=settings
+            network.to(accelerator.device),
+            dataset,
+            task,
+            size,
+            batch_size,
+            workers,
+            log=log,
+            settings=settings,
+            accelerator=accelerator,
         )
+        accelerator.wait_for_everyone()  # before any log is gone
+    if not accelerator.is_main_process:
+        return
+    for leftover in folder.glob(f"*{PARTIAL}"):  # of as many processes as there were before
+        leftover.unlink()
     write_predictions(folder / "predictions.json", evaluation.predictions)
     defined = {k: None if v != v else v for k, v in evaluation.metrics.items()}
     write_json(folder / "metrics.json", defined)
@@ -124,13 +145,17 @@ def _key(weights: str, dataset: Dataset, size: int) -> str:
     return sha256(facts.encode()).hexdigest()[:KEY_DIGITS]
 
 
-def _log(folder: Path, key: str, task: str) -> AbstractContextManager[PredictionLog | None]:
-    """Where an evaluation keeps what it has, so that it can go on."""
+def _log(
+    folder: Path, key: str, task: str, accelerator: Accelerator
+) -> AbstractContextManager[PredictionLog | None]:
+    """Where a process keeps what it has of its share of the images, so that it can go on."""
     from effspinenet_lib.training.prediction_log import PredictionLog
 
     if task not in ("detection", "instances"):
         return nullcontext()
-    return PredictionLog(folder / "predictions.partial", key)
+    number, processes = accelerator.process_index + 1, accelerator.num_processes
+    share = "" if processes == 1 else f"-{number}-of-{processes}"
+    return PredictionLog(folder / f"predictions{share}{PARTIAL}", key)
 
 
 def _category_ids(

@@ -56,11 +56,20 @@ def reproduce(
     seeds: Seeds = None,
     accelerator: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `tpu`.")] = "auto",
     devices: Annotated[str, typer.Option(metavar="N|auto", help="Runs at the same time.")] = "auto",
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images that a run computes at once; gradients add up to the batch's. "
+            "[default: the batch; with the profile `paper` on a processor 2]",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
 ) -> None:
     """Run what tables and figures of the paper still need and record it.
 
-    What is finished is not run again; what was interrupted goes on from its last checkpoint.
+    What is finished is not run again; what was interrupted goes on from its last checkpoint. The
+    paper's batches stay whole here; `train --item` can make them smaller.
 
     For example:
 
@@ -89,7 +98,7 @@ def reproduce(
             continue
         typer.echo(f"{name}: {item.title}", err=True)
         began = time.monotonic()
-        store = experiments.reproduce(name, parameters, forced=forced)
+        store = experiments.reproduce(name, parameters, forced=forced, micro_batch=micro_batch)
         measured = len(store.measurements(name))
         rows.append((name, item.title, f"{measured} values, {time.monotonic() - began:.0f} s"))
     print_table(f"Profile {profile}", ("item", "title", "done"), rows)

@@ -68,6 +68,14 @@ def train(
         int | None,
         typer.Option(min=1, help="Images computed at once; gradients add up to the batch's."),
     ] = None,
+    checkpoints: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many of the last checkpoints are kept. [default: the newest and the one "
+            "before]",
+        ),
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(min=0, help="Rate after the warmup.")
     ] = None,
@@ -155,6 +163,7 @@ def train(
             batch_size,
             micro_batch,
             max_steps,
+            checkpoints,
             workers,
             initial_weights,
             force,
@@ -164,6 +173,7 @@ def train(
     if data is None:
         raise UserError(f"--data is missing: give a folder, or `{SHAPESCENES}`")
     from effspinenet_lib.recipes import SMALL_DATA_RECIPES, get_recipe
+    from effspinenet_lib.training.checkpoint import KEPT
     from effspinenet_lib.training.run import RunConfig, train_run
     from effspinenet_lib.zoo import default_image_size
 
@@ -188,6 +198,7 @@ def train(
         force=force,
         workers=workers,
         max_steps=max_steps,
+        checkpoints=checkpoints or KEPT,
         micro_batch=micro_batch,
     )
     print_metrics(f"{model} on {data}, {task}", task, result.metrics)
@@ -212,6 +223,7 @@ def _train_row(
     batch_size: int | None,
     micro_batch: int | None,
     max_steps: int | None,
+    checkpoints: int | None,
     workers: int,
     initial_weights: Path | None,
     force: bool,
@@ -219,6 +231,7 @@ def _train_row(
     """Train a row of an item and say where what it gave is."""
     from effspinenet_lib import experiments
     from effspinenet_lib.results import ResultsStore
+    from effspinenet_lib.training.checkpoint import KEPT
 
     chosen = experiments.get_item(item)
     if not chosen.rows:
@@ -240,6 +253,7 @@ def _train_row(
         batch_size=batch_size,
         micro_batch=micro_batch,
         max_steps=max_steps,
+        checkpoints=checkpoints or KEPT,
         workers=workers,
     )
     print_metrics(f"{item}, {found.label}, {profile}", found.task, result.metrics)

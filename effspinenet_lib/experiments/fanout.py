@@ -2,12 +2,13 @@
 
 A process that dies takes no other with it, and its run goes on from its last checkpoint when
 it is asked for again. Asked to stop, or left alone by the process that started it, it saves its
-state first. Run as a program with the path of a configuration's JSON and the runs
-folder, this module is one such process.
+state first. Run as a program with the path of a configuration's JSON and the runs folder, this
+module is one such process.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -57,6 +58,7 @@ def run_all(
     device: str = CPU,
     force: bool = False,
     progress: bool = True,
+    micro_batch: int | None = None,
 ) -> Iterator[RunResult]:
     """Run configurations, `processes` at a time, and yield each result as it is finished.
 
@@ -70,6 +72,7 @@ def run_all(
         device: `cpu`, or the accelerator that the runs use.
         force: run anew what is finished.
         progress: show one bar over the steps of all runs.
+        micro_batch: images that a run computes at once; None: the batch.
 
     Raises:
         UserError: runs failed; those that did not were yielded first. Names each log.
@@ -77,11 +80,13 @@ def run_all(
     """
     waiting, failed = list(configs), []
     threads = max(1, usable_cores() // max(1, min(processes, len(waiting))))
+    options = ["--force"] if force else []
+    options += [] if micro_batch is None else ["--micro-batch", str(micro_batch)]
     with stop_requests(), _workers() as running, _bar(configs, progress) as bar:
         while waiting or running:
             while waiting and len(running) < processes:
                 config = waiting.pop(0)
-                running.append(_start(config, Path(runs_dir), threads, device, force))
+                running.append(_start(config, Path(runs_dir), threads, device, options))
             time.sleep(POLL_SECONDS)
             for worker in [w for w in running if w.process.poll() is not None]:
                 running.remove(worker)
@@ -101,23 +106,19 @@ def run_all(
         )
 
 
-def _start(config: RunConfig, runs_dir: Path, threads: int, device: str, force: bool) -> _Worker:
+def _start(
+    config: RunConfig, runs_dir: Path, threads: int, device: str, options: Sequence[str]
+) -> _Worker:
     folder = ensure_folder(runs_dir / config.key)
     request, log = folder / REQUEST, folder / LOG
     write_json(request, config.to_dict())
     environment = dict(os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)))
     if device == CPU:
         environment["ACCELERATE_USE_CPU"] = "true"
-    command = [
-        sys.executable,
-        "-m",
-        "effspinenet_lib.experiments.fanout",
-        str(request),
-        str(runs_dir),
-    ]
+    program = [sys.executable, "-m", "effspinenet_lib.experiments.fanout"]
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            [*command, "force"] if force else command,
+            [*program, str(request), str(runs_dir), *options],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -194,11 +195,23 @@ def _stop_with_parent() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one configuration: the path of its JSON, the runs folder, optionally `force`."""
+    """Run one configuration: the path of its JSON, the runs folder, options."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("request")
+    parser.add_argument("runs_dir")
+    parser.add_argument("--force", action="store_true")
+    parser.add_argument("--micro-batch", type=int)
+    given = parser.parse_args(arguments)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    config = RunConfig.from_dict(read_json(arguments[0]))
+    config = RunConfig.from_dict(read_json(given.request))
     try:
-        train_run(config, arguments[1], force="force" in arguments[2:], progress=False)
+        train_run(
+            config,
+            given.runs_dir,
+            force=given.force,
+            progress=False,
+            micro_batch=given.micro_batch,
+        )
     except UserError as error:
         print(f"error: {error}", flush=True)
         return error.exit_code

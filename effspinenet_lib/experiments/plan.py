@@ -19,8 +19,9 @@ from effspinenet_lib.experiments.items import ITEMS, PAPER, PROFILES, Item, Row
 from effspinenet_lib.experiments.memory import activation_bytes, training_memory
 from effspinenet_lib.experiments.parameters import CPU, Parameters, default_results_dir
 from effspinenet_lib.experiments.reproduction import configure_row, has_recipe
-from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.recipes import SEARCH_HELD_OUT_IMAGES
 from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.search.settings import get_search
 from effspinenet_lib.training.config import RunConfig
 from effspinenet_lib.zoo import create_model
 
@@ -30,8 +31,10 @@ TRAINING_FACTOR = 3
 OPERATIONS = 2  # a Multi-Add is a multiplication and an addition, as the makers of devices count
 OWN, SEARCH, CARRIED = "own", "search", "carried"  # kinds of runs
 MEASURED_STEPS = 100  # our choice: a shorter run says little about its speed
-SEARCH_ITEM, SEARCH_SAMPLES = "figure-05", 5_000  # paper 5.1.1: architectures that are sampled
-SEARCH_ROW = Row("sampled architectures", "eff_spinenet_d0", "")
+SEARCH_ITEM, SEARCH_SETTINGS = "figure-05", get_search(PAPER)
+SEARCH_ROW = Row(
+    f"sampled architectures, without {SEARCH_HELD_OUT_IMAGES:,} images", SEARCH_SETTINGS.model, ""
+)
 
 
 @dataclass(frozen=True)
@@ -179,8 +182,13 @@ def _entries(name: str, parameters: Parameters) -> Iterator[_Entry]:
                 yield _Entry(item, row, configure_row(item, row, parameters, seed))
     if name == SEARCH_ITEM and profile.name == PAPER:
         config = configure_row(item, SEARCH_ROW, parameters, parameters.seeds[0])
-        trial = replace(config, recipe=get_recipe("paper_search_trial"))
-        yield _Entry(item, SEARCH_ROW, trial, SEARCH_SAMPLES)
+        data = replace(
+            config.data,
+            train_split=SEARCH_SETTINGS.data.train_split,
+            eval_split=SEARCH_SETTINGS.data.eval_split,
+        )
+        trial = replace(config, recipe=SEARCH_SETTINGS.recipe, data=data)
+        yield _Entry(item, SEARCH_ROW, trial, SEARCH_SETTINGS.trials)
 
 
 def _identity(config: RunConfig) -> tuple[Any, ...]:

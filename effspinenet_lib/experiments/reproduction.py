@@ -16,7 +16,7 @@ from effspinenet_lib.errors import UserError
 from effspinenet_lib.experiments.fanout import run_all
 from effspinenet_lib.experiments.items import ITEMS, PROFILES, Item, Profile, Row, get_item
 from effspinenet_lib.experiments.paper_data import paper_data
-from effspinenet_lib.experiments.parameters import Parameters
+from effspinenet_lib.experiments.parameters import CPU_BATCH, Parameters
 from effspinenet_lib.paper import paper_values
 from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.results import ResultsStore
@@ -104,6 +104,7 @@ def reproduce(
     parameters: Parameters,
     progress: bool = True,
     forced: set[str] | None = None,
+    micro_batch: int | None = None,
 ) -> ResultsStore:
     """Measure an item's costs and run what is missing of its runs; record both.
 
@@ -115,6 +116,9 @@ def reproduce(
         parameters: from `check_parameters`.
         progress: show a bar in terminals and notebooks.
         forced: keys of the runs that earlier items of the same forced call ran anew; grows.
+        micro_batch: images that a run computes at once; their gradients add up to the batch's,
+            and the run stays the same one. None: the batch, but `CPU_BATCH` of the paper's
+            batches on a processor.
 
     Returns:
         The store with the item's measurements.
@@ -123,6 +127,8 @@ def reproduce(
         UnknownName: no such item.
         UserError: a run failed; the message names its log.
     """
+    if micro_batch is None and parameters.paper_on_processor:
+        micro_batch = CPU_BATCH
     item = get_item(name)
     store = ResultsStore(parameters.results_dir, parameters.profile.name)
     store.add_measurements(item.id, cost_rows(item.rows))
@@ -148,6 +154,7 @@ def reproduce(
         device=parameters.device,
         force=parameters.force,
         progress=progress,
+        micro_batch=micro_batch,
     ):
         # The run is recorded last: one that is killed between the two is recorded anew.
         for run in planned:

@@ -8,7 +8,7 @@ from accelerate import PartialState
 
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.experiments.items import Item, Row
-from effspinenet_lib.experiments.parameters import CPU, Parameters
+from effspinenet_lib.experiments.parameters import CPU_BATCH, Parameters
 from effspinenet_lib.experiments.reproduction import (
     PlannedRun,
     configure_row,
@@ -16,14 +16,9 @@ from effspinenet_lib.experiments.reproduction import (
     run_rows,
 )
 from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.training.checkpoint import KEPT
 from effspinenet_lib.training.config import RunConfig
 from effspinenet_lib.training.run import FINISHED, RunResult, train_run
-
-# Our choice: the paper's batches of 256 and more take days a step on a processor. The activations
-# of two images of the largest own model, Eff-SpineNet-D2, take 5 GB in float32 (`plan` counts
-# them), which a machine with 8 GB holds; a number that depended on the memory would make another
-# run of the same command on another machine.
-CPU_BATCH = 2
 
 
 def train_row(
@@ -33,6 +28,7 @@ def train_row(
     batch_size: int | None = None,
     micro_batch: int | None = None,
     max_steps: int | None = None,
+    checkpoints: int = KEPT,
     workers: int = 0,
     progress: bool = True,
 ) -> RunResult:
@@ -50,6 +46,7 @@ def train_row(
         micro_batch: images computed at once; their gradients add up to the batch's.
         max_steps: stop after that many steps of the unchanged schedule. The row's note then says
             how many of how many, and the run's state is partial.
+        checkpoints: how many of the last ones are kept.
         workers: processes that load images.
         progress: show bars where stderr is a terminal.
 
@@ -62,8 +59,7 @@ def train_row(
         CheckpointError: the weights that the row starts from are missing.
     """
     config = configure_row(item, row, parameters, parameters.seeds[0])
-    on_processor = parameters.profile.data is None and parameters.device == CPU
-    if batch_size is None and micro_batch is None and on_processor:
+    if batch_size is None and micro_batch is None and parameters.paper_on_processor:
         batch_size = CPU_BATCH
     if batch_size is not None:
         config = replace(config, recipe=config.recipe.for_batch(batch_size))
@@ -76,6 +72,7 @@ def train_row(
         workers=workers,
         max_steps=max_steps,
         progress=progress,
+        checkpoints=checkpoints,
         micro_batch=micro_batch,
     )
     if not PartialState().is_main_process:

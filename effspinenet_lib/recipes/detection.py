@@ -29,7 +29,8 @@ PAPER_DETECTION_SETTINGS: dict[str, Setting] = {
 }
 PAPER_DETECTION = declare("paper_detection", **PAPER_DETECTION_SETTINGS)
 
-# Section 5.1.1: what a sampled architecture is trained with before its AP is its reward.
+# Section 5.1.1: what a sampled architecture is trained with before its AP is its reward. It trains
+# on `train2017-rest-7392` and is evaluated on `train2017-held-7392` (`SEARCH_HELD_OUT_IMAGES`).
 PAPER_SEARCH_TRIAL = declare(
     "paper_search_trial",
     **{

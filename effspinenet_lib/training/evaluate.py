@@ -254,15 +254,13 @@ def evaluate(
             gives numbers that are not finite.
     """
     evaluator = _EVALUATORS[task](dataset, settings)
-    index = 0
-    if log is not None:
-        evaluator.predictions += log.records
-        index = log.images
-    left, rank, processes = len(dataset) - index, 0, 1
+    rank, processes = 0, 1
     if accelerator is not None:
         rank, processes = accelerator.process_index, accelerator.num_processes
-    end = index + left * (rank + 1) // processes
-    index += left * rank // processes
+    index, end = (len(dataset) * number // processes for number in (rank, rank + 1))
+    if log is not None:
+        evaluator.predictions += log.records
+        index += log.images
     batches = evaluation_loader(
         dataset, image_size, batch_size, workers, index, settings.preprocessing, end
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -11,7 +12,11 @@ import torch
 from accelerate import notebook_launcher
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from effspinenet_lib.errors import UserError
+from effspinenet_lib.errors import Preempted, UserError
+
+# Our choice: how long a process that cannot go on without another one lets that one end first. The
+# launcher ends it as soon as it sees that.
+LINGER_SECONDS = 5.0
 
 
 def launch(function: Callable[..., Any], processes: int, *arguments: Any) -> None:
@@ -47,7 +52,7 @@ def launch(function: Callable[..., Any], processes: int, *arguments: Any) -> Non
             )
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        told = failure.error_file_data.get("message", failure.message)
+        told: Any = failure.message
         said = told["message"] if isinstance(told, dict) else told
         raise UserError(f"process {rank} of {processes} failed: {said}") from error
     except ValueError as error:
@@ -62,4 +67,8 @@ def launch(function: Callable[..., Any], processes: int, *arguments: Any) -> Non
 def _call(function: Callable[..., Any], *arguments: Any) -> None:
     # a copy of a process that has computed on several threads hangs as soon as it does
     torch.set_num_threads(1)
-    function(*arguments)
+    try:
+        function(*arguments)
+    except Preempted:  # the launcher tells of the process that ends first: not of this one
+        time.sleep(LINGER_SECONDS)
+        raise

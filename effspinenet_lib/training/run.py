@@ -33,7 +33,7 @@ from effspinenet_lib.training.checkpoint import KEPT, save_weights
 from effspinenet_lib.training.config import RunConfig, describe_data
 from effspinenet_lib.training.evaluate import evaluate, write_predictions
 from effspinenet_lib.training.loop import describe_hardware, resolve_precision
-from effspinenet_lib.training.stopping import stop_requests
+from effspinenet_lib.training.stopping import lost_processes, stop_requests
 from effspinenet_lib.training.trainer import Job, Trained, train
 
 __all__ = ["LOG", "REQUEST", "RunConfig", "RunResult", "read_result", "train_run"]
@@ -107,7 +107,7 @@ def train_run(
         DataError: the data cannot be used.
         CheckpointError: the folder holds a checkpoint of another run.
         TrainingError: a loss is not finite, the run has diverged, or memory is too small.
-        Preempted: a signal asked to stop.
+        Preempted: a signal asked to stop, or another process of the run died.
     """
     steps = config.recipe.steps
     target = steps if max_steps is None else min(max_steps, steps)
@@ -123,7 +123,7 @@ def train_run(
     job = Job(
         config, folder, target, workers, progress, checkpoint_seconds, checkpoints, micro_batch
     )
-    with _alone_in(folder, accelerator):
+    with lost_processes(), _alone_in(folder, accelerator):
         if force and accelerator.is_main_process:
             _empty(folder)
         elif accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""What ends a run before its last step: signals, and a loss that has run away."""
+"""What ends a run before its last step: signals, lost processes, and a loss that ran away."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from torch.distributed import DistError
+
 from effspinenet_lib.errors import Preempted, TrainingError, UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and the keyboard's
@@ -22,6 +24,7 @@ SAME_SIGNAL_SECONDS = 1.0
 # profile's length no single row lay above 1.5 times that median).
 DIVERGED_FACTOR = 10.0
 DIVERGED_ROWS = 20
+_GLOO = "/gloo/"  # in the plain errors of torch's transport between processors: a path of its code
 
 
 class StopRequest:
@@ -80,6 +83,25 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Say in one line that another process is gone, where torch tells of a broken connection.
+
+    What the other one met, it says itself. This one has saved what it could by then.
+
+    Raises:
+        Preempted: another process died, or did not answer for torch's half an hour.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and _GLOO not in str(error):
+            raise
+        raise Preempted(
+            "another process of this run died; the same command goes on from the last checkpoint"
+        ) from error
 
 
 def refuse_divergence(losses: Sequence[float], step: int) -> None:

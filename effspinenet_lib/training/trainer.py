@@ -193,10 +193,14 @@ def _follow(
         return state.spent
     curve_state = state.latest.curve_state if state.latest else {}
     total = job.config.recipe.steps
-    with Curve(job.folder, state.start, total, curve_state, job.progress) as curve:
+    # a launcher that lost a process asks the others to stop while this one still saves
+    with (
+        stop.in_steps(),
+        Curve(job.folder, state.start, total, curve_state, job.progress) as curve,
+    ):
         keeper = _Keeper(job, accelerator, state, curve)
         try:
-            with stop.in_steps(), worker_errors():
+            with worker_errors():
                 for step in steps:
                     try:
                         curve.add(step)
