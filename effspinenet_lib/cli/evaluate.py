@@ -82,6 +82,7 @@ def evaluate(
     from effspinenet_lib.training.checkpoint import create_from_weights
     from effspinenet_lib.training.evaluate import Settings, write_predictions
     from effspinenet_lib.training.evaluate import evaluate as measure
+    from effspinenet_lib.training.inference import inference_copy
     from effspinenet_lib.training.stopping import lost_processes
 
     accelerator = Accelerator(mixed_precision="no")
@@ -100,7 +101,7 @@ def evaluate(
     ensure_folder(record.parent)
     with lost_processes(), _log(folder, key, task, accelerator) as log:
         evaluation = measure(
-            network.to(accelerator.device),
+            inference_copy(network.to(accelerator.device)),
             dataset,
             task,
             size,

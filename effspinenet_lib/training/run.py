@@ -32,6 +32,7 @@ from effspinenet_lib.results import current_commit, today
 from effspinenet_lib.training.checkpoint import KEPT, save_weights
 from effspinenet_lib.training.config import RunConfig, describe_data
 from effspinenet_lib.training.evaluate import evaluate, write_predictions
+from effspinenet_lib.training.inference import inference_copy
 from effspinenet_lib.training.loop import describe_hardware, resolve_precision
 from effspinenet_lib.training.stopping import lost_processes, stop_requests
 from effspinenet_lib.training.trainer import Job, Trained, train
@@ -221,7 +222,7 @@ def _evaluate(job: Job, accelerator: Accelerator, trained: Trained, dataset: Dat
     config, folder = job.config, job.folder
     began = time.monotonic()
     evaluation = evaluate(
-        trained.model,
+        inference_copy(trained.model),
         dataset,
         config.task,
         config.image_size,
