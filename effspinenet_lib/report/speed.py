@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from effspinenet_lib.report.tables import NOT_RUN, Table
+from effspinenet_lib.report.tables import NOT_RUN, Table, Text
 from effspinenet_lib.results.csvfile import read_rows, to_frame
 from effspinenet_lib.results.speed import SPEED
 
@@ -41,22 +41,23 @@ def read_speed(results_dir: str | os.PathLike[str]) -> pd.DataFrame:
     return to_frame(read_rows(Path(results_dir) / SPEED_FILE, SPEED), SPEED)
 
 
-def ratio_table(speed: pd.DataFrame) -> Table:
-    """One row a comparison: milliseconds, the ratio with its range, and the goal."""
-    found = speed[speed["unit"] == RATIO]
+def ratio_table(speed: pd.DataFrame, *benchmarks: str) -> Table:
+    """One row a comparison of some benchmarks: the ratio with its range, the goal, the times."""
+    found = speed[(speed["unit"] == RATIO) & speed["benchmark"].isin(benchmarks)]
     rows = [
         {
-            "what": row.what,
-            "settings": row.settings,
-            "this library, ms": f"{row.ours:.4g}",
-            "peer, ms": f"{row.peer:.4g}",
+            "what": Text(row.what),
             "ratio": f"{row.value:.2f}",
             "range": f"{row.lowest:.2f} to {row.highest:.2f}",
             "goal": "" if math.isnan(row.goal) else f"{row.goal:.1f}",
-            "reached": _reached(row.value, row.goal),
+            "ours, ms": f"{row.ours:.4g}",
+            "peer, ms": f"{row.peer:.4g}",
+            "settings": Text(row.settings),
         }
         for row in map(_Row._make, found[list(_Row._fields)].itertuples(index=False))
     ]
+    if not rows:
+        return Table(pd.DataFrame(), f"Ratios: {NOT_RUN}")
     caption = "Medians of times taken in turn; above 1 this library is the faster one"
     return Table(pd.DataFrame(rows).set_index("what"), caption)
 
@@ -82,7 +83,7 @@ def memory_table(speed: pd.DataFrame) -> Table:
         return Table(pd.DataFrame(), f"Memory: {NOT_RUN}")
     frame = found.pivot_table("value", "what", "settings", sort=False, aggfunc="first")
     shown = frame.map(lambda value: f"{value:.0f}").rename_axis(None, axis="columns")
-    return Table(shown, "Memory of loading, MiB")
+    return Table(shown.rename(index=Text), "Memory of loading, MiB")
 
 
 def machine_table(speed: pd.DataFrame) -> Table:
@@ -91,7 +92,11 @@ def machine_table(speed: pd.DataFrame) -> Table:
     if found.empty:
         return Table(pd.DataFrame(), f"Rates: {NOT_RUN}")
     rows = [
-        {"what": row.what, "settings": row.settings, "figure": f"{row.value:.3g} {row.unit}"}
+        {
+            "what": Text(row.what),
+            "figure": f"{row.value:.3g} {row.unit}",
+            "settings": Text(row.settings),
+        }
         for row in found.itertuples()
     ]
     return Table(pd.DataFrame(rows).set_index("what"), "Rates")
@@ -136,9 +141,3 @@ def measured_on(speed: pd.DataFrame) -> str:
         f"Measured on {first['date']} on {first['hardware']} with torch {first['torch']}, commit "
         f"{first['commit']}, on one thread, while {load} programs wanted the processor."
     )
-
-
-def _reached(value: float, goal: float) -> str:
-    if math.isnan(goal):
-        return ""
-    return "yes" if value >= goal else "no"
