@@ -16,6 +16,7 @@ from effspinenet_lib.results.speed import SPEED
 SPEED_FILE = Path("speed") / "speed.csv"
 PROFILE, MEMORY = "profile", "memory"
 RATIO = "ratio"
+WHOLE_FROM = 1000  # milliseconds that are shown without fractions
 PRODUCT = "matrix product"
 FORMATS = ("float32", "bfloat16")
 BEFORE, AFTER = "before", "after"
@@ -50,8 +51,8 @@ def ratio_table(speed: pd.DataFrame, *benchmarks: str) -> Table:
             "ratio": f"{row.value:.2f}",
             "range": f"{row.lowest:.2f} to {row.highest:.2f}",
             "goal": "" if math.isnan(row.goal) else f"{row.goal:.1f}",
-            "ours, ms": f"{row.ours:.4g}",
-            "peer, ms": f"{row.peer:.4g}",
+            "ours, ms": _milliseconds(row.ours),
+            "peer, ms": _milliseconds(row.peer),
             "settings": Text(row.settings),
         }
         for row in map(_Row._make, found[list(_Row._fields)].itertuples(index=False))
@@ -60,6 +61,10 @@ def ratio_table(speed: pd.DataFrame, *benchmarks: str) -> Table:
         return Table(pd.DataFrame(), f"Ratios: {NOT_RUN}")
     caption = "Medians of times taken in turn; above 1 this library is the faster one"
     return Table(pd.DataFrame(rows).set_index("what"), caption)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= WHOLE_FROM else f"{value:.1f}"
 
 
 def profile_table(speed: pd.DataFrame) -> Table:
