@@ -1,6 +1,6 @@
 """One search of trials that take no training, as a process that a test can kill.
 
-Arguments: the results folder, the method, the number of trials.
+Arguments: the results folder, the method, the number of trials, the name of the fake trial.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ def main() -> None:
     from effspinenet_lib.search.run import Search, run_search
     from effspinenet_lib.search.settings import get_search
 
-    results_dir, method, trials = sys.argv[1:]
+    results_dir, method, trials, fake = sys.argv[1:]
     store = ResultsStore(results_dir, "smoke")
     search = Search(get_search("smoke"), store, method, seed=0, trials=int(trials))
-    with LocalEngine(search_fakes.works, workers=2, timeout=30) as engine:
+    with LocalEngine(getattr(search_fakes, fake), workers=2, timeout=300) as engine:
         run_search(search, engine, progress=False)
 
 

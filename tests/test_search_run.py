@@ -74,20 +74,29 @@ def test_a_search_in_two_parts_is_the_search_in_one(
     assert len(record(whole)) == 8
 
 
+def start(store: ResultsStore, fake: str = "works") -> subprocess.Popen[bytes]:
+    """A search of 12 trials in a process, and a process group, of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(store.results_dir), "ppo", "12", fake],
+        env=dict(os.environ, PYTHONPATH=str(PROGRAM.parent)),
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # a process that was started in the background ignores the keyboard
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_for(store: ResultsStore, starts: int) -> None:
+    limit = time.monotonic() + 120
+    while len(started(store)) < starts and time.monotonic() < limit:
+        time.sleep(0.02)
+
+
 def test_killed_at_three_moments_it_ends_with_every_trial_once(tmp_path: Path):
     whole, killed = (ResultsStore(tmp_path / name, "smoke") for name in ("whole", "killed"))
-    arguments = ["ppo", "12"]
-    environment = dict(os.environ, PYTHONPATH=str(PROGRAM.parent))
-
-    def start(store: ResultsStore) -> subprocess.Popen[bytes]:
-        command = [sys.executable, str(PROGRAM), str(store.results_dir), *arguments]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-
     for starts in (1, 4, 9):  # in the first batch, between two batches, in the middle of a batch
         process = start(killed)
-        limit = time.monotonic() + 120
-        while len(started(killed)) < starts and time.monotonic() < limit:
-            time.sleep(0.02)
+        wait_for(killed, starts)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert len(started(killed)) >= starts
@@ -99,6 +108,17 @@ def test_killed_at_three_moments_it_ends_with_every_trial_once(tmp_path: Path):
     assert record(killed) == record(whole)
     # what was recorded before a kill did not run again: at most the two that each kill cut off did
     assert len(started(killed)) <= len(started(whole)) + 3 * 2
+
+
+def test_ctrl_c_ends_a_search_at_once_and_records_nothing_that_it_cut_off(store: ResultsStore):
+    process = start(store, "hangs")
+    wait_for(store, 2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, said = process.communicate(timeout=60)
+    assert said.decode().strip().endswith("KeyboardInterrupt")
+    assert said.decode().count("Traceback") == 1  # not the workers'
+    assert len(started(store)) == 2  # nothing was tried again
+    assert record(store) == []
 
 
 def test_a_trial_whose_process_dies_is_tried_once_more(store: ResultsStore):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -45,6 +46,7 @@ class Engine(AbstractContextManager["Engine"], ABC):
     ) -> None:
         self.trial, self.workers, self.timeout = trial, workers, timeout
         self.device = device
+        self.closed = threading.Event()
 
     @abstractmethod
     def attempt(self, request: Mapping[str, Any]) -> dict[str, float]:
@@ -55,7 +57,8 @@ class Engine(AbstractContextManager["Engine"], ABC):
         """
 
     def close(self) -> None:
-        """Stop what still runs; the attempts under way fail."""
+        """Stop what still runs; the attempts under way fail, and no other begins."""
+        self.closed.set()
 
     def __exit__(
         self,
@@ -79,7 +82,7 @@ class LocalEngine(Engine):
     ) -> None:
         super().__init__(trial, workers, timeout, device)
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        self._all = [_Worker(trial, device) for _ in range(workers)]
+        self._all = [_Worker(trial, device, self.closed) for _ in range(workers)]
         for worker in self._all:
             self._idle.put(worker)
 
@@ -93,21 +96,26 @@ class LocalEngine(Engine):
 
     def close(self) -> None:
         """End the idle processes, kill the busy ones."""
+        super().close()
         for worker in self._all:
-            worker.stop(IDLE_SECONDS)
+            worker.end()
 
 
 class _Worker:
     """A process that answers requests one after the other; started when first asked."""
 
-    def __init__(self, trial: Trial, device: Device) -> None:
-        self._trial, self._device = trial, device
+    def __init__(self, trial: Trial, device: Device, closed: threading.Event) -> None:
+        self._trial, self._device, self._closed = trial, device, closed
+        self._busy = False
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection[Any, Any] | None = None
 
     def ask(self, request: Mapping[str, Any], timeout: float) -> dict[str, float]:
+        self._busy = True
         try:
             connection = self._connection or self._start()
+            if self._closed.is_set():
+                raise TrialFailed("the search was stopped")
             connection.send(dict(request))
             if not connection.poll(timeout):
                 raise TrialFailed(f"no answer within {timeout:g} seconds")
@@ -120,6 +128,8 @@ class _Worker:
         except TrialFailed:
             self.stop()
             raise
+        finally:
+            self._busy = False
         if isinstance(answer, str):
             raise TrialFailed(answer)
         return dict(answer)
@@ -128,18 +138,27 @@ class _Worker:
         # a forked child would inherit torch's threads and locks in whatever state they are
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        self._process = context.Process(
+        process = context.Process(
             target=_serve,
             args=(theirs, self._trial, self._device),
             daemon=self._device.workers == 0,  # a daemon cannot start processes
         )
-        self._process.start()
+        process.start()
         theirs.close()
-        self._connection = ours
+        self._process, self._connection = process, ours
         if not ours.poll(STARTING_SECONDS):
             raise TrialFailed(f"its process did not start within {STARTING_SECONDS:g} seconds")
         ours.recv()
         return ours
+
+    def end(self) -> None:
+        """End the process from another thread than the one that asks it, if one does."""
+        process = self._process
+        if not self._busy:
+            self.stop(IDLE_SECONDS)
+        elif process is not None:
+            # the thread that waits for its answer cleans up: it would not hear a connection close
+            process.kill()
 
     def stop(self, patience: float = 0.0) -> None:
         """End the process: an idle one by itself within `patience` seconds, any other by a kill."""
@@ -154,6 +173,7 @@ class _Worker:
 
 def _serve(connection: Connection[Any, Any], trial: Trial, device: Device) -> None:
     """Answer requests until the other side is gone: a dictionary, or why it failed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a keyboard's reaches all; the search decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _prepare(device)
     connection.send("ready")
@@ -230,6 +250,7 @@ class RayEngine(Engine):
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
+        super().close()
         self._ray.shutdown()
 
 

@@ -348,6 +348,8 @@ def _attempts(engine: Engine, request: Mapping[str, Any]) -> dict[str, Any]:
     """Try a trial, and once more where it gave nothing: the columns that this fills."""
     reason = ""
     for attempt in range(1, ATTEMPTS + 1):
+        if engine.closed.is_set():
+            break
         try:
             answer = engine.attempt(request)
         except TrialFailed as error:
