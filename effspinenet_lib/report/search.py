@@ -30,7 +30,7 @@ BILLION, MILLION = 1e9, 1e6
 SECONDS_AN_HOUR = 3600
 NOTHING = (
     "The proxy search is **not run**: no record of it is here. `effspinenet search --profile "
-    "proxy` runs it in about two hours of one core."
+    "proxy` runs it in about three hours of one core."
 )
 
 
