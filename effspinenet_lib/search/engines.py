@@ -47,6 +47,10 @@ class Engine(AbstractContextManager["Engine"], ABC):
         self.trial, self.workers, self.timeout = trial, workers, timeout
         self.device = device
         self.closed = threading.Event()
+        self._open()
+
+    def _open(self) -> None:
+        """Make what the attempts run on."""
 
     @abstractmethod
     def attempt(self, request: Mapping[str, Any]) -> dict[str, float]:
@@ -73,16 +77,9 @@ class Engine(AbstractContextManager["Engine"], ABC):
 class LocalEngine(Engine):
     """Processes on this machine; on processors each computes on one thread."""
 
-    def __init__(
-        self,
-        trial: Trial = run_trial,
-        workers: int = 1,
-        timeout: float = 600.0,
-        device: Device = ONE_THREAD,
-    ) -> None:
-        super().__init__(trial, workers, timeout, device)
+    def _open(self) -> None:
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        self._all = [_Worker(trial, device, self.closed) for _ in range(workers)]
+        self._all = [_Worker(self.trial, self.device, self.closed) for _ in range(self.workers)]
         for worker in self._all:
             self._idle.put(worker)
 
@@ -213,14 +210,7 @@ class RayEngine(Engine):
     accelerator if it computes on one.
     """
 
-    def __init__(
-        self,
-        trial: Trial = run_trial,
-        workers: int = 1,
-        timeout: float = 600.0,
-        device: Device = ONE_THREAD,
-    ) -> None:
-        super().__init__(trial, workers, timeout, device)
+    def _open(self) -> None:
         try:
             import ray
         except ImportError as error:
@@ -228,8 +218,8 @@ class RayEngine(Engine):
                 "the engine ray is not installed: pip install 'effspinenet[ray]'"
             ) from error
         self._ray = ray
-        needed = ray_resources(device)
-        cores = None if os.environ.get("RAY_ADDRESS") else workers * needed["num_cpus"]
+        needed = ray_resources(self.device)
+        cores = None if os.environ.get("RAY_ADDRESS") else self.workers * needed["num_cpus"]
         ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
         self._answer = ray.remote(max_retries=0, max_calls=0, **needed)(_answer_on_ray)
 
