@@ -63,8 +63,10 @@ print(json.dumps(facts))
 
 
 def memory(rounds: int, quick: bool) -> Iterator[Figure]:
-    """Resident memory of a loading process, and of opening an annotation file."""
+    """Resident memory of a loading process, and of opening an annotation file; Linux only."""
     del rounds
+    if sys.platform != "linux":
+        return
     for images in QUICK_COUNTS if quick else IMAGE_COUNTS:
         steps = max(LOADED, EPOCHS * images) // BATCH
         settings = f"{images:,} images, {images * BOXES:,} annotations"
@@ -98,7 +100,7 @@ def _measure(images: int, steps: int) -> list[dict[str, Any]]:
             subprocess.run(
                 [sys.executable, "-c", program, str(root), str(steps), str(BATCH)],
                 env=environment,
-                capture_output=True,
+                stdout=subprocess.PIPE,
                 text=True,
                 check=True,
             )

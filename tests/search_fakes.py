@@ -45,6 +45,10 @@ def tells_of_its_process(request: Mapping[str, Any]) -> dict[str, float]:
     return {"AP": float("ACCELERATE_USE_CPU" in os.environ), "seconds": float(not alone)}
 
 
+def fails_with_its_process(request: Mapping[str, Any]) -> dict[str, float]:
+    raise ArithmeticError(f"in process {os.getpid()}")
+
+
 def dies_once(request: Mapping[str, Any]) -> dict[str, float]:
     if note_start(request) == 0:
         os._exit(9)

@@ -337,6 +337,8 @@ def test_nothing_is_printed_and_nothing_is_changed(capfd: pytest.CaptureFixture[
         ({"score": "high"}, "detection 2: .* not finite"),
         ({"score": None}, "detection 2 has no 'score'"),
         ({"bbox": [0.0, 0.0, 1.0]}, "detection 2: .* four numbers"),
+        ({"bbox": 3}, "detection 2 cannot be read"),
+        ({"image_id": [1]}, "detection 2 cannot be read"),
     ],
 )
 def test_a_broken_detection_is_named(change: dict[str, Any], message: str) -> None:

@@ -14,7 +14,12 @@ from effspinenet_lib.errors import CheckpointError
 from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.training.config import RunConfig, file_digest
 from effspinenet_lib.training.ema import build_ema
-from effspinenet_lib.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from effspinenet_lib.training.optim import (
+    build_optimizer,
+    learning_rate_at,
+    load_optimizer,
+    set_learning_rate,
+)
 
 IMAGENET = get_recipe("paper_classification")
 
@@ -142,3 +147,17 @@ def test_initial_weights_count_by_what_is_in_them(tmp_path) -> None:
 def test_missing_initial_weights_are_one_clear_line() -> None:
     with pytest.raises(CheckpointError, match=r"^/nowhere: the initial weights cannot be read"):
         file_digest("/nowhere")
+
+
+@pytest.mark.parametrize("saved", [{"fused": True}, {"foreach": True}])
+def test_a_loaded_optimizer_updates_as_this_device_does(saved):
+    model = nn.Linear(3, 2)
+    before = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **saved)
+    model(torch.ones(1, 3)).sum().backward()
+    before.step()
+    after = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, fused=False)
+    load_optimizer(after, copy.deepcopy(before.state_dict()))
+    (group,) = after.param_groups
+    assert (group["fused"], group["foreach"], group["lr"]) == (False, None, 0.1)
+    momentum = after.state[model.weight]["momentum_buffer"]
+    assert torch.equal(momentum, before.state[model.weight]["momentum_buffer"])

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from effspinenet_lib.cli import app
 from effspinenet_lib.errors import CheckpointError, UserError
+from effspinenet_lib.experiments.parameters import usable_cores
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.search.engines import Engine, LocalEngine, RayEngine, ray_resources
 from effspinenet_lib.search.run import METHODS, Penalty, Search, run_references, run_search
@@ -155,9 +156,20 @@ def test_trials_leave_the_processor_only_where_an_accelerator_is_asked_for(
 
 
 def test_ray_is_asked_for_what_a_trial_needs():
-    assert ray_resources(Device()) == {"num_cpus": 1}
-    assert ray_resources(Device("cuda", 3)) == {"num_cpus": 4, "num_gpus": 1}
-    assert ray_resources(Device("tpu")) == {"num_cpus": 1, "resources": {"TPU": 1}}
+    assert ray_resources(Device()) == {"CPU": 1}
+    assert ray_resources(Device("cuda", 3)) == {"CPU": 4, "GPU": 1}
+    assert ray_resources(Device("tpu")) == {"CPU": 1, "TPU": 1}
+    with pytest.raises(UserError, match="hands out no 'mps'; it has cpu, cuda, tpu"):
+        ray_resources(Device("mps"))
+
+
+@needs_ray
+def test_a_ray_cluster_says_how_many_trials_it_has_room_for():
+    with RayEngine(search_fakes.works, workers=0, device=Device("auto")) as engine:
+        assert engine.device.kind == "cpu"
+        assert engine.workers == usable_cores()
+    with pytest.raises(UserError, match=r"a trial needs .*'GPU': 1.* of the Ray cluster"):
+        RayEngine(search_fakes.works, device=Device("cuda"))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -292,6 +304,20 @@ def test_references_are_run_once_for_each_seed(store: ResultsStore):
     ]
     assert len(set(rows["run"])) == 4
     assert len(started(store)) == 4
+    scaled = SETTINGS.on(None, batch_size=2)
+    assert scaled.description.endswith("smoke_search scaled to batch 2")
+    with pytest.raises(UserError, match="equal with seed 0 was trained with other settings"):
+        run_references(scaled, store, named, [0], Here(), progress=False)
+
+
+def test_a_process_that_saw_an_error_is_not_asked_again():
+    with LocalEngine(search_fakes.fails_with_its_process, timeout=60) as engine:
+        said = []
+        for _ in range(2):
+            with pytest.raises(TrialFailed) as failure:
+                engine.attempt({})
+            said.append(str(failure.value))
+    assert said[0] != said[1]
 
 
 def test_compare_shows_chosen_distributions_without_the_runs_that_chose_them(

@@ -65,7 +65,7 @@ def evaluate(
 
     Detection and instances: the 12 COCO metrics of boxes, and of masks; interrupted, the same
     command goes on. Classification: top-1 and top-5. Segmentation: mIOU. Under `torchrun` the
-    processes share the images.
+    processes share the images; to go on it takes as many of them as before.
 
     For example:
 
@@ -111,14 +111,15 @@ def evaluate(
             settings=settings,
             accelerator=accelerator,
         )
+        if accelerator.is_main_process:
+            write_predictions(folder / "predictions.json", evaluation.predictions)
+            defined = {k: None if v != v else v for k, v in evaluation.metrics.items()}
+            write_json(folder / "metrics.json", defined)
         accelerator.wait_for_everyone()  # before any log is gone
     if not accelerator.is_main_process:
         return
     for leftover in folder.glob(f"*{PARTIAL}"):  # of as many processes as there were before
-        leftover.unlink()
-    write_predictions(folder / "predictions.json", evaluation.predictions)
-    defined = {k: None if v != v else v for k, v in evaluation.metrics.items()}
-    write_json(folder / "metrics.json", defined)
+        leftover.unlink(missing_ok=True)  # each process removes its own
     add_evaluation(
         record,
         {

@@ -32,13 +32,19 @@ Data = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Images a step; the recipe is scaled to them.")
 ]
-EngineName = Annotated[str, typer.Option(help="`local` processes, or a `ray` cluster.")]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        help="`local` processes, or a `ray` cluster, whose machines share the folders of data and "
+        "results."
+    ),
+]
 Processes = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Trials at once, each on one core or one accelerator of the cluster. "
-        "[default: the machine's cores; 1 on an accelerator]",
+        help="Trials at once. [default: one a core; on an accelerator one, of a Ray cluster as "
+        "many as it has]",
     ),
 ]
 AcceleratorName = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `tpu`.")]
@@ -59,21 +65,35 @@ def _engine(
     micro_batch: int | None,
     workers: int,
 ) -> Engine:
-    from effspinenet_lib.errors import UserError
-    from effspinenet_lib.experiments.parameters import CPU, find_device, usable_cores
-    from effspinenet_lib.search.engines import get_engine
+    from effspinenet_lib.errors import UnknownName, UserError
+    from effspinenet_lib.experiments.parameters import (
+        ACCELERATORS,
+        AUTO,
+        CPU,
+        find_device,
+        run_count,
+    )
+    from effspinenet_lib.search.engines import LOCAL, get_engine
     from effspinenet_lib.search.trials import Device
 
-    kind = find_device(accelerator)
+    make = get_engine(name)
+    kind, count = accelerator, processes or 0  # a cluster's devices are not this machine's
+    if accelerator not in ACCELERATORS:
+        raise UnknownName("accelerator", accelerator, ACCELERATORS)
+    if name == LOCAL:
+        kind = find_device(accelerator)
+        count = run_count(processes or AUTO, kind)
+    device = Device(kind, workers, micro_batch)
+    engine = make(workers=count, timeout=settings.timeout, device=device)
     whole = micro_batch is None and settings.recipe.scaled_from_batch is None
-    if settings.profile == "paper" and kind == CPU and whole:
+    if settings.profile == "paper" and engine.device.kind == CPU and whole:
+        engine.close()
         raise UserError(
             f"a step of a trial has {settings.recipe.batch_size} images, more than a processor's "
             "memory holds: use an accelerator, or give --micro-batch or --batch-size"
         )
-    count = processes or (usable_cores() if kind == CPU else 1)
-    device = Device(kind, workers, micro_batch)
-    return get_engine(name)(workers=count, timeout=settings.timeout, device=device)
+    typer.echo(f"Trials at once: {engine.workers}, each on one {engine.device.kind}", err=True)
+    return engine
 
 
 @app.callback()

@@ -13,6 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from types import TracebackType
@@ -22,7 +23,9 @@ from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.search.trials import CPU, ONE_THREAD, Device, Trial, TrialFailed, run_trial
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-TPU = "tpu"
+AUTO = "auto"
+RAY_CORES = "CPU"
+RAY_NAMES = {"cuda": "GPU", "tpu": "TPU"}  # kinds of devices by Ray's names for them
 IDLE_SECONDS = 3.0  # our choice: a process that waits for a request needs under one to end
 STARTING_SECONDS = 120.0  # our choice: a process that imports torch on a busy machine
 
@@ -128,6 +131,7 @@ class _Worker:
         finally:
             self._busy = False
         if isinstance(answer, str):
+            self.stop()  # an accelerator may be beyond use in the process that saw an error
             raise TrialFailed(answer)
         return dict(answer)
 
@@ -159,13 +163,14 @@ class _Worker:
 
     def stop(self, patience: float = 0.0) -> None:
         """End the process: an idle one by itself within `patience` seconds, any other by a kill."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._process is not None:
-            self._process.join(patience)
-            self._process.kill()
-            self._process.join()
+        process, connection = self._process, self._connection
         self._process = self._connection = None
+        if connection is not None:
+            connection.close()
+        if process is not None:
+            process.join(patience)
+            process.kill()
+            process.join()
 
 
 def _serve(connection: Connection[Any, Any], trial: Trial, device: Device) -> None:
@@ -204,10 +209,14 @@ def _end_with_parent() -> None:
 
 
 class RayEngine(Engine):
-    """A Ray cluster: the one at `RAY_ADDRESS`, or `workers` processes on this machine.
+    """A Ray cluster: the one at `RAY_ADDRESS`, or processes on this machine.
 
     An attempt asks for a core for itself and for each process that loads its images, and for one
-    accelerator if it computes on one.
+    accelerator if it computes on one. The kind of device `auto` is an accelerator where the cluster
+    has one; 0 workers are as many as it has room for.
+
+    Raises:
+        UserError: Ray is not installed, or the cluster has no room for an attempt.
     """
 
     def _open(self) -> None:
@@ -218,10 +227,25 @@ class RayEngine(Engine):
                 "the engine ray is not installed: pip install 'effspinenet[ray]'"
             ) from error
         self._ray = ray
+        cores = self.workers * (1 + self.device.workers)
+        alone = cores > 0 and not os.environ.get("RAY_ADDRESS")
+        ray.init(num_cpus=cores if alone else None, include_dashboard=False, log_to_driver=False)
+        there = ray.cluster_resources()
+        if self.device.kind == AUTO:
+            kind = next((kind for kind, name in RAY_NAMES.items() if there.get(name)), CPU)
+            self.device = replace(self.device, kind=kind)
         needed = ray_resources(self.device)
-        cores = None if os.environ.get("RAY_ADDRESS") else self.workers * needed["num_cpus"]
-        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
-        self._answer = ray.remote(max_retries=0, max_calls=0, **needed)(_answer_on_ray)
+        room = min(int(there.get(name, 0) // amount) for name, amount in needed.items())
+        if room == 0:
+            ray.shutdown()
+            raise UserError(f"a trial needs {needed} of the Ray cluster, which has {there}")
+        self.workers = self.workers or room
+        options = {
+            "num_cpus": needed.pop(RAY_CORES),
+            "num_gpus": needed.pop(RAY_NAMES["cuda"], 0),
+            "resources": needed,
+        }
+        self._answer = ray.remote(max_retries=0, **options)(_answer_on_ray)
 
     def attempt(self, request: Mapping[str, Any]) -> dict[str, float]:
         """Run the trial as a Ray task."""
@@ -251,17 +275,23 @@ def _answer_on_ray(
     return _answer(trial, request)
 
 
-def ray_resources(device: Device) -> dict[str, Any]:
-    """What an attempt asks a Ray cluster for."""
-    cores = {"num_cpus": 1 + device.workers}
+def ray_resources(device: Device) -> dict[str, int]:
+    """What an attempt asks a Ray cluster for, by Ray's names.
+
+    Raises:
+        UserError: Ray hands out no such device.
+    """
+    cores = {RAY_CORES: 1 + device.workers}
     if device.kind == CPU:
         return cores
-    if device.kind == TPU:
-        return {**cores, "resources": {"TPU": 1}}
-    return {**cores, "num_gpus": 1}
+    if device.kind not in RAY_NAMES:
+        known = ", ".join((CPU, *RAY_NAMES))
+        raise UserError(f"Ray hands out no {device.kind!r}; it has {known}")
+    return {**cores, RAY_NAMES[device.kind]: 1}
 
 
-ENGINES: dict[str, type[LocalEngine] | type[RayEngine]] = {"local": LocalEngine, "ray": RayEngine}
+LOCAL = "local"
+ENGINES: dict[str, type[LocalEngine] | type[RayEngine]] = {LOCAL: LocalEngine, "ray": RayEngine}
 
 
 def get_engine(name: str) -> type[LocalEngine] | type[RayEngine]:

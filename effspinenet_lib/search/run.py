@@ -252,7 +252,7 @@ def run_references(
         The rows of method `reference`.
 
     Raises:
-        UserError: the record cannot be written.
+        UserError: the record cannot be written, or holds them with other settings.
     """
     frame = store.trials()
     known = rows_of(frame[frame["method"] == REFERENCE])
@@ -265,6 +265,11 @@ def run_references(
         )
         for name, betas in named.items():
             (row,) = plan_betas(settings, [betas], REFERENCE, seed, 0, first)
+            if any(o["betas"] == row["betas"] and o["run"] != row["run"] for o in own):
+                raise UserError(
+                    f"{store.folder}: {name} with seed {seed} was trained with other settings; "
+                    "choose another results folder"
+                )
             if row["run"] not in runs:
                 runs.add(row["run"])
                 rows.append({**row, "note": name})

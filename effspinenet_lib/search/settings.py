@@ -93,9 +93,11 @@ class SearchSettings:
         data = self.data
         counts = (data.train_images, data.eval_images)
         images = "all" if counts == (None, None) else "/".join(map(str, counts))
+        scaled = self.recipe.scaled_from_batch is not None
         return (
             f"{self.model}, {data.format} {data.train_split}/{data.eval_split} {images} images, "
             f"{self.image_size}x{self.image_size}, {self.recipe.name}"
+            + (f" scaled to batch {self.recipe.batch_size}" if scaled else "")
         )
 
 

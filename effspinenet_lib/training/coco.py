@@ -99,7 +99,10 @@ class _Reader:
         except (KeyError, TypeError, ValueError):
             pass
         for index, record in enumerate(records, start=1):
-            self._check(record, f"{name} {index}", number)
+            try:
+                self._check(record, f"{name} {index}", number)
+            except TypeError as error:
+                raise DataError(f"{name} {index} cannot be read ({error})") from error
         raise DataError(f"{name}s cannot be read")
 
     def _check(self, record: Record, where: str, number: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from timm.optim.rmsprop_tf import RMSpropTF
@@ -12,6 +13,7 @@ from effspinenet_lib.recipes import Recipe
 
 # Devices for which torch has no SGD that updates a parameter in one pass.
 UNFUSED_DEVICES = ("xla", "meta")
+KERNELS = ("foreach", "fused")  # entries of a parameter group that say how it is updated
 
 
 def learning_rate_at(recipe: Recipe, step: int) -> float:
@@ -85,6 +87,17 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         eps=recipe.optimizer_epsilon,
         momentum=recipe.momentum,
     )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a saved state, but keep how this device updates parameters.
+
+    torch would bring back the kernels of the device that the state was saved on.
+    """
+    own = [{k: g[k] for k in KERNELS if k in g} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, kernels in zip(optimizer.param_groups, own, strict=True):
+        group.update(kernels)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

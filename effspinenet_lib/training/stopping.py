@@ -99,8 +99,11 @@ def lost_processes() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, DistError) and _GLOO not in str(error):
             raise
+        # a transport's own failure looks the same, and what it says tells them apart
+        told = f" ({str(error).splitlines()[0]})" if isinstance(error, DistError) else ""
         raise Preempted(
             "another process of this run died; the same command goes on from the last checkpoint"
+            f"{told}"
         ) from error
 
 

@@ -32,7 +32,7 @@ from effspinenet_lib.training.config import RunConfig
 from effspinenet_lib.training.ema import Ema, build_ema
 from effspinenet_lib.training.logs import Curve
 from effspinenet_lib.training.loop import Step, prepare_model, seed_everything, train_steps
-from effspinenet_lib.training.optim import build_optimizer
+from effspinenet_lib.training.optim import build_optimizer, load_optimizer
 from effspinenet_lib.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def _take_up(job: Job, accelerator: Accelerator, dataset: Dataset) -> _State:
     optimizer = accelerator.prepare_optimizer(build_optimizer(model, config.recipe))
     ema = build_ema(accelerator.unwrap_model(model), config.recipe)
     if latest is not None:
-        optimizer.load_state_dict(latest.optimizer_state)
+        load_optimizer(optimizer, latest.optimizer_state)
         if ema is not None and latest.ema_state is not None:
             ema.load_state_dict(latest.ema_state)
     return _State(model, optimizer, ema, latest)
