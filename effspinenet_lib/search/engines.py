@@ -24,8 +24,9 @@ from effspinenet_lib.search.trials import CPU, ONE_THREAD, Device, Trial, TrialF
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 AUTO = "auto"
-RAY_CORES = "CPU"
-RAY_NAMES = {"cuda": "GPU", "tpu": "TPU"}  # kinds of devices by Ray's names for them
+TPU = "tpu"
+GPU = "gpu"  # any other accelerator
+RAY_CORES, RAY_GPU, RAY_TPU = "CPU", "GPU", "TPU"  # Ray's names
 IDLE_SECONDS = 3.0  # our choice: a process that waits for a request needs under one to end
 STARTING_SECONDS = 120.0  # our choice: a process that imports torch on a busy machine
 
@@ -232,7 +233,7 @@ class RayEngine(Engine):
         ray.init(num_cpus=cores if alone else None, include_dashboard=False, log_to_driver=False)
         there = ray.cluster_resources()
         if self.device.kind == AUTO:
-            kind = next((kind for kind, name in RAY_NAMES.items() if there.get(name)), CPU)
+            kind = GPU if there.get(RAY_GPU) else TPU if there.get(RAY_TPU) else CPU
             self.device = replace(self.device, kind=kind)
         needed = ray_resources(self.device)
         room = min(int(there.get(name, 0) // amount) for name, amount in needed.items())
@@ -242,7 +243,7 @@ class RayEngine(Engine):
         self.workers = self.workers or room
         options = {
             "num_cpus": needed.pop(RAY_CORES),
-            "num_gpus": needed.pop(RAY_NAMES["cuda"], 0),
+            "num_gpus": needed.pop(RAY_GPU, 0),
             "resources": needed,
         }
         self._answer = ray.remote(max_retries=0, **options)(_answer_on_ray)
@@ -276,18 +277,11 @@ def _answer_on_ray(
 
 
 def ray_resources(device: Device) -> dict[str, int]:
-    """What an attempt asks a Ray cluster for, by Ray's names.
-
-    Raises:
-        UserError: Ray hands out no such device.
-    """
+    """What an attempt asks a Ray cluster for, by Ray's names."""
     cores = {RAY_CORES: 1 + device.workers}
     if device.kind == CPU:
         return cores
-    if device.kind not in RAY_NAMES:
-        known = ", ".join((CPU, *RAY_NAMES))
-        raise UserError(f"Ray hands out no {device.kind!r}; it has {known}")
-    return {**cores, RAY_NAMES[device.kind]: 1}
+    return {**cores, RAY_TPU if device.kind == TPU else RAY_GPU: 1}
 
 
 LOCAL = "local"
