@@ -66,27 +66,23 @@ def _engine(
     workers: int,
 ) -> Engine:
     from effspinenet_lib.errors import UnknownName, UserError
-    from effspinenet_lib.experiments.parameters import (
-        ACCELERATORS,
-        AUTO,
-        CPU,
-        find_device,
-        run_count,
-    )
+    from effspinenet_lib.experiments.items import PAPER
+    from effspinenet_lib.experiments.parameters import ACCELERATORS, find_device, run_count
     from effspinenet_lib.search.engines import LOCAL, get_engine
     from effspinenet_lib.search.trials import Device
+    from effspinenet_lib.training.devices import AUTO, CPU
 
     make = get_engine(name)
     kind, count = accelerator, processes or 0  # a cluster's devices are not this machine's
-    if accelerator not in ACCELERATORS:
-        raise UnknownName("accelerator", accelerator, ACCELERATORS)
     if name == LOCAL:
         kind = find_device(accelerator)
         count = run_count(processes or AUTO, kind)
+    elif accelerator not in ACCELERATORS:
+        raise UnknownName("accelerator", accelerator, ACCELERATORS)
     device = Device(kind, workers, micro_batch)
     engine = make(workers=count, timeout=settings.timeout, device=device)
     whole = micro_batch is None and settings.recipe.scaled_from_batch is None
-    if settings.profile == "paper" and engine.device.kind == CPU and whole:
+    if settings.profile == PAPER and engine.device.kind == CPU and whole:
         engine.close()
         raise UserError(
             f"a step of a trial has {settings.recipe.batch_size} images, more than a processor's "

@@ -21,6 +21,7 @@ from effspinenet_lib.errors import DataError, UnknownName, UserError
 FORMATS = ("shapescenes", "coco", "voc", "voc_segmentation", "imagenet")
 # Tasks of the formats that serve one task alone.
 ONLY_TASK = {"voc_segmentation": "segmentation", "imagenet": "classification"}
+UNKNOWN_ROOT = "data"  # stands for a folder that is not given: it is no part of a run's key
 _FOLDERS: Mapping[str, Callable[[str, str, int | None], Dataset]] = {
     "coco": CocoFolder,
     "voc": VocFolder,

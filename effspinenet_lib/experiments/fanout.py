@@ -23,9 +23,10 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from effspinenet_lib.errors import UserError
-from effspinenet_lib.experiments.parameters import CPU, usable_cores
+from effspinenet_lib.experiments.parameters import usable_cores
 from effspinenet_lib.files import ensure_folder, read_json, write_json
 from effspinenet_lib.results import CURVE_FILE
+from effspinenet_lib.training.devices import CPU, THREAD_VARIABLES
 from effspinenet_lib.training.run import (
     LOG,
     REQUEST,
@@ -38,7 +39,6 @@ from effspinenet_lib.training.stopping import stop_requests
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 120.0  # our choice: for a step and its checkpoint, before a run is ended regardless
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from effspinenet_lib.data import DataConfig, detect_format
+from effspinenet_lib.data.source import UNKNOWN_ROOT
 from effspinenet_lib.errors import DataError
 
 # Format of a folder -> names that its parts to train and to evaluate on have, the paper's first.
@@ -28,7 +29,6 @@ _LISTS: dict[str, str] = {
     "voc_segmentation": "ImageSets/Segmentation/{}.txt",
     "voc": "ImageSets/Main/{}.txt",
 }
-UNKNOWN_ROOT = "data"  # stands for a folder that is not given: it is no part of a run's key
 
 
 def paper_data(root: Path | None, task: str) -> DataConfig:

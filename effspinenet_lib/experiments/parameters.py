@@ -14,9 +14,8 @@ from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.experiments.items import PROFILES, Profile
 from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.training.devices import AUTO, CPU
 
-AUTO = "auto"
-CPU = "cpu"
 ACCELERATORS = (AUTO, CPU, "cuda", "tpu")
 ENGINES = ("local",)
 # Our choice: the paper's batches of 256 and more take days a step on a processor. The activations

@@ -19,7 +19,6 @@ RATIO = "ratio"
 WHOLE_FROM = 1000  # milliseconds that are shown without fractions
 PRODUCT = "matrix product"
 FORMATS = ("float32", "bfloat16")
-BEFORE, AFTER = "before", "after"
 
 
 class _Row(NamedTuple):

@@ -20,10 +20,9 @@ from types import TracebackType
 from typing import Any
 
 from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.search.trials import CPU, ONE_THREAD, Device, Trial, TrialFailed, run_trial
+from effspinenet_lib.search.trials import ONE_THREAD, Device, Trial, TrialFailed, run_trial
+from effspinenet_lib.training.devices import AUTO, CPU, THREAD_VARIABLES
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-AUTO = "auto"
 TPU = "tpu"
 GPU = "gpu"  # any other accelerator
 RAY_CORES, RAY_GPU, RAY_TPU = "CPU", "GPU", "TPU"  # Ray's names

@@ -10,6 +10,7 @@ from effspinenet_lib.choices.learned import betas_text
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.data.heldout import Part
 from effspinenet_lib.data.shapes import CATEGORIES
+from effspinenet_lib.data.source import UNKNOWN_ROOT
 from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.recipes import SEARCH_HELD_OUT_IMAGES, Recipe, get_recipe
 from effspinenet_lib.specs import SCALES
@@ -18,7 +19,6 @@ from effspinenet_lib.zoo.registry import COCO_CLASSES
 
 OWN_FORMAT = "shapescenes"
 HELD_OUT = "search"  # split of ShapeScenes that no training and no table sees
-UNKNOWN_ROOT = "data"  # stands for a folder that the user has to name
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from effspinenet_lib.training.devices import CPU
+
 # (request) -> metrics of the trial and the seconds that it took; whatever it raises is a failure.
 # A request is what `trial_request` gives: JSON types only.
 Trial = Callable[[Mapping[str, Any]], dict[str, float]]
-
-
-CPU = "cpu"
 
 
 @dataclass(frozen=True)

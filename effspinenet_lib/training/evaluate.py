@@ -245,8 +245,8 @@ def evaluate(
         settings: for weights from elsewhere.
         accelerator: of processes that share the images, each a run of neighbours, and that all
             call this with the same weights. Only the main one gets what was found, as a single
-            process would have it; the others get an evaluation of nothing. A log is for one
-            process.
+            process would have it; the others get an evaluation of nothing. Each has a log of its
+            own, which counts for as many processes.
 
     Raises:
         UserError: the model has classes that the data set lacks.

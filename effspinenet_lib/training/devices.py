@@ -1,0 +1,7 @@
+"""Kinds of devices by name, and the variables that say on how many threads a process computes."""
+
+from __future__ import annotations
+
+AUTO = "auto"  # an accelerator where there is one
+CPU = "cpu"
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
