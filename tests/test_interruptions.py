@@ -382,6 +382,14 @@ def test_a_signal_between_steps_and_handlers_as_they_were() -> None:
     assert [signal.getsignal(number) for number in stopping.STOP_SIGNALS] == before
 
 
+def test_a_signal_does_not_take_the_place_of_the_error_that_ended_the_steps() -> None:
+    with stop_requests() as request:
+        with pytest.raises(TrainingError), request.in_steps():
+            raise TrainingError("of the steps")
+        os.kill(os.getpid(), signal.SIGTERM)  # waits, for the run is ending
+    assert request.signal == "SIGTERM"
+
+
 @pytest.mark.parametrize(
     ("late", "diverged"),
     [

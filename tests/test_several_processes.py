@@ -228,6 +228,14 @@ def _break() -> None:
     raise RuntimeError("a mistake in the losses")
 
 
+def _outlive_the_other() -> None:
+    """Let the launcher, which ends what is left of a run, not cut off this process's last words.
+
+    A run handles the signal itself; this is for the moment after it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _two_processes(root: str, first: str) -> None:
     """What each of two processes does; told apart by the environment."""
     folder, rank = Path(root), int(os.environ["RANK"])
@@ -246,6 +254,7 @@ def _two_processes(root: str, first: str) -> None:
             (folder / f"{name} {rank}").write_text(said)
         trainer.training_loader = training_loader
     _strike_losses(1, _break)
+    _outlive_the_other()
     try:
         train_run(config_of("detection", Path(first)), folder / "other breaks", progress=False)
     except Exception as error:
@@ -383,6 +392,7 @@ COMMAND_OUTPUT = ("Run: ", "Weights: ", "Predictions: ", "Record: ", "AP50 ")  #
 
 def _under_torchrun(root: str, first: str, name: str) -> None:
     """What two processes do: the second one is killed, or they go on and run more commands."""
+    _outlive_the_other()
     if name == "killed":
         _strike_losses(1, lambda: os.kill(os.getpid(), signal.SIGKILL))
     try:

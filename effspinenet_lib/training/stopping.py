@@ -45,12 +45,13 @@ class StopRequest:
 
     @contextmanager
     def in_steps(self) -> Iterator[None]:
-        """While this is open a signal waits for the end of the step; else it acts at once."""
+        """While this is open a signal waits for the end of the step; else it acts at once.
+
+        An error that ends the steps ends the run, and no signal takes its place.
+        """
         self._in_steps = True
-        try:
-            yield
-        finally:
-            self._in_steps = False
+        yield
+        self._in_steps = False
 
     def take(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: remember the first one, obey the second at once.
