@@ -192,6 +192,11 @@ def test_a_sample_that_was_trained_before_takes_its_result(store: ResultsStore):
     assert set(rows["state"]) == {"duplicate"}
     assert rows["AP"].tolist() == known["AP"].tolist()
     assert started(other) == []
+    # norms that see other images give other results, and the runs have the same names
+    in_parts = replace(search, store=other, settings=SETTINGS.on(None, micro_batch=2))
+    rows = run_search(in_parts, Here(), progress=False, force=True)
+    assert set(rows["state"]) == {"finished"}
+    assert len(started(other)) == 4
 
 
 def test_equal_samples_of_one_batch_are_trained_once(
@@ -208,8 +213,10 @@ def test_a_record_of_other_settings_is_not_mixed(store: ResultsStore):
     search = Search(SETTINGS, store, "random", seed=0, trials=2)
     run_search(search, Here(), progress=False)
     changed = replace(search, settings=replace(SETTINGS, image_size=128), trials=4)
-    with pytest.raises(UserError, match="other settings"):
-        run_search(changed, Here(), progress=False)
+    in_parts = replace(search, settings=SETTINGS.on(None, micro_batch=2), trials=4)
+    for other in (changed, in_parts):
+        with pytest.raises(UserError, match="other settings"):
+            run_search(other, Here(), progress=False)
     assert len(run_search(changed, Here(), progress=False, force=True)) == 4
     with pytest.raises(UserError, match="another penalty"):
         run_search(replace(changed, penalty=Penalty(-0.07)), Here(), progress=False)
@@ -304,8 +311,11 @@ def test_references_are_run_once_for_each_seed(store: ResultsStore):
     assert len(started(store)) == 4
     scaled = SETTINGS.on(None, batch_size=2)
     assert scaled.description.endswith("smoke_search scaled to batch 2")
-    with pytest.raises(UserError, match="equal with seed 0 was trained with other settings"):
-        run_references(scaled, store, named, [0], Here(), progress=False)
+    in_parts = SETTINGS.on(None, micro_batch=2)
+    assert in_parts.description.endswith("smoke_search, 2 images at once")
+    for other in (scaled, in_parts):
+        with pytest.raises(UserError, match="equal with seed 0 was trained with other settings"):
+            run_references(other, store, named, [0], Here(), progress=False)
 
 
 def test_a_process_that_saw_an_error_is_not_asked_again():

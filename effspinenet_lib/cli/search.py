@@ -62,7 +62,6 @@ def _engine(
     settings: SearchSettings,
     processes: int | None,
     accelerator: str,
-    micro_batch: int | None,
     workers: int,
 ) -> Engine:
     from effspinenet_lib.errors import UnknownName, UserError
@@ -79,9 +78,9 @@ def _engine(
         count = run_count(processes or AUTO, kind)
     elif accelerator not in ACCELERATORS:
         raise UnknownName("accelerator", accelerator, ACCELERATORS)
-    device = Device(kind, workers, micro_batch)
+    device = Device(kind, workers)
     engine = make(workers=count, timeout=settings.timeout, device=device)
-    whole = micro_batch is None and settings.recipe.scaled_from_batch is None
+    whole = settings.micro_batch is None and settings.recipe.scaled_from_batch is None
     if settings.profile == PAPER and engine.device.kind == CPU and whole:
         engine.close()
         raise UserError(
@@ -135,11 +134,11 @@ def search(
     from effspinenet_lib.search.run import Penalty, Search, run_search
     from effspinenet_lib.search.settings import get_search
 
-    settings = get_search(profile).on(data, batch_size)
+    settings = get_search(profile).on(data, batch_size, micro_batch)
     store = ResultsStore(results_dir or default_results_dir(), profile)
     names = settings.methods if method == ALL else (method,)
     rows = []
-    with _engine(engine, settings, processes, accelerator, micro_batch, workers) as running:
+    with _engine(engine, settings, processes, accelerator, workers) as running:
         for name in names:
             one = Search(settings, store, name, seed, trials or settings.trials, Penalty(penalty))
             record = run_search(one, running, force=force)
@@ -209,10 +208,10 @@ def compare(
     from effspinenet_lib.search.run import run_references
     from effspinenet_lib.search.settings import get_search
 
-    settings = get_search(profile).on(data, batch_size)
+    settings = get_search(profile).on(data, batch_size, micro_batch)
     store = ResultsStore(results_dir or default_results_dir(), profile)
     named = compared_betas(store.trials())
-    with _engine(engine, settings, processes, accelerator, micro_batch, workers) as running:
+    with _engine(engine, settings, processes, accelerator, workers) as running:
         run_references(settings, store, named, range(seeds), running)
     rows = [
         (name, len(own), float(own["AP"].mean()), float(own["AP"].std()))

@@ -14,11 +14,10 @@ import pandas as pd
 from effspinenet_lib.choices.learned import BETAS, distributed, parse_betas
 from effspinenet_lib.report.provenance import Provenance, ResultFiles
 from effspinenet_lib.report.tables import NOT_PRINTED, NOT_RUN, PROXY, Spread, Table, spreads
-from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.results import REFERENCE, ResultsStore
 from effspinenet_lib.results.store import TRIALS_FILE
 from effspinenet_lib.specs import BackboneSpec
 
-REFERENCE = "reference"
 METHOD_NAMES = {
     "ppo": "PPO",
     "reinforce": "REINFORCE",

@@ -321,8 +321,8 @@ EVALUATION = Schema(
     ("weights", "image_size", "data", "images", "metric"),
 )
 
-# reference: distributions that no method chose.
-SEARCH_METHODS = ("ppo", "reinforce", "random", "evolution", "reference")
+REFERENCE = "reference"  # in a method's place: distributions that no method chose
+SEARCH_METHODS = ("ppo", "reinforce", "random", "evolution", REFERENCE)
 TRIAL_STATES = ("finished", "duplicate", "failed")
 
 SEARCH_TRIAL = Schema(

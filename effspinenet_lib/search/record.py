@@ -10,7 +10,7 @@ import pandas as pd
 
 from effspinenet_lib.choices import ModelCost
 from effspinenet_lib.choices.learned import SEARCH_SPACE, betas_text
-from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.results import REFERENCE, ResultsStore
 from effspinenet_lib.search.methods import Choices
 from effspinenet_lib.search.settings import SearchSettings
 from effspinenet_lib.search.space import base_dims, detector_costs
@@ -18,7 +18,6 @@ from effspinenet_lib.specs import MODELS, SCALES
 from effspinenet_lib.zoo.registry import COCO_CLASSES
 
 FINISHED, DUPLICATE, FAILED = "finished", "duplicate", "failed"
-REFERENCE = "reference"  # in a method's place: distributions that no method chose
 DIMS_JOINT = "-"
 
 
@@ -87,10 +86,11 @@ def equal_betas() -> tuple[int, ...]:
     return (SEARCH_SPACE[0],) * len(SCALES["D0"].repeats)
 
 
-def finished_runs(store: ResultsStore) -> dict[str, dict[str, Any]]:
+def finished_runs(store: ResultsStore, settings: SearchSettings) -> dict[str, dict[str, Any]]:
     """Rows of the record that have a result of their own, by run; whoever's samples they were."""
     frame = store.trials()
-    return {row["run"]: row for row in rows_of(frame[frame["state"] == FINISHED])}
+    own = (frame["state"] == FINISHED) & (frame["setting"] == settings.description)
+    return {row["run"]: row for row in rows_of(frame[own])}
 
 
 def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -25,14 +25,13 @@ from tqdm.auto import tqdm
 from effspinenet_lib.choices.learned import SEARCH_SPACE, parse_betas
 from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
 from effspinenet_lib.files import atomic_write, ensure_folder
-from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.results import REFERENCE, ResultsStore
 from effspinenet_lib.search.engines import Engine
 from effspinenet_lib.search.methods import Choices, Evolution, Method, RandomSearch
 from effspinenet_lib.search.policy import PPO, REINFORCE, PolicySearch
 from effspinenet_lib.search.record import (
     FAILED,
     FINISHED,
-    REFERENCE,
     copy_of,
     finished_runs,
     plan_betas,
@@ -188,7 +187,8 @@ def _check_settings(search: Search, rows: Mapping[int, Mapping[str, Any]]) -> No
         key = search.settings.config(parse_betas(row["betas"]), search.seed).key
         reward = search.penalty.reward(row["AP"], row["multi_adds"] / target)
         same = row["state"] == FAILED or math.isclose(reward, row["reward"], abs_tol=1e-9)
-        if key != row["run"] or not same:
+        described = row["setting"] == search.settings.description
+        if key != row["run"] or not (same and described):
             raise UserError(
                 f"{search.store.folder}: trial {row['trial']} of {search.method} was made with "
                 f"other settings ({row['setting']}) or another penalty; begin anew with --force, "
@@ -265,7 +265,8 @@ def run_references(
         )
         for name, betas in named.items():
             (row,) = plan_betas(settings, [betas], REFERENCE, seed, 0, first)
-            if any(o["betas"] == row["betas"] and o["run"] != row["run"] for o in own):
+            differs = (row["run"], row["setting"])
+            if any(o["betas"] == row["betas"] and (o["run"], o["setting"]) != differs for o in own):
                 raise UserError(
                     f"{store.folder}: {name} with seed {seed} was trained with other settings; "
                     "choose another results folder"
@@ -309,7 +310,7 @@ def _run_rows(
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["run"], []).append(row)
-    known = finished_runs(store)
+    known = finished_runs(store, settings)
     done = [[copy_of(row, known[run]) for row in groups.pop(run)] for run in known if run in groups]
     ended = (
         [first, *(copy_of(row, first) for row in others)]
@@ -337,7 +338,9 @@ def _train(
         futures: dict[Future[dict[str, Any]], list[dict[str, Any]]] = {}
         for rows in groups:
             config = settings.config(parse_betas(rows[0]["betas"]), rows[0]["seed"])
-            request = trial_request(config.to_dict(), store.runs_folder, engine.device)
+            request = trial_request(
+                config.to_dict(), store.runs_folder, engine.device, settings.micro_batch
+            )
             futures[pool.submit(_attempts, engine, request)] = rows
         try:
             for future in as_completed(futures):

@@ -35,6 +35,8 @@ class SearchSettings:
         trials: samples of each method.
         batch: samples between two updates of a method.
         timeout: seconds after which an attempt at a trial counts as hung.
+        micro_batch: images of a batch that a trial computes at once, which its norms see; None:
+            all of them.
     """
 
     profile: str
@@ -46,8 +48,11 @@ class SearchSettings:
     trials: int
     batch: int
     timeout: float
+    micro_batch: int | None = None
 
-    def on(self, root: Path | None, batch_size: int | None = None) -> SearchSettings:
+    def on(
+        self, root: Path | None, batch_size: int | None = None, micro_batch: int | None = None
+    ) -> SearchSettings:
         """The same search on the data in a user's folder, with the recipe scaled to a batch.
 
         Raises:
@@ -63,7 +68,7 @@ class SearchSettings:
             raise UserError(f"the profile {self.profile!r} has data of its own; leave out --data")
         recipe = self.recipe if batch_size is None else self.recipe.for_batch(batch_size)
         data = self.data if root is None else replace(self.data, root=str(root.resolve()))
-        return replace(self, data=data, recipe=recipe)
+        return replace(self, data=data, recipe=recipe, micro_batch=micro_batch)
 
     def config(self, betas: tuple[int, ...], seed: int) -> RunConfig:
         """The run of a trial."""
@@ -98,6 +103,7 @@ class SearchSettings:
             f"{self.model}, {data.format} {data.train_split}/{data.eval_split} {images} images, "
             f"{self.image_size}x{self.image_size}, {self.recipe.name}"
             + (f" scaled to batch {self.recipe.batch_size}" if scaled else "")
+            + (f", {self.micro_batch} images at once" if self.micro_batch else "")
         )
 
 

@@ -24,12 +24,10 @@ class Device:
     Attributes:
         kind: `cpu`, on one thread; or the accelerator of the worker process.
         workers: processes that load a trial's images; 0: none beside it.
-        micro_batch: images computed at once; None: the batch.
     """
 
     kind: str = CPU
     workers: int = 0
-    micro_batch: int | None = None
 
 
 ONE_THREAD = Device()
@@ -40,10 +38,18 @@ class TrialFailed(Exception):  # noqa: N818 - it says what happened
 
 
 def trial_request(
-    config: Mapping[str, Any], runs_dir: str | os.PathLike[str], device: Device
+    config: Mapping[str, Any],
+    runs_dir: str | os.PathLike[str],
+    device: Device,
+    micro_batch: int | None = None,
 ) -> dict[str, Any]:
-    """What a worker needs: the run's configuration, where its folder is made, and the device."""
-    return {"config": dict(config), "runs_dir": os.fspath(runs_dir), "device": asdict(device)}
+    """What a worker needs: the run's configuration, and where and how it is trained."""
+    return {
+        "config": dict(config),
+        "runs_dir": os.fspath(runs_dir),
+        "device": asdict(device),
+        "micro_batch": micro_batch,
+    }
 
 
 def run_trial(request: Mapping[str, Any]) -> dict[str, float]:
@@ -69,7 +75,7 @@ def run_trial(request: Mapping[str, Any]) -> dict[str, float]:
         request["runs_dir"],
         workers=device.workers,
         progress=False,
-        micro_batch=device.micro_batch,
+        micro_batch=request["micro_batch"],
     )
     if not math.isfinite(result.metrics["AP"]):
         raise TrialFailed("no AP: there is nothing to find in the held-out images")
