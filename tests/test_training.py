@@ -287,9 +287,13 @@ def test_precision_is_the_recipes(precision: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
-    [({"avx512_bf16": True}, "bfloat16"), ({"avx512_bf16": False, "avx2": True}, "float32")],
+    [
+        ({"avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "float32"),
+        ({"avx2": True}, "float32"),
+    ],
 )
-def test_auto_is_bfloat16_where_it_is_native(
+def test_auto_is_bfloat16_where_matrix_units_multiply_it(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)

@@ -36,7 +36,7 @@ class Recipe:
         scale_jitter: range of the random resize, 1 = long side at the image size.
         flip_probability: of a horizontal flip.
         stochastic_depth: drop rate of the deepest block; linear in depth.
-        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where it is native.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where it is fast.
         clip_gradient_norm: largest global gradient norm; None = no clipping.
         channels_last: memory layout of images and weights.
         norm_momentum: of batch normalisation's running statistics: the share of the old ones.

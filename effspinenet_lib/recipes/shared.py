@@ -30,7 +30,8 @@ PAPER_SGD: dict[str, Setting] = {
     "flip_probability": (0.5, "paper 5.1.1: horizontal flipping; 0.5 in the released code"),
     "precision": (
         "auto",
-        "our choice: bfloat16 where the processor has it; released config: bfloat16",
+        "our choice: bfloat16 on accelerators and on processors with matrix units for it, float32 "
+        "elsewhere; released config: bfloat16",
     ),
     "clip_gradient_norm": (None, "neither the paper nor the released config clips for detection"),
     "channels_last": (True, "our choice: a memory layout for speed; the arithmetic is the same"),
