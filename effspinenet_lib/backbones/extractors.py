@@ -1,14 +1,16 @@
-"""Classification networks of timm as feature extractors."""
+"""Classification networks of timm as feature extractors, and pyramids on extractors."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from effspinenet_lib.layers import NORM_EPSILON, NORM_MOMENTUM
+from effspinenet_lib.backbones.scale_permuted import check_image_size
+from effspinenet_lib.layers import NORM_EPSILON, NORM_MOMENTUM, PyramidBackbone
 
 EXTRACTED_LEVELS = (3, 4, 5)  # C3 to C5, what feature pyramids are built on
 
@@ -65,6 +67,40 @@ class TimmFeatures(nn.Module):
             Level to features [N, feature_dims[level], ceil(H / 2**level), ceil(W / 2**level)].
         """
         return dict(zip(self.feature_dims, self.stages(images), strict=True))
+
+
+class ExtractedPyramid(PyramidBackbone, ABC):
+    """A pyramid of features of one dimension on the stages that an extractor gives.
+
+    Args:
+        extractor: maps images to stages by level.
+        levels: of the pyramid, ascending.
+        dim: channels of each.
+    """
+
+    def __init__(self, extractor: nn.Module, levels: tuple[int, ...], dim: int) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.feature_dims = dict.fromkeys(levels, dim)
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """Compute the pyramid.
+
+        Args:
+            images: [N, 3, H, W], normalised; any H and W of at least 64.
+
+        Returns:
+            Level to features [N, dim, ceil(H / 2**level), ceil(W / 2**level)].
+
+        Raises:
+            UserError: a side is under 64 pixels.
+        """
+        check_image_size(*images.shape[-2:])
+        return self.pyramid(self.extractor(images))
+
+    @abstractmethod
+    def pyramid(self, stages: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Compute the pyramid of the extractor's stages; both by level."""
 
 
 def set_norms(module: nn.Module) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effspinenet_lib.backbones.extractors import EXTRACTED_LEVELS, TimmFeatures
-from effspinenet_lib.backbones.scale_permuted import check_image_size
+from effspinenet_lib.backbones.extractors import EXTRACTED_LEVELS, ExtractedPyramid, TimmFeatures
 from effspinenet_lib.layers import (
-    PyramidBackbone,
     SeparableConv,
     WeightedFusion,
     conv_norm,
@@ -23,7 +21,7 @@ FINEST, COARSEST = OUTPUT_LEVELS[0], OUTPUT_LEVELS[-1]
 DEEPEST = EXTRACTED_LEVELS[-1]
 
 
-class FeaturePyramid(PyramidBackbone):
+class FeaturePyramid(ExtractedPyramid):
     """FPN with RetinaNet's levels 6 and 7.
 
     A 1x1 convolution a stage, summed from the top down with nearest-neighbour upsampling; each
@@ -39,9 +37,7 @@ class FeaturePyramid(PyramidBackbone):
     """
 
     def __init__(self, extractor: TimmFeatures, dim: int, activation: str, separable: bool) -> None:
-        super().__init__()
-        self.extractor = extractor
-        self.feature_dims = dict.fromkeys(OUTPUT_LEVELS, dim)
+        super().__init__(extractor, OUTPUT_LEVELS, dim)
         self.neck = nn.ModuleDict()
         for level, inputs in extractor.feature_dims.items():
             self.neck[f"lateral_{level}"] = nn.Conv2d(inputs, dim, 1)
@@ -52,22 +48,11 @@ class FeaturePyramid(PyramidBackbone):
         self.activation = make_activation(activation)
         initialise(self.neck)
 
-    def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """Compute the pyramid.
-
-        Args:
-            images: [N, 3, H, W], normalised; any H and W of at least 64.
-
-        Returns:
-            Level to features [N, dim, ceil(H / 2**level), ceil(W / 2**level)].
-
-        Raises:
-            UserError: a side is under 64 pixels.
-        """
-        check_image_size(*images.shape[-2:])
+    def pyramid(self, stages: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Compute P3 to P7 of C3 to C5."""
         pyramid: dict[int, Tensor] = {}
         above: Tensor | None = None
-        for level, stage in reversed(self.extractor(images).items()):
+        for level, stage in reversed(stages.items()):
             merged = self.neck[f"lateral_{level}"](stage)
             if above is not None:
                 merged = merged + _upsample(above, merged)
@@ -84,7 +69,7 @@ class FeaturePyramid(PyramidBackbone):
         }
 
 
-class BiFPN(PyramidBackbone):
+class BiFPN(ExtractedPyramid):
     """EfficientDet's pyramid: repeated top-down and bottom-up passes with weighted fusion.
 
     P6 is C5 after a 1x1 convolution and max pooling, P7 the max pooling of P6.
@@ -97,9 +82,7 @@ class BiFPN(PyramidBackbone):
     """
 
     def __init__(self, extractor: TimmFeatures, dim: int, repeats: int, activation: str) -> None:
-        super().__init__()
-        self.extractor = extractor
-        self.feature_dims = dict.fromkeys(OUTPUT_LEVELS, dim)
+        super().__init__(extractor, OUTPUT_LEVELS, dim)
         self.coarser = conv_norm(extractor.feature_dims[DEEPEST], dim)
         dims = {**self.feature_dims, **extractor.feature_dims}
         self.cells = nn.ModuleList(
@@ -109,20 +92,9 @@ class BiFPN(PyramidBackbone):
         initialise(self.coarser)
         initialise(self.cells)
 
-    def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """Compute the pyramid.
-
-        Args:
-            images: [N, 3, H, W], normalised; any H and W of at least 64.
-
-        Returns:
-            Level to features [N, dim, ceil(H / 2**level), ceil(W / 2**level)].
-
-        Raises:
-            UserError: a side is under 64 pixels.
-        """
-        check_image_size(*images.shape[-2:])
-        pyramid = self.extractor(images)
+    def pyramid(self, stages: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Compute P3 to P7 of C3 to C5."""
+        pyramid = dict(stages)
         coarsest = self.coarser(pyramid[DEEPEST])
         for level in range(DEEPEST + 1, COARSEST + 1):
             pyramid[level] = coarsest = _downsample(coarsest)

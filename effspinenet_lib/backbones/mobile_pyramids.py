@@ -15,8 +15,7 @@ from torchvision.models.detection._utils import retrieve_out_channels
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet
 from torchvision.ops import Conv2dNormActivation
 
-from effspinenet_lib.backbones.extractors import TimmFeatures, set_norms
-from effspinenet_lib.backbones.scale_permuted import check_image_size
+from effspinenet_lib.backbones.extractors import ExtractedPyramid, TimmFeatures, set_norms
 from effspinenet_lib.layers import (
     PyramidBackbone,
     SeparableConv,
@@ -66,7 +65,7 @@ NAS_FPN_CELLS = (
 )
 
 
-class NASFPN(PyramidBackbone):
+class NASFPN(ExtractedPyramid):
     """NAS-FPN with separable convolutions on P3 to P7, its 7 cells repeated.
 
     P3 to P5 start as 1x1 convolutions of C3 to C5, P6 as a dense 3x3 convolution of stride 2 of
@@ -80,9 +79,7 @@ class NASFPN(PyramidBackbone):
     """
 
     def __init__(self, extractor: TimmFeatures, dim: int, repeats: int) -> None:
-        super().__init__()
-        self.extractor = extractor
-        self.feature_dims = dict.fromkeys(OUTPUT_LEVELS, dim)
+        super().__init__(extractor, OUTPUT_LEVELS, dim)
         stages = extractor.feature_dims
         self.lateral = nn.ModuleDict({str(lv): conv_norm(dims, dim) for lv, dims in stages.items()})
         self.coarser = conv_norm(stages[COARSEST_STAGE], dim, kernel=3, stride=2)
@@ -90,20 +87,8 @@ class NASFPN(PyramidBackbone):
         for layers in (self.lateral, self.coarser, self.repeats):
             initialise(layers)
 
-    def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """Compute the pyramid.
-
-        Args:
-            images: [N, 3, H, W], normalised; any H and W of at least 64.
-
-        Returns:
-            Level to features [N, dim, ceil(H / 2**level), ceil(W / 2**level)].
-
-        Raises:
-            UserError: a side is under 64 pixels.
-        """
-        check_image_size(*images.shape[-2:])
-        stages = self.extractor(images)
+    def pyramid(self, stages: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Compute P3 to P7 of C3 to C5."""
         pyramid = {level: self.lateral[str(level)](stage) for level, stage in stages.items()}
         pyramid[6] = self.coarser(stages[COARSEST_STAGE])
         pyramid[7] = F.max_pool2d(pyramid[6], 2, ceil_mode=True)
@@ -213,7 +198,7 @@ class MobileNetV2Features(nn.Module):
         return stages
 
 
-class MnasFPN(PyramidBackbone):
+class MnasFPN(ExtractedPyramid):
     """MnasFPN on P3 to P6 of a MobileNetV2, both of one width.
 
     P6 is C5 pooled and brought to the dimension by a 1x1 convolution; the first cell takes C3
@@ -224,11 +209,10 @@ class MnasFPN(PyramidBackbone):
     """
 
     def __init__(self, width: float) -> None:
-        super().__init__()
-        self.extractor = MobileNetV2Features(width)
+        extractor = MobileNetV2Features(width)
         dim = round_dim(MNAS_FPN_DIM * width, MOBILENET_MULTIPLE)
-        self.feature_dims = dict.fromkeys(MNAS_FPN_LEVELS, dim)
-        stages = self.extractor.feature_dims
+        super().__init__(extractor, MNAS_FPN_LEVELS, dim)
+        stages = extractor.feature_dims
         self.coarser = conv_norm(stages[COARSEST_STAGE], dim)
         self.cells = nn.ModuleList(
             MnasFPNCell((*stages.values(), dim) if cell == 0 else (dim,) * 4, dim, width)
@@ -237,21 +221,9 @@ class MnasFPN(PyramidBackbone):
         initialise(self.coarser)
         initialise(self.cells)
 
-    def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """Compute the pyramid.
-
-        Args:
-            images: [N, 3, H, W], normalised; any H and W of at least 64.
-
-        Returns:
-            Level, from 3 to 6, to features [N, dim, ceil(H / 2**level), ceil(W / 2**level)].
-
-        Raises:
-            UserError: a side is under 64 pixels.
-        """
-        check_image_size(*images.shape[-2:])
-        pyramid = self.extractor(images)
-        pyramid[6] = self.coarser(_overlapping_pool(pyramid[COARSEST_STAGE], 1))
+    def pyramid(self, stages: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Compute P3 to P6 of C3 to C5."""
+        pyramid = {**stages, 6: self.coarser(_overlapping_pool(stages[COARSEST_STAGE], 1))}
         for cell in self.cells:
             pyramid = cell(pyramid)
         return pyramid

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effspinenet_lib.errors import TrainingError
+from effspinenet_lib.errors import TrainingError, UserError
+from effspinenet_lib.specs import level_side
 
 Target = dict[str, Tensor]
 
@@ -73,6 +74,21 @@ class TaskModel(nn.Module, ABC):
     def loss_divisor(self, count: Tensor) -> Tensor:
         """What the losses of a batch of this `loss_count` are divided by."""
         return count
+
+
+def check_batch(images: Tensor, coarsest: int) -> None:
+    """Refuse a batch [N, 3, H, W] that leaves a norm at the coarsest level one value a channel.
+
+    Raises:
+        UserError: it is one image so small.
+    """
+    count, _, height, width = images.shape
+    if count * level_side(height, coarsest) * level_side(width, coarsest) == 1:
+        raise UserError(
+            f"one image of {height}x{width} is too little for batch normalisation at stride "
+            f"{2**coarsest}; train on 2 images a batch or more, or on images of over "
+            f"{2**coarsest} pixels"
+        )
 
 
 def check_finite(*outputs: Tensor) -> None:

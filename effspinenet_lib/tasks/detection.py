@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, clip_boxes_to_image, nms
 
-from effspinenet_lib.errors import UserError
 from effspinenet_lib.layers import (
     PyramidBackbone,
     SeparableConv,
@@ -20,7 +19,7 @@ from effspinenet_lib.layers import (
     make_activation,
     make_norm,
 )
-from effspinenet_lib.specs import OUTPUT_LEVELS, level_side
+from effspinenet_lib.specs import level_side
 from effspinenet_lib.tasks.anchors import (
     NEGATIVE,
     AnchorSettings,
@@ -30,8 +29,9 @@ from effspinenet_lib.tasks.anchors import (
     make_anchors,
     match_anchors,
 )
-from effspinenet_lib.tasks.base import TaskModel, check_finite, crowds
+from effspinenet_lib.tasks.base import Target, crowds
 from effspinenet_lib.tasks.focal import focal_loss_sum
+from effspinenet_lib.tasks.one_stage import OneStageDetector
 
 BOX_CODE = 4
 # RetinaNet: a location starts with this probability of holding an object, and the last layer's
@@ -110,7 +110,7 @@ class RetinaHead(nn.Module):
         return self.predict(features)
 
 
-class RetinaNet(TaskModel):
+class RetinaNet(OneStageDetector):
     """A one-stage detector on any backbone with outputs P3 to P7.
 
     Args:
@@ -167,39 +167,6 @@ class RetinaNet(TaskModel):
         nn.init.constant_(class_bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
         self._anchors: dict[tuple[tuple[int, int], ...], Tensor] = {}
 
-    def forward(
-        self, images: Tensor, targets: list[dict[str, Tensor]] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Compute losses in training, detections in evaluation.
-
-        Args:
-            images: [N, 3, H, W], normalised.
-            targets: for training, one dict an image: `boxes` [M, 4] in input pixels, `labels`
-                int64 [M] from 0 and, if any is, `iscrowd` bool [M].
-
-        Returns:
-            In training `classification` and `box`, scalar losses. In evaluation one dict an
-            image: `boxes` [K, 4] in input pixels, `scores` [K] falling, `labels` int64 [K].
-
-        Raises:
-            ValueError: training without targets.
-            UserError: training on a single image so small that P7 has one position.
-            TrainingError: the outputs are not finite.
-        """
-        if self.training and targets is None:
-            raise ValueError("targets are needed in training")
-        if self.training:
-            check_batch(images)
-        logits, codes, anchors = self.network(images)
-        if self.training and targets is not None:
-            return self.losses(logits, codes, anchors, targets)
-        check_finite(logits)
-        size = (images.shape[-2], images.shape[-1])
-        return [
-            self.detections(scores, code, anchors, size)
-            for scores, code in zip(logits.float().sigmoid(), codes.float(), strict=True)
-        ]
-
     def network(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Run the network: class logits [N, A, C], box codes [N, A, 4], anchors [A, 4].
 
@@ -214,13 +181,17 @@ class RetinaNet(TaskModel):
         sides = tuple((f.shape[-2], f.shape[-1]) for f in features)
         return torch.cat(logits, 1), torch.cat(codes, 1), self.anchors(sides, images.device)
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """Probabilities [N, A, C], each class for itself."""
+        return logits.sigmoid()
+
     def anchors(self, sides: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
         """Anchors [A, 4] for features of these sides; made once for each size."""
         if sides not in self._anchors or self._anchors[sides].device != device:
             self._anchors[sides] = make_anchors(sides, self.anchor_settings, device)
         return self._anchors[sides]
 
-    def loss_count(self, images: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+    def loss_count(self, images: Tensor, targets: list[Target]) -> Tensor:
         """Positive anchors of the batch."""
         size = (images.shape[-2], images.shape[-1])
         sides = tuple(
@@ -238,11 +209,7 @@ class RetinaNet(TaskModel):
         return count + 1
 
     def losses(
-        self,
-        logits: Tensor,
-        codes: Tensor,
-        anchors: Tensor,
-        targets: list[dict[str, Tensor]],
+        self, logits: Tensor, codes: Tensor, anchors: Tensor, targets: list[Target]
     ) -> dict[str, Tensor]:
         """Focal and Huber loss over the batch, divided by its positives plus one.
 
@@ -310,17 +277,6 @@ class RetinaNet(TaskModel):
         apart = boxes.double() + (labels * 2 * max(size))[:, None]
         kept = nms(apart, values.double(), settings.nms_iou)[: settings.detections]
         return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}
-
-
-def check_batch(images: Tensor) -> None:
-    """Refuse a batch that leaves a norm at the coarsest level one value a channel."""
-    count, _, height, width = images.shape
-    coarsest = max(OUTPUT_LEVELS)
-    if count * level_side(height, coarsest) * level_side(width, coarsest) == 1:
-        raise UserError(
-            f"one image of {height}x{width} is too little for batch normalisation at P{coarsest}; "
-            f"train on 2 images a batch or more, or on images of over {2**coarsest} pixels"
-        )
 
 
 def _by_anchor(prediction: Tensor, width: int) -> Tensor:

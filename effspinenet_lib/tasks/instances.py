@@ -35,8 +35,7 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from effspinenet_lib.layers import PyramidBackbone, conv_norm, initialise
 from effspinenet_lib.specs import OUTPUT_LEVELS
-from effspinenet_lib.tasks.base import Target, TaskModel, crowds
-from effspinenet_lib.tasks.detection import check_batch
+from effspinenet_lib.tasks.base import Target, TaskModel, check_batch, crowds
 from effspinenet_lib.tasks.instance_heads import (
     NOT_SAMPLED,
     InstanceSettings,
@@ -117,7 +116,7 @@ class MaskRCNN(TaskModel):
         if self.training:
             if targets is None:
                 raise ValueError("targets are needed in training")
-            check_batch(images)
+            check_batch(images, max(self.backbone.feature_dims))
             shifted = [_shift_labels(target) for target in targets]
         features = self.features(images)
         listed = ImageList(images, [size] * len(images))

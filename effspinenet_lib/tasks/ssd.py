@@ -12,7 +12,6 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from effspinenet_lib.errors import UserError
 from effspinenet_lib.layers import PyramidBackbone, SeparableConv, initialise, make_norm
 from effspinenet_lib.specs import OUTPUT_LEVELS, level_side
 from effspinenet_lib.tasks.anchors import (
@@ -22,8 +21,9 @@ from effspinenet_lib.tasks.anchors import (
     encode_boxes,
     match_anchors,
 )
-from effspinenet_lib.tasks.base import Target, TaskModel, check_finite, crowds
+from effspinenet_lib.tasks.base import Target, crowds
 from effspinenet_lib.tasks.detection import RetinaNet
+from effspinenet_lib.tasks.one_stage import OneStageDetector
 
 BACKGROUND = 0  # its column of the predictions; the classes follow
 
@@ -79,7 +79,7 @@ class PriorBoxes(DefaultBoxGenerator):
         return [len(pairs) for pairs in self._wh_pairs]
 
 
-class SSDLite(TaskModel):
+class SSDLite(OneStageDetector):
     """A one-stage detector with prior boxes and softmax scores.
 
     The predictions have a column for the background, as the originals' have.
@@ -104,46 +104,16 @@ class SSDLite(TaskModel):
             dims, self.priors.num_anchors_per_location(), num_classes + 1, make_norm
         )
 
-    def forward(
-        self, images: Tensor, targets: list[Target] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Compute losses in training, detections in evaluation.
-
-        Args:
-            images: [N, 3, H, W], normalised.
-            targets: for training, one dict an image: `boxes` [M, 4] in input pixels, `labels`
-                int64 [M] from 0 and, if any is, `iscrowd` bool [M].
-
-        Returns:
-            In training `classification` and `box`, scalar losses. In evaluation one dict an
-            image: `boxes` [K, 4] in input pixels, `scores` [K] falling, `labels` int64 [K].
-
-        Raises:
-            ValueError: training without targets.
-            UserError: training on one image whose coarsest features have one position.
-            TrainingError: the outputs are not finite.
-        """
-        if self.training and targets is None:
-            raise ValueError("targets are needed in training")
-        if self.training:
-            self._check_batch(images)
-        logits, codes, anchors = self.network(images)
-        if self.training and targets is not None:
-            return self.losses(logits, codes, anchors, targets)
-        check_finite(logits)
-        size = (images.shape[-2], images.shape[-1])
-        scores = logits.float().softmax(-1)[..., 1:]
-        return [
-            self.detections(score, code, anchors, size)
-            for score, code in zip(scores, codes.float(), strict=True)
-        ]
-
     def network(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Run the network: class logits [N, A, 1 + C], box codes [N, A, 4], prior boxes [A, 4]."""
         features = list(self.backbone(images).values())
         outputs = self.head(features)
         anchors = self.anchors(images, [(f.shape[-2], f.shape[-1]) for f in features])
         return outputs["cls_logits"], outputs["bbox_regression"], anchors
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Probabilities [N, A, classes], which with the background's sum to 1."""
+        return logits.softmax(-1)[..., BACKGROUND + 1 :]
 
     def anchors(self, images: Tensor, sides: list[tuple[int, int]]) -> Tensor:
         """Prior boxes [A, 4] in pixels of the images, for features of these sides."""
@@ -208,16 +178,6 @@ class SSDLite(TaskModel):
         boxes = clip_boxes_to_image(decode_boxes(codes[anchor], anchors[anchor]), size)
         kept = batched_nms(boxes, values, labels, settings.nms_iou)[: settings.detections]
         return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}
-
-    def _check_batch(self, images: Tensor) -> None:
-        """Refuse a batch that leaves a norm at the coarsest level one value a channel."""
-        count, _, height, width = images.shape
-        coarsest = max(self.backbone.feature_dims)
-        if count * level_side(height, coarsest) * level_side(width, coarsest) == 1:
-            raise UserError(
-                f"one image of {height}x{width} is too little for batch normalisation at stride "
-                f"{2**coarsest}; train on 2 images a batch or more"
-            )
 
 
 class SharedTower(PyramidBackbone):
