@@ -7,7 +7,8 @@ XLA builds a program for every new shape, which takes minutes. Here it computes 
 The library's own loop trains on padded targets; the losses of every step must be those of plain
 PyTorch, and after the third step nothing may be built anew. (An optimizer's step is computed with
 the next one; the first and the second differ, for the momentum is new in the first. The learning
-rate drops after the third.) Exits with 1 if either does not hold.
+rate drops after the third.) The norms are those of several cores, here of one. Exits with 1 if
+either does not hold.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ from effspinenet_lib.data import (
 from effspinenet_lib.data.padding import MAX_OBJECTS
 from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.tasks.base import TaskModel
+from effspinenet_lib.training.accelerator import make_accelerator
 from effspinenet_lib.training.loop import Step, prepare_model, train_steps
+from effspinenet_lib.training.norms import synchronise_norms
 from effspinenet_lib.training.optim import build_optimizer, learning_rate_at, set_learning_rate
 
 # Eight images: norms over the two values that P7 of two images has magnify rounding a hundredfold.
@@ -79,8 +82,9 @@ def plain_losses(model: TaskModel, batches: list[Batch]) -> Iterator[dict[str, f
 
 
 def xla_steps(model: TaskModel, batches: list[Batch], accelerator: Accelerator) -> Iterator[Step]:
-    """The library's loop on XLA's device."""
-    prepared = prepare_model(model, RECIPE, accelerator)
+    """The library's loop on XLA's device, with the norms that several cores would share."""
+    shared = synchronise_norms(model, accelerator.device)
+    prepared = prepare_model(shared, RECIPE, accelerator)
     optimizer = accelerator.prepare_optimizer(build_optimizer(prepared, RECIPE))
     return train_steps(prepared, optimizer, batches, RECIPE, accelerator, SEED)
 
@@ -95,7 +99,7 @@ def programs_built() -> int:
 
 def main() -> int:
     """Compare every step; print a line for each."""
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = make_accelerator()
     if accelerator.device.type != "xla":
         print("torch_xla is not installed here: `make xla` makes an environment that has it")
         return 1

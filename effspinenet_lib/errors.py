@@ -52,3 +52,8 @@ class Preempted(UserError):  # noqa: N818 - it says what happened
     """A run that was asked to stop; its state is on disk, and the same command goes on."""
 
     exit_code = PREEMPTED_EXIT
+
+    @classmethod
+    def by(cls, name: str) -> Preempted:
+        """Stopped by the signal of this name."""
+        return cls(f"stopped by {name}; the same command goes on")

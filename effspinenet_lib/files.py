@@ -15,11 +15,13 @@ from filelock import FileLock
 from effspinenet_lib.errors import DataError, UserError
 
 
-def ensure_folder(folder: str | os.PathLike[str]) -> Path:
+def ensure_folder(
+    folder: str | os.PathLike[str], remedy: str = "choose another folder or free it"
+) -> Path:
     """Make `folder` if it is missing and check that files can be written there.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be made or written; `remedy` says what to do.
     """
     path = Path(folder)
     try:
@@ -28,9 +30,7 @@ def ensure_folder(folder: str | os.PathLike[str]) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write in {path}: {reason}; choose another folder or free it"
-        ) from error
+        raise UserError(f"cannot write in {path}: {reason}; {remedy}") from error
     return path
 
 
@@ -94,18 +94,28 @@ def read_json(
     """Read a JSON file; `hook` is called on every object in it and gives what stands for it.
 
     Raises:
-        DataError: the file is missing or is not JSON; names the file, the line and the column.
+        DataError: the file cannot be read or is not JSON; names the file, the line and the column.
     """
     try:
         with open(path, encoding="utf-8") as handle:
-            return json.load(handle, object_hook=hook)
+            text = handle.read()
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except IsADirectoryError as error:
         raise DataError(f"{path}: is a folder, a JSON file was expected") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{str(path)!r}: is no file's name: {error}") from error
+    try:
+        return json.loads(text, object_hook=hook)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}: is not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
         ) from error
+    except RecursionError as error:
+        raise DataError(f"{path}: is nested too deeply") from error
+    except ValueError as error:  # Python's limit on the digits of a whole number
+        raise DataError(f"{path}: has a number that is too long to read") from error

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,15 @@ from pycocotools.coco import COCO
 from effspinenet_lib import __version__, cli, experiments, publish
 from effspinenet_lib.cli.detect import detections
 from effspinenet_lib.cli.drawing import COLOURS, draw_boxes, sheet
-from effspinenet_lib.errors import CheckpointError, DataError, TrainingError, UserError
+from effspinenet_lib.cli.train import _changed
+from effspinenet_lib.errors import (
+    PREEMPTED_EXIT,
+    CheckpointError,
+    DataError,
+    TrainingError,
+    UserError,
+)
+from effspinenet_lib.recipes import get_recipe
 
 COMMANDS = (
     "models",
@@ -222,6 +231,26 @@ def test_a_wrong_command_line_is_exit_code_2(run, command):
     assert "Traceback" not in result.err
 
 
+def test_any_command_that_is_told_to_stop_says_that_it_goes_on(run, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    told = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    monkeypatch.setattr(publish, "build_book", told)
+    result = run("book")
+    assert result.code == PREEMPTED_EXIT
+    assert result.error == "error: stopped by SIGTERM; the same command goes on"
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_recipe_is_scaled_to_the_batch_that_is_given():
+    recipe = get_recipe("paper_search_trial")
+    changed = _changed(recipe, None, 4, None)
+    assert changed == recipe.for_batch(4)
+    assert changed.scaled_from_batch == 256
+    assert changed.learning_rate == pytest.approx(0.28 * 4 / 256)
+    few = _changed(recipe, 10, 4, 0.5)
+    assert (few.steps, few.batch_size, few.learning_rate) == (10, 4, 0.5)
+
+
 @pytest.mark.parametrize(
     ("raised", "code"),
     [
@@ -365,6 +394,25 @@ def test_wiring_draws_every_scale_permuted_model(run, tmp_path, suffix):
         assert (b"<svg" in head) if suffix == "svg" else head.startswith(b"\x89PNG")
     assert "end its name in .svg or .png" in run("wiring", name, tmp_path / "x.doc").error
     assert "spinenet_49" in run("wiring", "spinenet_94", tmp_path / "x.svg").error
+
+
+def labels(picture):
+    """The texts of an SVG, which stand in its comments."""
+    return re.findall(r"<!-- (.+?) -->", picture.read_text())
+
+
+def test_wiring_draws_a_distribution_from_a_file(run, tmp_path):
+    path, output = tmp_path / "table_1.json", tmp_path / "wiring.svg"
+    assert run("search", "export", path, "--method", "paper", "--results-dir", tmp_path).code == 0
+    assert run("wiring", path, output).code == 0
+    drawn = labels(output)
+    assert run("wiring", "eff_spinenet_m0", output).code == 0
+    assert drawn == labels(output)
+    assert run("wiring", "eff_spinenet_d0", output).code == 0
+    assert drawn != labels(output)
+    missing = run("wiring", tmp_path / "none.json", output)
+    assert missing.code == 3
+    assert "none.json: no such file" in missing.error
 
 
 def test_overfitting_evaluates_on_the_images_that_it_trains_on(run, scenes, tmp_path):

@@ -6,6 +6,9 @@ import hashlib
 import io
 import json
 import os
+import resource
+import socket
+import struct
 import tarfile
 import threading
 import zipfile
@@ -39,6 +42,7 @@ class FileServer:
     files: dict[str, bytes] = field(default_factory=dict)
     knows_ranges: bool = True
     breaks_after: list[int] = field(default_factory=list)  # bytes of the next answers
+    resets: bool = False  # what it breaks off it breaks off as a machine that crashed does
     status: int | None = None
     asked: list[tuple[str, str | None]] = field(default_factory=list)
     url: str = ""
@@ -71,6 +75,10 @@ def server() -> Iterator[FileServer]:
                 piece = piece[: state.breaks_after.pop(0)]
             self.wfile.write(piece)
             self.close_connection = True
+            if state.resets and len(piece) < len(content) - start:
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.connection.close()  # before the server says that it has no more
 
         def log_message(self, *_: object) -> None:
             pass
@@ -199,6 +207,51 @@ def test_an_unreachable_server_and_another_scheme_are_one_line(
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="only http"):
         download.download(archive, tmp_path / "a.bin", "file:///etc")
+
+
+def test_a_connection_that_is_reset_is_tried_again(server: FileServer, tmp_path: Path) -> None:
+    server.files["a.bin"] = CONTENT
+    server.breaks_after, server.resets = [100_000, 100_000], True
+    assert fetched(server, tmp_path / "a.bin") == CONTENT
+    assert len(server.asked) == 3
+
+
+@pytest.fixture
+def files_of_100_kb() -> Iterator[None]:
+    """A disk that takes no larger files, as FAT32 takes none from 4 GB on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("files_of_100_kb")
+def test_a_file_that_cannot_grow_ends_the_fetch_and_is_kept(
+    server: FileServer, tmp_path: Path
+) -> None:
+    server.files["a.bin"] = CONTENT
+    with pytest.raises(UserError, match=r"a\.bin\.part: .*too large.*is kept") as caught:
+        fetched(server, tmp_path / "a.bin")
+    assert not isinstance(caught.value, DataError)
+    assert server.url not in str(caught.value)
+    assert len(server.asked) == 1
+    assert (tmp_path / "a.bin.part").read_bytes() == CONTENT[:100_000]
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda folder: (folder / "a.bin.part").mkdir(),
+    lambda folder: (folder / "a.bin.part").symlink_to(folder / "missing" / "a.bin.part"),
+    lambda folder: (folder / "a.bin.part").symlink_to("a.bin.part"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_opened_ends_the_fetch(
+    server: FileServer, tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    server.files["a.bin"] = CONTENT
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=r"a\.bin\.part: cannot be used \(") as caught:
+        fetched(server, tmp_path / "a.bin")
+    assert not isinstance(caught.value, DataError)
+    assert len(server.asked) == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")

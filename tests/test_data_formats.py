@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -254,6 +253,10 @@ BAD_COCO: dict[str, tuple[Any, str]] = {
         "annotation 1: bbox is",
     ),
     "empty name": (changed(lambda c: c["images"][0].update(file_name="")), "is not a name"),
+    "name of half a character": (
+        changed(lambda c: c["images"][0].update(file_name="\ud800.png")),
+        "is not a name",
+    ),
 }
 
 
@@ -268,7 +271,8 @@ def test_bad_coco_files_are_refused_in_one_line(tmp_path: Path, case: str) -> No
 
 def test_an_unknown_split_lists_those_found(tmp_path: Path) -> None:
     write_coco(tmp_path, coco_content())
-    with pytest.raises(DataError, match="splits found: train2017"):
+    (tmp_path / "annotations" / "captions_train2017.json").write_text("{}")
+    with pytest.raises(DataError, match=r"splits found: train2017$"):
         open_folder(tmp_path, "test")
 
 
@@ -464,10 +468,9 @@ def test_bad_voc_files_are_refused_in_one_line(tmp_path: Path, case: str, encodi
     write_voc(tmp_path, {"1": good, "2": good}, {"train": "1\n2\n"})
     path = tmp_path / "Annotations" / "2.xml"
     path.write_bytes(text.encode(encoding))
-    began = time.monotonic()
+    # A reader that expanded the bomb, 2 * 10**11 letters, would not come to an end.
     with pytest.raises(DataError, match=message) as caught:
         open_folder(tmp_path)
-    assert time.monotonic() - began < 5
     assert one_line(caught).startswith(str(path))
 
 

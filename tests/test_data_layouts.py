@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from effspinenet_lib.data import (
     classes_of,
     detect_format,
     evaluation_loader,
+    export_coco,
     open_dataset,
     training_loader,
 )
@@ -351,7 +354,7 @@ def test_what_is_wrong_is_in_the_report(
     code, _, err = checked(str(voc), "--expect", "voc", "--report", str(report),
                            "--workers", workers)  # fmt: skip
     assert code == 1
-    assert "problem: voc train: 3 images, 2 are expected" in err
+    assert "problem: train: 3 images, 2 are expected" in err
     if suffix == ".json":
         rows = json.loads(report.read_text())["rows"]
     else:
@@ -371,11 +374,15 @@ def test_every_missing_image_is_in_the_report(voc: Path, tmp_path: Path) -> None
     report = tmp_path / "report.json"
     code, _, err = checked(str(voc), "--report", str(report))
     assert code == 1
-    assert "(2 images are missing in all)" in err
+    lists, folder = voc / "ImageSets" / "Segmentation", voc / "JPEGImages"
+    wanted = [("train", "a.jpg"), ("train_aug", "a.jpg"), ("train_aug", "c.jpg"), ("val", "a.jpg")]
+    assert err.splitlines() == [
+        f"problem: {part}: {lists / part}.txt: names the image {file}, not found in {folder}"
+        for part, file in wanted
+    ]
     missing = [(r["part"], r["file"]) for r in json.loads(report.read_text())["rows"]
                if r["what"] == "missing"]  # fmt: skip
-    assert ("train_aug", "a.jpg") in missing
-    assert ("train_aug", "c.jpg") in missing
+    assert missing == wanted
 
 
 def test_a_coco_folder_that_is_not_coco_is_told(tiny_coco: Path) -> None:
@@ -384,6 +391,63 @@ def test_a_coco_folder_that_is_not_coco_is_told(tiny_coco: Path) -> None:
     assert "images, 118287 are expected" in err
     assert "annotations, 860001 are expected" in err
     assert "images, 5000 are expected" in err
+
+
+def test_only_instances_are_splits_where_there_are_any(tmp_path: Path) -> None:
+    """The files of a download of COCO 2017: those of other tasks have other keys and names."""
+    config = DataConfig("shapescenes", train_images=3, eval_images=2, image_size=64)
+    path, _ = export_coco(config, tmp_path)
+    instances = json.loads(path.read_text())
+    captions = {key: instances[key] for key in ("images", "annotations")}
+    path.with_name("captions_train.json").write_text(json.dumps(captions))
+    path.with_name("person_keypoints_train.json").write_text(json.dumps(instances))
+    code, out, err = checked(str(tmp_path), "--workers", "1")
+    assert (code, err) == (0, "")
+    assert re.findall(r"(\S+): (\d) images,", out) == [("train", "3"), ("val", "2")]
+
+
+def test_files_of_other_names_are_splits_where_none_says_instances(tmp_path: Path) -> None:
+    config = DataConfig("shapescenes", train_images=3, eval_images=2, image_size=64)
+    for path in export_coco(config, tmp_path):
+        path.rename(path.with_name(path.name.removeprefix("instances_")))
+    code, out, _ = checked(str(tmp_path), "--workers", "1")
+    assert code == 0
+    assert re.findall(r"(\S+): (\d) images,", out) == [("train", "3"), ("val", "2")]
+
+
+def test_file_names_that_are_no_utf8_load_in_every_layout(voc: Path, tmp_path: Path) -> None:
+    photos, name = tmp_path / "photos", os.fsdecode(b"caf\xe9")
+    for folder in ("n01", name):
+        (photos / "train" / folder).mkdir(parents=True)
+        picture = Image.fromarray(noise(9, 12, 1))
+        with open(photos / "train" / folder / f"{name}.jpg", "wb") as handle:
+            picture.save(handle, "JPEG")
+    dataset = imagenet(photos)
+    assert [c.name for c in dataset.categories] == [name, "n01"]
+    assert [dataset.load(i).file_name for i in range(2)] == [
+        f"{name}/{name}.jpg",
+        f"n01/{name}.jpg",
+    ]
+    assert dataset.ground_truth()["images"][1]["file_name"] == f"n01/{name}.jpg"
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        (voc / folder / f"a.{suffix}").rename(voc / folder / f"{name}.{suffix}")
+    for split in ("train", "val", "train_aug"):
+        path = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
+        path.write_bytes(path.read_bytes().replace(b"a", os.fsencode(name)))
+    assert sorted(maps(voc).load(i, "segmentation").file_name for i in range(3)) == [
+        "b.jpg", "c.jpg", f"{name}.jpg",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv"])
+def test_a_broken_picture_whose_name_is_no_utf8_is_reported(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "train" / "n01").mkdir(parents=True)
+    (tmp_path / "train" / "n01" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no image")
+    report = tmp_path / f"report{suffix}"
+    code, _, err = checked(str(tmp_path), "--report", str(report), "--workers", "1")
+    assert code == 1
+    assert err.startswith(f"problem: train: {tmp_path}/train/n01/caf")
+    assert r"n01/caf\udce9.jpg" in report.read_text(encoding="utf-8")
 
 
 def test_an_imagenet_folder_is_counted(photos: Path) -> None:

@@ -10,6 +10,9 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,17 @@ def test_a_pickled_data_set_names_its_store_and_carries_no_arrays(
         again.annotations.boxes[0] = 0
 
 
+def test_a_cache_that_cannot_be_written_says_how_to_choose_another(
+    stores: Path, tmp_path: Path
+) -> None:
+    folder = coco_folder(tmp_path / "data")
+    stores.parent.write_text("")
+    with pytest.raises(
+        UserError, match=r"cannot write in .*environment variable EFFSPINENET_CACHE"
+    ):
+        opened(folder)
+
+
 def test_workers_that_are_started_anew_give_the_same_batches(
     stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +274,15 @@ def test_the_papers_part_is_cut_from_as_many_names_as_coco_has() -> None:
     assert worst < best
 
 
+def test_names_that_are_no_utf8_are_cut_by_their_bytes(stores: Path, tmp_path: Path) -> None:
+    raw = [b"caf\xe9.jpg", b"\xff.jpg", *(name.encode() for name in NAMES[:3])]
+    folder = coco_folder(tmp_path / "data", [os.fsdecode(name) for name in raw])
+    held = opened(folder, "train2017-held-3")
+    by_digest = sorted(raw, key=lambda name: hashlib.sha256(name).hexdigest())
+    assert sorted(map(os.fsencode, names_of(held))) == sorted(by_digest[:3])
+    assert len(list(evaluation_loader(held, 16, 3, workers=1))) == 1
+
+
 def test_names_of_parts() -> None:
     assert parse_part("train2017-held-7392") == Part("train2017", "held", 7392)
     assert parse_part("a-rest-1-rest-2") == Part("a-rest-1", "rest", 2)
@@ -286,6 +309,7 @@ class Fragile(Dataset):
     def load_image(self, index: int) -> np.ndarray:
         if index == 7 and multiprocessing.parent_process() is not None:
             if self.kill:
+                time.sleep(0.1)  # what it has done before is mostly sent by then
                 os.kill(os.getpid(), signal.SIGKILL)
             raise DataError("seven.jpg: the image cannot be decoded")
         return self.whole.load_image(index)
@@ -299,14 +323,42 @@ def whole(tmp_path: Path) -> Dataset:
     return opened(coco_folder(tmp_path / "data"))
 
 
+DEATH = r"a process that loads images died \(.*Killed.*fewer workers.*the same command goes"
+
+
 def test_a_worker_that_is_killed_ends_in_one_clear_line(whole: Dataset) -> None:
-    message = r"a process that loads images died \(.*Killed.*fewer workers.*the same command goes"
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError, match=DEATH) as caught:
         list(evaluation_loader(Fragile(whole, kill=True), 16, 2, workers=1))
     assert "\n" not in str(caught.value)
     loader = training_loader(Fragile(whole, kill=True), 16, 4, Augmentation(), 0, 0, 10, workers=2)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=DEATH):
         list(loader)
+
+
+@pytest.mark.parametrize("looks", [1, 0])
+def test_a_death_is_told_as_clearly_where_its_signal_does_not_come(
+    whole: Dataset, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    """Batch 1 is on its way when the worker dies at batch 2: to fetch it ends in a broken line.
+
+    One look at a worker, as torch takes it then, may find it alive on its way out.
+    """
+    alive, found = BaseProcess.is_alive, [True] * looks
+    monkeypatch.setattr(
+        BaseProcess, "is_alive", lambda process: found.pop() if found else alive(process)
+    )
+
+    def slow_loop() -> None:
+        for _ in evaluation_loader(Fragile(whole, kill=True), 16, 3, workers=1):
+            connection.wait([child.sentinel for child in multiprocessing.active_children()], 60)
+
+    list(evaluation_loader(whole, 16, 3, workers=1))  # torch takes the signal from here on
+    taken = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        with pytest.raises(DataError, match=DEATH):
+            slow_loop()
+    finally:
+        signal.signal(signal.SIGCHLD, taken)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

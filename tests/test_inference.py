@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
 from effspinenet_lib import create_model
 from effspinenet_lib.training.inference import inference_copy
+from effspinenet_lib.training.norms import synchronise_norms
 
 
 def randomise_norms(model: nn.Module) -> None:
@@ -62,6 +64,24 @@ def test_the_copy_gives_the_same_detections_under_autocast_as_the_model():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, found = model.network(images)[0], inference_copy(model).network(images)[0]
     assert (found.float() - expected.float()).norm() / expected.float().norm() < 0.05
+
+
+@pytest.mark.parametrize("name", ["eff_spinenet_m0", "efficientnet_b0_fpn"])
+@pytest.mark.parametrize(
+    "synchronise",
+    [convert_sync_batchnorm, lambda model: synchronise_norms(model, torch.device("cpu"))],
+    ids=["torch", "own"],
+)
+def test_copies_of_models_that_several_processes_trained(name, synchronise):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=3).double().eval()
+    randomise_norms(model)
+    images = torch.randn(1, 3, 128, 128, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model.network(images)[:2]
+        found = inference_copy(synchronise(model)).network(images)[:2]
+    for first, second in zip(expected, found, strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-9, atol=1e-9)
 
 
 def test_every_norm_of_a_model_without_a_head_of_convolutions_is_folded():

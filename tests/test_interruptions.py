@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from effspinenet_lib import experiments
 from effspinenet_lib.data import DataConfig
@@ -34,7 +38,7 @@ from effspinenet_lib.errors import (
 from effspinenet_lib.experiments import fanout, reproduction
 from effspinenet_lib.files import write_json
 from effspinenet_lib.recipes import get_recipe
-from effspinenet_lib.training import loop, stopping, trainer
+from effspinenet_lib.training import logs, loop, stopping, trainer
 from effspinenet_lib.training.checkpoint import list_checkpoints, load_checkpoint
 from effspinenet_lib.training.logs import Curve
 from effspinenet_lib.training.loop import Step
@@ -121,6 +125,14 @@ def kill_loader() -> None:
     time.sleep(60)  # torch tells of the death wherever the process is
 
 
+def stop_all() -> None:
+    """As schedulers do, which tell every process of a job."""
+    (loader,) = multiprocessing.active_children()
+    signals = "import os, sys; [os.kill(int(pid), 15) for pid in sys.argv[1:]]"
+    subprocess.Popen([sys.executable, "-c", signals, str(os.getpid()), str(loader.pid)])
+    time.sleep(60)
+
+
 def poison() -> None:
     backward = loop._backward
 
@@ -128,6 +140,18 @@ def poison() -> None:
         for images, _ in parts:
             images.fill_(math.inf)
         return backward(model, parts, *arguments)
+
+    loop._backward = spoilt
+
+
+def ruin_weights() -> None:
+    """A loss that is finite with a gradient that is not."""
+    backward = loop._backward
+
+    def spoilt(model: Any, *arguments: Any) -> Any:
+        losses = backward(model, *arguments)
+        next(model.parameters()).grad.fill_(math.inf)
+        return losses
 
     loop._backward = spoilt
 
@@ -161,8 +185,10 @@ def in_forks(root: Path) -> None:
         lambda: os.kill(os.getpid(), signal.SIGINT),
         lambda runs: train(DETECTION, runs),
     )
-    cases["loader killed"] = (kill_loader, lambda runs: train(DETECTION, runs, workers=1))
-    cases["poisoned"] = (poison, lambda runs: train(DETECTION, runs))
+    for name, action in (("loader killed", kill_loader), ("all told to stop", stop_all)):
+        cases[name] = (action, lambda runs: train(DETECTION, runs, workers=1))
+    for name, action in (("poisoned", poison), ("weights ruined", ruin_weights)):
+        cases[name] = (action, lambda runs: train(DETECTION, runs))
     ends = {}
     for name, (action, run) in cases.items():
         runs = root / name
@@ -241,6 +267,8 @@ def test_the_average_is_what_a_run_leaves(alone: dict[str, RunResult]) -> None:
         ("told to stop", PREEMPTED_EXIT, None, 4),
         ("interrupted", PREEMPTED_EXIT, "stopped after step 4 by SIGINT; the same command", 4),
         ("loader killed", DataError.exit_code, "a process that loads images died", 3),
+        ("all told to stop", PREEMPTED_EXIT, "stopped by SIGTERM; the same command goes on", 3),
+        ("weights ruined", TrainingError.exit_code, "weights are not finite after step 4", 3),
         ("poisoned", TrainingError.exit_code, "the loss of step 4 is not finite", 3),
     ],
 )
@@ -284,6 +312,51 @@ def test_a_full_disk_keeps_the_checkpoints_before(
         remount = ["mount", "-o", f"remount,size={10 * size}", str(tmp_path)]
         subprocess.run(remount, check=True)
         assert_same_end(train_run(DETECTION, tmp_path, progress=False), alone["detection"])
+
+
+def test_a_run_does_without_events_where_they_cannot_be_written(
+    alone: dict[str, RunResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    assert_same_end(train_run(DETECTION, tmp_path, progress=False), alone["detection"])
+    (told,) = [record.getMessage() for record in caplog.records if "events" in record.getMessage()]
+    assert told.endswith("no more events for TensorBoard (No space left on device)")
+
+
+def test_a_diverging_run_keeps_the_checkpoints_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward, steps = loop._backward, itertools.count(1)
+
+    def rising(*arguments: Any) -> dict[str, float]:
+        factor = 1000.0 if next(steps) > 5 else 1.0
+        return {name: factor * loss for name, loss in backward(*arguments).items()}
+
+    monkeypatch.setattr(loop, "_backward", rising)
+    monkeypatch.setattr(logs, "ROW_STEPS", 1)
+    monkeypatch.setattr(stopping, "DIVERGED_ROWS", 2)
+    config = replace(DETECTION, recipe=RECIPE.scaled_to(12))
+    with pytest.raises(TrainingError, match=r"up to step 7 .* checkpoints are of before"):
+        train_run(config, tmp_path, progress=False, checkpoint_seconds=0)
+    assert steps_of(tmp_path / config.key) == [5, 4]
+
+
+def test_a_finished_run_on_data_that_was_changed_is_not_given_for_the_new(
+    alone: dict[str, RunResult], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(alone["detection"].folder, tmp_path / DETECTION.key))
+    assert_same_end(train_run(DETECTION, tmp_path, progress=False), alone["detection"])
+    known = json.loads((folder / "data.json").read_text())
+    known["train"]["digest"] = "0" * 12
+    write_json(folder / "data.json", known)
+    with pytest.raises(DataError, match="holds a run on other data"):
+        train_run(DETECTION, tmp_path, progress=False)
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path) -> None:

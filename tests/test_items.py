@@ -226,14 +226,13 @@ def test_a_batch_in_parts_is_not_scaled(tmp_path, coco):
     assert notes == {"", "1 of 12 steps"}
 
 
-def test_a_few_steps_do_not_replace_what_a_finished_run_measured(tmp_path, coco):
+def test_a_few_steps_do_not_replace_what_a_longer_run_measured(tmp_path, coco):
     parameters = _tiny(tmp_path, coco)
-    first = train_row(ITEM, ITEM.rows[0], parameters, max_steps=1, progress=False)
+    first = train_row(ITEM, ITEM.rows[0], parameters, max_steps=2, progress=False)
     store = ResultsStore(tmp_path, "paper")
-    store.add_run({**store.run(first.key), "state": "finished"})
     before = store.measurements("table-07")
-    with pytest.raises(UserError, match=rf"finished run {first.key}.*another results folder"):
-        train_row(ITEM, ITEM.rows[0], parameters, batch_size=4, max_steps=1, progress=False)
+    with pytest.raises(UserError, match=rf"run {first.key}, of 4 images.*another results folder"):
+        train_row(ITEM, ITEM.rows[0], parameters, batch_size=3, max_steps=1, progress=False)
     assert store.measurements("table-07").equals(before)
 
 

@@ -6,7 +6,9 @@ modules inside the commands, so that `--help` is fast.
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -24,7 +26,7 @@ from effspinenet_lib.cli import (
     train,
 )
 from effspinenet_lib.cli.console import set_up_messages
-from effspinenet_lib.errors import UserError
+from effspinenet_lib.errors import Preempted, UserError
 
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 
@@ -79,8 +81,14 @@ app.add_typer(data.app, name="data")
 app.add_typer(search.app, name="search")
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    del frame
+    raise Preempted.by(signal.Signals(number).name)
+
+
 def main() -> None:
     """Run the command line; errors that the user can act on end in one line on stderr."""
+    before = signal.signal(signal.SIGTERM, _stop)  # a run that trains ends its step first
     try:
         app(prog_name="effspinenet")
     except UserError as error:
@@ -90,3 +98,5 @@ def main() -> None:
         if stop.code == INTERRUPTED:
             print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

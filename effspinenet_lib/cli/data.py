@@ -164,7 +164,7 @@ def check(
     if report is not None:
         write_report(report, folder, rows)
         typer.echo(f"Wrote {report}")
-    problems = [row.problem for row in rows if row.problem]
+    problems = [f"{row.part}: {row.problem}" for row in rows if row.problem]
     for problem in problems:
         typer.echo(f"problem: {problem}", err=True)
     if problems:

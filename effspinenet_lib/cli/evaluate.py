@@ -73,19 +73,18 @@ def evaluate(
     - `effspinenet evaluate --model mobile_spinenet_49 --weights mobile.safetensors --data coco
       --workers 2`
     """
-    from accelerate import Accelerator
-
     from effspinenet_lib.data import open_dataset
     from effspinenet_lib.data.released import FITTED
     from effspinenet_lib.files import ensure_folder, write_json
     from effspinenet_lib.results.evaluations import add_evaluation
+    from effspinenet_lib.training.accelerator import make_accelerator
     from effspinenet_lib.training.checkpoint import create_from_weights
     from effspinenet_lib.training.evaluate import Settings, write_predictions
     from effspinenet_lib.training.evaluate import evaluate as measure
     from effspinenet_lib.training.inference import inference_copy
     from effspinenet_lib.training.stopping import lost_processes
 
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = make_accelerator()
     network, facts = create_from_weights(weights)
     if model not in (None, facts["model"]):
         raise CheckpointError(f"{weights}: is of model {facts['model']}, not of {model}")

@@ -54,7 +54,7 @@ def reproduce(
     results_dir: ResultsDir = None,
     data_root: DataRoot = None,
     seeds: Seeds = None,
-    accelerator: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `tpu`.")] = "auto",
+    accelerator: Annotated[str, typer.Option(help="`auto`, `cpu`, `gpu` or `tpu`.")] = "auto",
     devices: Annotated[str, typer.Option(metavar="N|auto", help="Runs at the same time.")] = "auto",
     micro_batch: Annotated[
         int | None,

@@ -49,7 +49,8 @@ def plan(
     Hours rest on what `--images-per-second` or `--device` says; without them on recorded runs of
     the same model, else on an assumption. Memory is for the recipe's batch on one device, with
     activations in float32; losses and work space come on top. A batch that is too large is
-    computed in parts with `train --micro-batch`.
+    computed in parts with `train --micro-batch`. A row is missing until its recipe's own run is
+    finished; one with another `--batch-size` does not count.
 
     For example:
 

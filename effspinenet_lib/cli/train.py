@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -62,7 +62,7 @@ def train(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Images a step; with --item the recipe is scaled to them."),
+        typer.Option(min=1, help="Images a step; the recipe's rate and steps are scaled to them."),
     ] = None,
     micro_batch: Annotated[
         int | None,
@@ -274,10 +274,10 @@ def _print_run(result: RunResult) -> None:
 def _changed(
     recipe: Recipe, steps: int | None, batch_size: int | None, learning_rate: float | None
 ) -> Recipe:
-    """The recipe with the settings that were given."""
-    changes: dict[str, Any] = {"batch_size": batch_size, "learning_rate": learning_rate}
+    """The recipe for a batch, with the steps and the rate that were given in place of its own."""
+    recipe = recipe if batch_size is None else recipe.for_batch(batch_size)
     recipe = recipe if steps is None else recipe.scaled_to(steps)
-    return recipe.with_(**{name: value for name, value in changes.items() if value is not None})
+    return recipe if learning_rate is None else recipe.with_(learning_rate=learning_rate)
 
 
 def _without_augmentation(recipe: Recipe) -> Recipe:

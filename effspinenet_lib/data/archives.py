@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 
 from tqdm.auto import tqdm
 
-from effspinenet_lib.data.download import cannot_write
+from effspinenet_lib.data.download import file_error
 from effspinenet_lib.data.formats import relative_name
 from effspinenet_lib.errors import DataError
 
@@ -98,7 +98,7 @@ def _readable(archive: Path, folder: Path) -> Iterator[None]:
     # A bare RuntimeError is what `zipfile` has for encrypted members.
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as e:
         if isinstance(e, OSError) and e.errno is not None:  # gzip's own has none
-            raise cannot_write(Path(e.filename or folder), e) from e
+            raise file_error(Path(e.filename or folder), e) from e
         reason = str(e).partition("\n")[0]
         raise DataError(
             f"{archive}: is damaged or cut short ({reason}); remove it, fetch anew"

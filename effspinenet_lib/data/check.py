@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from effspinenet_lib.data import coco
 from effspinenet_lib.data.catalogue import ExpectedPart, KnownSet
 from effspinenet_lib.data.dataset import Dataset
 from effspinenet_lib.data.formats import MissingImages
@@ -24,7 +26,6 @@ from effspinenet_lib.errors import DataError
 from effspinenet_lib.files import atomic_write, write_json
 
 REPORT_SUFFIXES = (".json", ".csv")
-_COCO_PREFIX = "instances_"
 _PICTURES_AT_ONCE = 64  # that a process is given: our choice, to make the sharing cheap
 
 
@@ -39,7 +40,7 @@ class Row:
         file: which one, where it is about one.
         found: the number.
         expected: what it should be, where that is known.
-        problem: what is wrong; "" if nothing is.
+        problem: what is wrong, with the file where it is about one; "" if nothing is.
     """
 
     part: str
@@ -68,8 +69,7 @@ def splits_of(folder: Path, layout: str) -> list[str]:
     if layout == "imagenet":
         found = class_folders(folder)
     elif layout == "coco":
-        files = (folder / "annotations").glob("*.json")
-        found = sorted(path.stem.removeprefix(_COCO_PREFIX) for path in files)
+        found = coco.splits_of(folder)
     else:
         lists = folder / LISTS if layout == "voc_segmentation" else folder / "ImageSets" / "Main"
         found = sorted(path.stem for path in lists.glob("*.txt"))
@@ -111,9 +111,9 @@ def _check_part(
         config = DataConfig(layout, str(folder), train_split=split)
         dataset = open_dataset(config, "train", task)
     except MissingImages as error:
-        first, *rest = error.names
-        rows = [Row(split, "missing", first, problem=str(error))]
-        rows += [Row(split, "missing", name, problem="no such image") for name in rest]
+        rows = [
+            Row(split, "missing", name, problem=problem) for name, problem in error.problems.items()
+        ]
         return CheckedPart(split, None, tuple(rows))
     except DataError as error:
         return CheckedPart(split, None, (Row(split, "unusable", problem=str(error)),))
@@ -130,7 +130,7 @@ def _counts(split: str, dataset: Dataset, expected: ExpectedPart | None) -> list
     for what, number in found.items():
         wanted = getattr(expected, what) if expected else None
         wrong = wanted is not None and wanted != number
-        problem = f"{dataset.name}: {number} {what}, {wanted} are expected" if wrong else ""
+        problem = f"{number} {what}, {wanted} are expected" if wrong else ""
         rows.append(Row(split, what, found=number, expected=wanted, problem=problem))
     return rows
 
@@ -197,7 +197,10 @@ def write_report(path: str | os.PathLike[str], folder: Path, rows: Sequence[Row]
     if Path(path).suffix == ".json":
         write_json(path, {"folder": str(folder), "rows": [asdict(row) for row in rows]})
         return
-    with atomic_write(path) as handle:
-        writer = csv.DictWriter(handle, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    with atomic_write(path, "wb") as handle:
+        # Bytes of a name that are no UTF-8 are written as JSON has them: `\udcff`.
+        handle.write(table.getvalue().encode("utf-8", "backslashreplace"))

@@ -26,6 +26,7 @@ from effspinenet_lib.data.store import file_digest, stored
 from effspinenet_lib.errors import DataError
 from effspinenet_lib.files import read_json
 
+PREFIX = "instances_"
 # COCO 2017's splits are known as train and val, its files carry the year.
 YEAR = "2017"
 # What smaller annotation files hold is read each time, in less than a second (our choice).
@@ -96,22 +97,30 @@ class CocoFolder(FolderDataset):
         return (make() if self._key is None else stored(RunLengths, self._key, make))[0]
 
 
+def splits_of(root: Path) -> list[str]:
+    """The names of the splits that the annotation files are of, sorted.
+
+    Where there are `instances_*.json`, the other files (captions, keypoints) are none of a split.
+    """
+    stems = [path.stem for path in (root / "annotations").glob("*.json")]
+    instances = [stem.removeprefix(PREFIX) for stem in stems if stem.startswith(PREFIX)]
+    return sorted(instances or stems)
+
+
 def _annotation_file(root: Path, split: str) -> Path:
     folder = root / "annotations"
-    for name in (f"instances_{split}", f"instances_{split}{YEAR}", split, f"{split}{YEAR}"):
+    for name in (f"{PREFIX}{split}", f"{PREFIX}{split}{YEAR}", split, f"{split}{YEAR}"):
         path = folder / f"{name}.json"
         if path.is_file():
             return path
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    found = sorted(path.stem.removeprefix("instances_") for path in folder.glob("*.json"))
-    raise DataError(
-        f"{folder}: has no instances_{split}.json; splits found: {', '.join(found) or 'none'}"
-    )
+    found = ", ".join(splits_of(root)) or "none"
+    raise DataError(f"{folder}: has no {PREFIX}{split}.json; splits found: {found}")
 
 
 def _image_folder(root: Path, split: str, first_image: str, source: Path) -> Path:
-    stem = source.stem.removeprefix("instances_")
+    stem = source.stem.removeprefix(PREFIX)
     names = dict.fromkeys((split, stem, f"{split}{YEAR}"))
     folders = [root / name for name in names] + [root / "images" / name for name in names]
     folders += [root / "images", root]

@@ -6,6 +6,7 @@ processes share them and a set the size of COCO costs megabytes.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ class Annotations(Shared):
 
     Attributes:
         image_ids: int64 [N].
-        file_names: str [N], or bytes [N] (UTF-8) where their number calls for a quarter of the
-            space.
+        file_names: str [N], or bytes [N] (as the file system has them) where their number calls
+            for a quarter of the space.
         sizes: int64 [N, 2], height and width; 0 where they are not known before the file is read.
         starts: int64 [N + 1].
         boxes: float32 [B, 4], x1 y1 x2 y2 in pixels, within the image.
@@ -90,9 +91,9 @@ class Annotations(Shared):
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
     def file_name(self, index: int) -> str:
-        """The name of image `index`."""
+        """The name of image `index`; bytes that are no text stand in it as `os.fsdecode` has it."""
         name = self.file_names[index]
-        return name.decode() if isinstance(name, bytes) else str(name)
+        return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
 
 class AnnotationsBuilder:

@@ -10,6 +10,8 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -41,14 +43,36 @@ def need_space(folder: Path, needed: int) -> None:
         )
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """What to tell when a file cannot be written."""
-    if error.errno in _FULL:
-        return UserError(
-            f"{path}: the disk is full; what is there is kept: free some space and run the same "
-            "command again"
-        )
-    return UserError(f"cannot write {path}: {error.strerror or error}")
+def file_error(path: Path, error: OSError) -> UserError:
+    """What to tell when a file of this machine cannot be written or read."""
+    full = error.errno in _FULL
+    reason = "the disk is full" if full else f"cannot be used ({error.strerror or error})"
+    remedy = "free some space" if full else "put that right"
+    return UserError(
+        f"{path}: {reason}; what is there is kept: {remedy} and run the same command again"
+    )
+
+
+class _Broken(Exception):  # noqa: N818 - it says what happened
+    """The server or the way to it failed, which another try may mend."""
+
+
+@contextmanager
+def _network() -> Iterator[None]:
+    """Around what only asks the server."""
+    try:
+        yield
+    except (http.client.HTTPException, OSError) as error:  # urllib's are among the latter
+        raise _Broken(str(getattr(error, "reason", None) or error)) from error
+
+
+@contextmanager
+def _local(path: Path) -> Iterator[None]:
+    """Around what only works on a file: no other try would mend what goes wrong there."""
+    try:
+        yield
+    except OSError as error:
+        raise file_error(path, error) from error
 
 
 def download(archive: Archive, path: Path, source: str | None = None) -> Path:
@@ -63,25 +87,26 @@ def download(archive: Archive, path: Path, source: str | None = None) -> Path:
         `path`.
 
     Raises:
-        UserError: the disk is full, or the URL is none of http or https.
+        UserError: the file cannot be written, or the URL is none of http or https.
         DataError: the server does not have it, does not answer, or gives another file.
     """
     url = archive.url if source is None else f"{source.rstrip('/')}/{archive.name}"
     if urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url}: only http:// and https:// are fetched from")
-    if path.exists():
-        return path
     part = path.with_name(path.name + ".part")
-    with tqdm(
-        desc=archive.name, total=archive.size, unit="B", unit_scale=True, disable=None
-    ) as bar:
-        _fetch(url, archive.size, part, bar)
-    try:
-        check_archive(archive, part, url)
-    except DataError:
-        part.unlink()
-        raise
-    part.replace(path)
+    with _local(part):
+        if path.exists():
+            return path
+        with tqdm(
+            desc=archive.name, total=archive.size, unit="B", unit_scale=True, disable=None
+        ) as bar:
+            _fetch(url, archive.size, part, bar)
+        try:
+            check_archive(archive, part, url)
+        except DataError:
+            part.unlink()
+            raise
+        part.replace(path)
     return path
 
 
@@ -94,9 +119,9 @@ def _fetch(url: str, size: int, part: Path, bar: tqdm) -> None:
         try:
             _append(url, size, part, have, bar)
             reason = "the connection broke off"
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            _give_up_if_final(error, url, part)
-            reason = str(getattr(error, "reason", None) or error)
+        except _Broken as error:
+            _give_up_if_final(error.__cause__, url, part)
+            reason = str(error)
         failures = 0 if _size(part) > have else failures + 1
         if failures == ATTEMPTS:
             raise DataError(
@@ -116,23 +141,23 @@ def _append(url: str, size: int, part: Path, have: int, bar: tqdm) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "effspinenet"})
     if have:
         request.add_header("Range", f"bytes={have}-")
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+    with _network(), urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
         begins, total = _span(response)
         if total is not None and total != size:
             raise DataError(f"{url}: the server's file has {total} bytes, {size} are expected")
         if begins not in (0, have):
             raise DataError(f"{url}: asked for byte {have}, the server begins at {begins}")
         bar.n = begins
-        try:
-            # A server that knows no ranges begins anew.
-            with open(part, "ab" if begins else "wb") as handle:
-                while piece := response.read(PIECE_BYTES):
-                    handle.write(piece)
-                    bar.update(len(piece))
-        except OSError as error:
-            if error.errno in _FULL:
-                raise cannot_write(part, error) from error
-            raise
+        # A server that knows no ranges begins anew.
+        with _local(part), open(part, "ab" if begins else "wb") as handle:
+            while piece := _read(response):
+                handle.write(piece)
+                bar.update(len(piece))
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    with _network():
+        return response.read(PIECE_BYTES)
 
 
 def _span(response: http.client.HTTPResponse) -> tuple[int, int | None]:
@@ -146,7 +171,7 @@ def _span(response: http.client.HTTPResponse) -> tuple[int, int | None]:
     return int(told[1]), None if told[2] == "*" else int(told[2])
 
 
-def _give_up_if_final(error: Exception, url: str, part: Path) -> None:
+def _give_up_if_final(error: BaseException | None, url: str, part: Path) -> None:
     """Raise what no second try would mend."""
     if not isinstance(error, urllib.error.HTTPError):
         return
@@ -161,12 +186,14 @@ def check_archive(archive: Archive, path: Path, origin: str) -> None:
 
     Raises:
         DataError: it is another file; says what was expected and found.
+        UserError: it cannot be read.
     """
     if (size := path.stat().st_size) != archive.size:
         raise DataError(f"{origin}: has {size} bytes, {archive.size} are expected")
     kind, _, expected = archive.checksum.partition(":")
     digest = hashlib.new(kind, usedforsecurity=False)
     with (
+        _local(path),
         open(path, "rb") as handle,
         tqdm(
             desc=f"{archive.name}, checksum",

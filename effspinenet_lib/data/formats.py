@@ -75,14 +75,22 @@ def relative_name(name: Any, where: str) -> str:
     """Check that a file name stays inside the folder that it is relative to.
 
     Raises:
-        DataError: it is no text, is absolute or climbs out with "..".
+        DataError: it is no text that can name a file, is absolute or climbs out with "..".
     """
-    if not isinstance(name, str) or not name.strip() or "\0" in name:
+    if not isinstance(name, str) or not name.strip() or "\0" in name or not _encodes(name):
         raise DataError(f"{where}: the file name {name!r} is not a name")
     for flavour in (PurePosixPath(name), PureWindowsPath(name)):
         if flavour.is_absolute() or flavour.drive or ".." in flavour.parts:
             raise DataError(f"{where}: the file name {name!r} leads out of the data folder")
     return name
+
+
+def _encodes(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def clipped(bbox: Sequence[float], width: int, height: int) -> Box:
@@ -148,13 +156,18 @@ def read_image(path: Path, height: int, width: int) -> NDArray[np.uint8]:
 
 
 class MissingImages(DataError):  # noqa: N818 - it says what happened
-    """Image files that are not there; `names` lists them all."""
+    """Image files that are not there.
+
+    Attributes:
+        problems: what to tell of each, by its name.
+    """
 
     def __init__(self, names: Sequence[str], folder: Path, source: Path) -> None:
+        self.problems = {
+            name: f"{source}: names the image {name:.200}, not found in {folder}" for name in names
+        }
         others = f" ({len(names)} images are missing in all)" if len(names) > 1 else ""
-        first = f"{names[0]:.200}"
-        super().__init__(f"{source}: names the image {first}, not found in {folder}{others}")
-        self.names = tuple(names)
+        super().__init__(self.problems[names[0]] + others)
 
 
 def check_images(folder: Path, names: Sequence[str], source: Path) -> None:

@@ -62,7 +62,8 @@ def part_mask(names: Sequence[str], part: Part) -> NDArray[np.bool_]:
         raise UserError(
             f"{part.name}: {part.split} has {len(names)} images, too few to hold {part.size} out"
         )
-    digests = [hashlib.sha256(PurePosixPath(name).name.encode()).digest() for name in names]
+    files = [PurePosixPath(name).name.encode(errors="surrogateescape") for name in names]
+    digests = [hashlib.sha256(file).digest() for file in files]
     order = sorted(range(len(names)), key=lambda index: (digests[index], names[index]))
     held = np.zeros(len(names), np.bool_)
     held[order[: part.size]] = True

@@ -86,7 +86,7 @@ def _image_names(folder: Path, name: str) -> NDArray[np.bytes_]:
     """The images of a class, sorted, relative to `folder`: bytes [N], a fraction of Python's."""
     with os.scandir(folder / name) as entries:
         files = sorted(
-            f"{name}/{entry.name}".encode()
+            os.fsencode(f"{name}/{entry.name}")
             for entry in entries
             if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
         )

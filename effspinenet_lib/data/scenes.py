@@ -24,8 +24,8 @@ from effspinenet_lib.data.shapes import (
     annotation_record,
     render_scene,
 )
-from effspinenet_lib.data.store import cache_folder
-from effspinenet_lib.files import atomic_write, ensure_folder, locked, read_json
+from effspinenet_lib.data.store import cache_folder, making
+from effspinenet_lib.files import atomic_write, ensure_folder, read_json
 
 DEFAULT_SETTINGS = SceneSettings()
 
@@ -85,7 +85,7 @@ class ShapeScenes(Dataset):
             return
         path = self.folder / "semantic.npy"
         if not path.exists():
-            with locked(self.folder.with_name(self.folder.name + ".making")):
+            with making(self.folder):
                 if not path.exists():
                     self._make_semantic(path)
 
@@ -125,7 +125,7 @@ def _ensure_split(
     files = [folder / "images.npy", folder / "annotations.json"]
     if all(path.exists() for path in files):
         return folder
-    with locked(folder.with_name(folder.name + ".making")):
+    with making(folder):
         if all(path.exists() for path in files):
             return folder
         ensure_folder(folder)

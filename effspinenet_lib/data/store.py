@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -28,6 +29,19 @@ def cache_folder() -> Path:
     """`$EFFSPINENET_CACHE`, or `~/.cache/effspinenet`."""
     given = os.environ.get(CACHE_VARIABLE)
     return Path(given) if given else Path.home() / ".cache" / "effspinenet"
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Hold the lock under which `folder` of the cache, or a file in it, is made.
+
+    Raises:
+        UserError: the cache cannot be written; names the variable that moves it.
+    """
+    remedy = f"free it, or set the environment variable {CACHE_VARIABLE} to another folder"
+    ensure_folder(folder.parent, remedy)
+    with locked(folder.with_name(folder.name + ".making")):
+        yield
 
 
 def file_digest(path: Path) -> str:
@@ -82,7 +96,7 @@ def stored(
     name = hashlib.sha256(json.dumps([STORE_VERSION, *key]).encode()).hexdigest()[:_DIGITS]
     folder = cache_folder() / "annotations" / f"{kind.__name__.lower()}-{name}"
     if not (folder / _FACTS).exists():
-        with locked(folder.with_name(folder.name + ".making")):
+        with making(folder):
             if not (folder / _FACTS).exists():
                 _write(folder, *make())
     return _mapped(kind, folder), dict(read_json(folder / _FACTS))

@@ -124,7 +124,7 @@ def _split_stems(root: Path, split: str) -> list[str]:
         found = sorted(other.stem for other in path.parent.glob("*.txt"))
         raise DataError(f"{path}: no such split; splits found: {', '.join(found) or 'none'}")
     stems = set()
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue

@@ -114,7 +114,7 @@ def read_list(path: Path) -> list[str]:
     if not path.is_file():
         found = sorted(other.stem for other in path.parent.glob("*.txt"))
         raise DataError(f"{path}: no such split; splits found: {', '.join(found) or 'none'}")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     stems = {
         relative_name(line.split()[0], f"{path}: line {number}")
         for number, line in enumerate(lines, start=1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from effspinenet_lib.errors import DataError
 
 # How torch's messages begin of a worker that died, and of an error that one met.
 _TORCH_PREFIX, _FROM_WORKER = "DataLoader worker", "Caught "
-# How long a signal that a process died may take: our choice, far more than it does.
-SIGNAL_SECONDS = 0.5
+# How long a process may take to end once its line to this one broke: our choice, far more than it
+# does. Only where none ends is it waited out.
+EXIT_SECONDS = 10.0
 
 
 @contextmanager
@@ -37,11 +40,11 @@ def worker_errors() -> Iterator[None]:
             raise
         raise DataError(lines[-1].split(f"{DataError.__name__}: ", 1)[-1]) from error
     except RuntimeError as error:
-        told = [str(e) for e in (error.__cause__, error) if str(e).startswith(_TORCH_PREFIX)]
-        if not told:
+        told = str(error)
+        if not told.startswith(_TORCH_PREFIX):
             raise
         raise DataError(
-            f"a process that loads images died ({told[0].splitlines()[0].strip()}); if memory ran "
+            f"a process that loads images died ({told.splitlines()[0].strip()}); if memory ran "
             "out, use fewer workers; the same command goes on from the last checkpoint"
         ) from error
 
@@ -51,14 +54,32 @@ class Batches(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         with worker_errors():
+            batches = super().__iter__()
             try:
-                yield from super().__iter__()
-            except (EOFError, OSError) as error:
-                if not self.num_workers or str(error).startswith(_FROM_WORKER):
+                yield from batches
+            except (EOFError, OSError, RuntimeError) as error:
+                told = str(error)
+                line_broke = not isinstance(error, RuntimeError) and not told.startswith(
+                    _FROM_WORKER
+                )
+                if not self.num_workers or not (line_broke or told.startswith(_TORCH_PREFIX)):
                     raise
-                # The line to a process broke; the signal that tells of its death interrupts this.
-                time.sleep(SIGNAL_SECONDS)
-                raise RuntimeError(f"{_TORCH_PREFIX} cannot be reached: {error!r}") from error
+                # Torch knows how a process ended only from a signal, which may come later.
+                how = _ended(getattr(batches, "_workers", ())) or f"was lost: {error!r}"
+                raise RuntimeError(f"{_TORCH_PREFIX} {how}") from error
+
+
+def _ended(workers: Sequence[BaseProcess]) -> str:
+    """How one of the processes ended other than it should; "" if none does within the time."""
+    ready = connection.wait([worker.sentinel for worker in workers], EXIT_SECONDS)
+    for worker in workers:
+        if worker.sentinel in ready:
+            worker.join()
+        if worker.exitcode is not None and worker.exitcode < 0:
+            return f"(pid {worker.pid}) is killed by signal: {signal.strsignal(-worker.exitcode)}"
+        if worker.exitcode:
+            return f"(pid {worker.pid}) exited with code {worker.exitcode}"
+    return ""
 
 
 def start_worker(worker: int) -> None:

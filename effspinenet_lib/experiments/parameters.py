@@ -14,9 +14,8 @@ from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.experiments.items import PROFILES, Profile
 from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.results import ResultsStore
-from effspinenet_lib.training.devices import AUTO, CPU
+from effspinenet_lib.training.devices import ACCELERATORS, AUTO, CPU, GPU, TPU
 
-ACCELERATORS = (AUTO, CPU, "cuda", "tpu")
 ENGINES = ("local",)
 # Our choice: the paper's batches of 256 and more take days a step on a processor. The activations
 # of two images of the largest own model, Eff-SpineNet-D2, take 5 GB in float32 (`plan` counts
@@ -71,7 +70,7 @@ def check_parameters(
         data_root: folder of the data that the paper uses for an item's task, such as COCO 2017;
             only the `paper` profile reads it.
         results_dir: where the CSVs and runs go.
-        accelerator: `auto`, `cpu`, `cuda` or `tpu`; `auto` takes an accelerator where there is
+        accelerator: `auto`, `cpu`, `gpu` or `tpu`; `auto` takes an accelerator where there is
             one.
         devices: runs at once; `auto` is one for each processor core on a CPU. An accelerator
             takes one run at a time.
@@ -130,11 +129,10 @@ def find_device(accelerator: str) -> str:
     if accelerator not in ACCELERATORS:
         raise UnknownName("accelerator", str(accelerator), ACCELERATORS)
     present = {CPU}
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is not None:
-        present.add(found.type)
+    if torch.accelerator.current_accelerator(check_available=True) is not None:
+        present.add(GPU)
     if importlib.util.find_spec("torch_xla") is not None:
-        present.add("tpu")
+        present.add(TPU)
     if accelerator == AUTO:
         return next(iter(sorted(present - {CPU})), CPU)
     if accelerator not in present:

@@ -18,7 +18,7 @@ from effspinenet_lib.experiments.reproduction import (
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.training.checkpoint import KEPT
 from effspinenet_lib.training.config import RunConfig
-from effspinenet_lib.training.run import FINISHED, RunResult, train_run
+from effspinenet_lib.training.run import RunResult, train_run
 
 
 def train_row(
@@ -64,7 +64,7 @@ def train_row(
     if batch_size is not None:
         config = replace(config, recipe=config.recipe.for_batch(batch_size))
     store = ResultsStore(parameters.results_dir, parameters.profile.name)
-    _protect_finished(store, item, row, config, max_steps)
+    _protect_longer(store, item, row, config, max_steps)
     result = train_run(
         config,
         store.runs_folder,
@@ -84,10 +84,10 @@ def train_row(
     return result
 
 
-def _protect_finished(
+def _protect_longer(
     store: ResultsStore, item: Item, row: Row, config: RunConfig, max_steps: int | None
 ) -> None:
-    """Refuse a run of few steps whose row would take the place of another, finished run's."""
+    """Refuse a run of few steps whose row would take the place of another, longer run's."""
     if max_steps is None or max_steps >= config.recipe.steps:
         return
     frame = store.measurements(item.id)
@@ -97,10 +97,15 @@ def _protect_finished(
         & (frame["source"] == store.source)
         & (frame["seed"] == config.seed)
     ]
-    states = store.runs().set_index("run")["state"]
-    finished = [run for run in same["run"].unique() if states.get(run) == FINISHED]
-    if finished:
+    images = store.runs().set_index("run")["images"]
+    longer = [
+        run
+        for run in same["run"].unique()
+        if run != config.key and images.get(run, 0) > max_steps * config.recipe.batch_size
+    ]
+    if longer:
         raise UserError(
-            f"{store.folder / item.id}.csv holds what the finished run {finished[0]} measured for "
-            f"{row.label}; {max_steps} steps would replace it: give another results folder"
+            f"{store.folder / item.id}.csv holds what run {longer[0]}, of {images[longer[0]]:,} "
+            f"images, measured for {row.label}; {max_steps} steps of {config.recipe.batch_size} "
+            "would replace it: give another results folder"
         )

@@ -23,6 +23,8 @@ from effspinenet_lib.layers import (
 PATCH = 2  # side of what space-to-depth moves into the channels
 # Convolutions that compute what nn.Conv2d does; timm's have classes of their own.
 CONVOLUTIONS = (nn.Conv2d, DepthwiseConv2d, PointwiseConv2d)
+# Norms that may be folded, unless they have an activation (timm's).
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 # What torch's compiler calls for a convolution with an activation; no release documents it.
 QUICK_CONVOLUTION = "_convolution_pointwise"
 QUICK_DTYPES = (torch.float32, torch.bfloat16)
@@ -64,7 +66,9 @@ def inference_copy(model: nn.Module) -> nn.Module:
 def _fold_norms(sequence: nn.Sequential) -> None:
     for index, (layer, norm) in enumerate(itertools.pairwise(list(sequence))):
         convolution = layer.pointwise if isinstance(layer, SeparableConv) else layer
-        if type(norm) is nn.BatchNorm2d and isinstance(convolution, nn.Conv2d):
+        if not isinstance(norm, NORMS) or hasattr(norm, "act"):
+            continue
+        if isinstance(convolution, nn.Conv2d):
             fused = fuse_conv_bn_eval(convolution, norm)
             convolution.weight, convolution.bias = fused.weight, fused.bias
             sequence[index + 1] = nn.Identity()

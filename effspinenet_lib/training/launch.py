@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from accelerate import notebook_launcher
+from accelerate.utils import patch_environment
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from effspinenet_lib.errors import Preempted, UserError
@@ -38,11 +37,8 @@ def launch(function: Callable[..., Any], processes: int, *arguments: Any) -> Non
     """
     if processes < 1:
         raise UserError(f"{processes} processes cannot be started; 1 is the least")
-    settings = {"OMP_NUM_THREADS": "1"}
-    if not torch.accelerator.is_available():
-        settings["ACCELERATE_USE_CPU"] = "true"
     try:
-        with mock.patch.dict(os.environ, settings):
+        with patch_environment(omp_num_threads=1):
             notebook_launcher(
                 _call,
                 (function, *arguments),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +17,9 @@ from effspinenet_lib.errors import UserError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.results import CURVE_FILE
 from effspinenet_lib.training.loop import Step
-from effspinenet_lib.training.stopping import refuse_divergence
+from effspinenet_lib.training.stopping import is_far_above_usual, refuse_divergence
+
+logger = logging.getLogger(__name__)
 
 ROW_STEPS = 10  # our choice: steps averaged in a row of the curve
 EVENTS = "tb"
@@ -36,8 +41,6 @@ class Curve:
         self, folder: Path, start: int, total: int, state: dict[str, Any], progress: bool
     ) -> None:
         """Open the curve at step `start`; `state` is what `state()` gave there, or empty."""
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, needed only here
-
         self._path = folder / CURVE_FILE
         self._total = total
         self._sums: dict[str, float] = dict(state.get("sums", {}))
@@ -47,7 +50,7 @@ class Curve:
         self._since = time.monotonic()
         self._has_header = cut_curve(self._path, start)
         self._losses = _losses_of(self._path)
-        self._events = SummaryWriter(folder / EVENTS, purge_step=start + 1)
+        self._events = _Events(folder / EVENTS, start)
         # disable=None: silent where stderr is not a terminal
         self._bar = tqdm(
             total=total, initial=start, unit="step", disable=None if progress else True
@@ -89,6 +92,11 @@ class Curve:
         if not self._steps:
             refuse_divergence(self._losses, step.step)
 
+    @property
+    def is_far_above_usual(self) -> bool:
+        """Whether the last row may be the first one of a divergence."""
+        return is_far_above_usual(self._losses)
+
     def _write_row(self, step: Step) -> None:
         means = {name: total / self._steps for name, total in self._sums.items()}
         now = time.monotonic()
@@ -101,9 +109,7 @@ class Curve:
         }
         self._append(row)
         self._losses.append(row["loss"])
-        for name, value in row.items():
-            if name != "step":
-                self._events.add_scalar(f"train/{name}", value, step.step)
+        self._events.add({name: row[name] for name in row if name != "step"}, step.step)
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         self._sums, self._steps, self._images, self._since = {}, 0, 0, now
 
@@ -120,6 +126,39 @@ class Curve:
                 f"cannot write {self._path}: {error.strerror}; run again to go on from the last "
                 "checkpoint"
             ) from error
+
+
+class _Events:
+    """The curve as events for TensorBoard, which a run does without where there is no room."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, needed only here
+
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+        with self._given_up():
+            self._writer = SummaryWriter(folder, purge_step=start + 1)
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Write one value of each name."""
+        if self._writer is not None:
+            with self._given_up():
+                for name, value in values.items():
+                    self._writer.add_scalar(f"train/{name}", value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            with self._given_up():
+                self._writer.close()
+
+    @contextmanager
+    def _given_up(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            logger.warning("%s: no more events for TensorBoard (%s)", self._folder, error.strerror)
 
 
 def cut_curve(path: Path, step: int) -> bool:

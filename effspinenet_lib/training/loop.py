@@ -10,9 +10,9 @@ A process may compute its share of a batch in parts (gradient accumulation), and
 batches. Either way the losses and gradients are those of the whole batch: each part's losses are
 weighted by its share of what they are means over, such as the positive anchors. What differs is
 what sees a part rather than the batch: norms use its statistics (their momentum is changed so that
-a step counts as before; between processes they are synchronised on devices, but torch has no such
-norm for processors); dropout, stochastic depth and the samples of Mask R-CNN draw other numbers,
-and Mask R-CNN's losses are weighted by images, for what they are means over is sampled.
+a step counts as before; between processes they are synchronised); dropout, stochastic depth and the
+samples of Mask R-CNN draw other numbers, and Mask R-CNN's losses are weighted by images, for what
+they are means over is sampled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_bf16_available, set_seed
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from effspinenet_lib.data import Batch
@@ -38,6 +37,7 @@ from effspinenet_lib.errors import Preempted, TrainingError, UserError
 from effspinenet_lib.recipes import Recipe
 from effspinenet_lib.tasks.base import Target, TaskModel
 from effspinenet_lib.training.ema import Ema
+from effspinenet_lib.training.norms import synchronise_norms
 from effspinenet_lib.training.optim import learning_rate_at, set_learning_rate
 from effspinenet_lib.training.stopping import StopRequest
 
@@ -114,10 +114,8 @@ def prepare_model(
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1 - recipe.norm_momentum ** (1 / parts)
-    if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
-        # torch has no synchronised norm for processors
-        # torch's own converter drops the activations inside timm's norms
-        model = convert_sync_batchnorm(model)
+    if accelerator.num_processes > 1:
+        model = synchronise_norms(model, accelerator.device)
     model = model.to(accelerator.device)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -229,7 +227,8 @@ def _next_batch(source: Iterator[Batch], stop: StopRequest) -> Batch | None:
     try:
         return next(source, None)
     except UserError as error:
-        stop.failure = stop.failure or error
+        if not stop.signal:  # else what was to load it got the signal too
+            stop.failure = stop.failure or error
         return None
 
 
@@ -316,6 +315,6 @@ def _refuse_non_finite(
     ids = accelerator.gather(torch.tensor(image_ids, device=accelerator.device)).tolist()
     raise TrainingError(
         f"the loss of step {step + 1} is not finite ({shown}); images "
-        f"{', '.join(map(str, ids))}; the state before the step is kept: look at these "
-        "images, or lower the learning rate"
+        f"{', '.join(map(str, ids))}; the last good state is kept: look at these images, or lower "
+        "the learning rate"
     )

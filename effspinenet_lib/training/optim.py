@@ -10,9 +10,10 @@ from timm.optim.rmsprop_tf import RMSpropTF
 from torch import nn
 
 from effspinenet_lib.recipes import Recipe
+from effspinenet_lib.training.devices import XLA
 
 # Devices for which torch has no SGD that updates a parameter in one pass.
-UNFUSED_DEVICES = ("xla", "meta")
+UNFUSED_DEVICES = (XLA, "meta")
 KERNELS = ("foreach", "fused")  # entries of a parameter group that say how it is updated
 
 

@@ -29,12 +29,13 @@ from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.files import ensure_folder, read_json, write_json
 from effspinenet_lib.recipes import EVALUATION_BATCH
 from effspinenet_lib.results import current_commit, today
+from effspinenet_lib.training.accelerator import make_accelerator
 from effspinenet_lib.training.checkpoint import KEPT, save_weights
 from effspinenet_lib.training.config import RunConfig, describe_data
 from effspinenet_lib.training.evaluate import evaluate, write_predictions
 from effspinenet_lib.training.inference import inference_copy
 from effspinenet_lib.training.loop import describe_hardware, resolve_precision
-from effspinenet_lib.training.stopping import lost_processes, stop_requests
+from effspinenet_lib.training.stopping import StopRequest, lost_processes, stop_requests
 from effspinenet_lib.training.trainer import Job, Trained, train
 
 __all__ = ["LOG", "REQUEST", "RunConfig", "RunResult", "read_result", "train_run"]
@@ -118,13 +119,12 @@ def train_run(
         if count is not None and count < 1:
             raise UserError(f"{name} is {count}; it must be 1 or more")
     zoo.check_model(config.model, config.task, config.options)
-    # the loop opens its own autocast: accelerate fixes one precision for the whole process
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = make_accelerator()
     folder = ensure_folder(Path(runs_dir) / config.key)
     job = Job(
         config, folder, target, workers, progress, checkpoint_seconds, checkpoints, micro_batch
     )
-    with lost_processes(), _alone_in(folder, accelerator):
+    with stop_requests() as stop, lost_processes(), _alone_in(folder, accelerator):
         if force and accelerator.is_main_process:
             _empty(folder)
         elif accelerator.is_main_process:
@@ -133,8 +133,8 @@ def train_run(
         accelerator.wait_for_everyone()
         done = read_result(folder)
         if done is None or done.steps < target:
-            done = _train_and_evaluate(job, accelerator)
-        elif read_json(folder / CONFIG)["data"]["root"] != config.data.root:
+            done = _train_and_evaluate(job, accelerator, stop)
+        else:
             _check_same_data(job, _open_data(config))
     return done
 
@@ -180,15 +180,14 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _train_and_evaluate(job: Job, accelerator: Accelerator) -> RunResult:
+def _train_and_evaluate(job: Job, accelerator: Accelerator, stop: StopRequest) -> RunResult:
     data = _open_data(job.config)
     _check_same_data(job, data)
     if accelerator.is_main_process:
         write_json(job.folder / CONFIG, job.config.to_dict())
         write_json(job.folder / DATA, {part: describe_data(data[part]) for part in data})
-    with stop_requests() as stop:
-        trained = train(job, accelerator, data["train"], stop)
-        _evaluate(job, accelerator, trained, data["eval"])
+    trained = train(job, accelerator, data["train"], stop)
+    _evaluate(job, accelerator, trained, data["eval"])
     accelerator.wait_for_everyone()
     result = read_result(job.folder)
     assert result is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch.distributed import DistError
 
-from effspinenet_lib.errors import Preempted, TrainingError, UserError
+from effspinenet_lib.errors import DataError, Preempted, TrainingError, UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and the keyboard's
 # Launchers pass on a signal that the terminal has sent to their processes already: within this
@@ -68,7 +69,7 @@ class StopRequest:
         elif number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         else:
-            raise Preempted(f"stopped by {signal.Signals(number).name}; the same command goes on")
+            raise Preempted.by(signal.Signals(number).name)
 
 
 @contextmanager
@@ -84,6 +85,23 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def preempted_first(stop: StopRequest) -> Iterator[None]:
+    """Tell of the signal where it has ended the processes that load images too.
+
+    A scheduler's reaches every process of a job, and so does the keyboard's.
+
+    Raises:
+        Preempted: in place of a `DataError` that came after the signal.
+    """
+    try:
+        yield
+    except DataError as error:
+        if not stop.signal:
+            raise
+        raise Preempted.by(stop.signal) from error
 
 
 @contextmanager
@@ -108,19 +126,27 @@ def lost_processes() -> Iterator[None]:
         ) from error
 
 
+def usual_loss(losses: Sequence[float]) -> float:
+    """The median of the rows before the last `DIVERGED_ROWS`; infinite where these are too few."""
+    earlier = losses[:-DIVERGED_ROWS]
+    return statistics.median(earlier) if len(earlier) >= DIVERGED_ROWS else math.inf
+
+
+def is_far_above_usual(losses: Sequence[float]) -> bool:
+    """Whether a curve's last row may be the first one of a divergence."""
+    return len(losses) > 0 and losses[-1] > DIVERGED_FACTOR * usual_loss(losses)
+
+
 def refuse_divergence(losses: Sequence[float], step: int) -> None:
     """Look at the losses of a curve's rows, the last of which is that of `step`.
 
     Raises:
         TrainingError: the run has diverged, see `DIVERGED_FACTOR`.
     """
-    earlier, latest = losses[:-DIVERGED_ROWS], losses[-DIVERGED_ROWS:]
-    if len(earlier) < DIVERGED_ROWS:
-        return
-    usual = statistics.median(earlier)
-    if min(latest) > DIVERGED_FACTOR * usual:
+    usual, lowest = usual_loss(losses), min(losses[-DIVERGED_ROWS:], default=0.0)
+    if lowest > DIVERGED_FACTOR * usual:
         raise TrainingError(
-            f"the run has diverged: up to step {step} the loss was {min(latest):.3g} or more for "
-            f"the last {DIVERGED_ROWS} rows of the curve, {usual:.3g} in the median before; lower "
-            "the learning rate"
+            f"the run has diverged: up to step {step} the loss was {lowest:.3g} or more for the "
+            f"last {DIVERGED_ROWS} rows of the curve, {usual:.3g} in the median before; the "
+            "checkpoints are of before: lower the learning rate"
         )

@@ -19,7 +19,7 @@ from effspinenet_lib import zoo
 from effspinenet_lib.data import Augmentation, Dataset, classes_of, training_loader
 from effspinenet_lib.data.padding import MAX_OBJECTS
 from effspinenet_lib.data.workers import worker_errors
-from effspinenet_lib.errors import UserError
+from effspinenet_lib.errors import TrainingError, UserError
 from effspinenet_lib.tasks.classification import Classifier
 from effspinenet_lib.training.checkpoint import (
     Checkpoint,
@@ -29,15 +29,16 @@ from effspinenet_lib.training.checkpoint import (
     save_checkpoint,
 )
 from effspinenet_lib.training.config import RunConfig
+from effspinenet_lib.training.devices import XLA
 from effspinenet_lib.training.ema import Ema, build_ema
 from effspinenet_lib.training.logs import Curve
 from effspinenet_lib.training.loop import Step, prepare_model, seed_everything, train_steps
 from effspinenet_lib.training.optim import build_optimizer, load_optimizer
-from effspinenet_lib.training.stopping import StopRequest
+from effspinenet_lib.training.stopping import StopRequest, preempted_first
 
 logger = logging.getLogger(__name__)
 
-STATIC_SHAPES = ("xla",)  # devices whose compiler builds a program for every shape
+STATIC_SHAPES = (XLA,)  # devices whose compiler builds a program for every shape
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _follow(
 ) -> float:
     """Run the steps; the main process writes the curve and the checkpoints. The time in all."""
     if not accelerator.is_main_process:
-        with stop.in_steps(), worker_errors():
+        with stop.in_steps(), preempted_first(stop), worker_errors():
             for _ in steps:
                 pass
         return state.spent
@@ -200,15 +201,15 @@ def _follow(
     ):
         keeper = _Keeper(job, accelerator, state, curve)
         try:
-            with worker_errors():
+            with preempted_first(stop), worker_errors():
                 for step in steps:
                     try:
                         curve.add(step)
                         keeper.save_in_time(step.step)
                     except UserError as error:  # the other processes stop with this one
                         stop.failure = error
-        except (UserError, RuntimeError):
-            keeper.save_the_rest(stop.step)
+        except (UserError, RuntimeError, OSError):
+            keeper.save_the_rest(stop)
             raise
     return keeper.seconds
 
@@ -230,21 +231,23 @@ class _Keeper:
     def save_in_time(self, step: int) -> None:
         """Save after the last step, and when the last checkpoint is old enough.
 
+        What may be the beginning of a divergence takes no earlier checkpoint's place.
+
         Raises:
             UserError: it cannot be written.
+            TrainingError: the weights are not finite.
         """
         due = time.monotonic() - self._saved_at >= self._job.checkpoint_seconds
-        if due or step == self._job.target:
+        if (due and not self._curve.is_far_above_usual) or step == self._job.target:
             self._save(step)
             self._saved_at = time.monotonic()
 
-    def save_the_rest(self, step: int | None) -> None:
-        """Save what was trained after the last checkpoint, if it is whole.
-
-        Args:
-            step: of the model and the optimizer; None in mid-update.
-        """
+    def save_the_rest(self, stop: StopRequest) -> None:
+        """Save what was trained after the last checkpoint, if it is whole and worth it."""
+        step = stop.step
         if step is None or step != self._curve.step or step == self._tried:
+            return
+        if self._curve.is_far_above_usual and not stop.signal:
             return
         with contextlib.suppress(UserError):  # what ended the run is the better message
             self._save(step)
@@ -253,15 +256,23 @@ class _Keeper:
     def _save(self, step: int) -> None:
         self._tried = step
         state = self._state
+        model_state = self._model.state_dict()
+        ema_state = state.ema.state_dict() if state.ema else None
+        for value in (*model_state.values(), *(ema_state or {}).values()):
+            if not value.isfinite().all():
+                raise TrainingError(
+                    f"the weights are not finite after step {step}; the same command goes on from "
+                    "the last checkpoint: lower the learning rate"
+                )
         checkpoint = Checkpoint(
             run=self._job.config.key,
             model=self._job.config.model,
             step=step,
-            model_state=self._model.state_dict(),
+            model_state=model_state,
             optimizer_state=state.optimizer.state_dict(),
             curve_state=self._curve.state(),
             wall_seconds=self.seconds,
-            ema_state=state.ema.state_dict() if state.ema else None,
+            ema_state=ema_state,
         )
         save_checkpoint(self._job.folder, checkpoint, self._job.checkpoints)
 
