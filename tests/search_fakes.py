@@ -1,4 +1,4 @@
-"""Trials that take no training, for the tests of the search.
+"""Trials that take no training, for the tests of the search, and what these ask of a record.
 
 A trial leaves a line in `started.log` beside the runs, so that a test can count what ran. Nothing
 here imports torch: a worker process starts at once.
@@ -12,9 +12,43 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-SECONDS = 0.1  # of a trial that works
+from effspinenet_lib.errors import (
+    CheckpointError,
+    DataError,
+    Preempted,
+    TrainingError,
+    UnknownName,
+    UserError,
+)
+from effspinenet_lib.search.engines import Engine
+from effspinenet_lib.search.trials import Trial, TrialFailed
+
+if TYPE_CHECKING:
+    from effspinenet_lib.results import ResultsStore
+
+
+class MissingError(DataError):
+    """An error that is made of other things than its message."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        super().__init__(f"{name}: not found in {folder}")
+
+
+SECONDS = 0.01  # of a trial that works
+TROUBLE = "trouble"  # beside the runs: which of these errors trials raise while the file is there
+ERRORS: dict[str, Exception] = {
+    "disk": UserError("cannot write run.json: No space left on device"),
+    "data": DataError("instances.json: no such file"),
+    "images": MissingError("a.jpg", Path("images")),
+    "checkpoint": CheckpointError("checkpoint-3.pt: is of another run"),
+    "name": UnknownName("model", "eff", ["eff_spinenet_m0"]),
+    "stopped": Preempted("stopped by SIGTERM"),
+    "system": OSError(28, "No space left on device"),
+    "diverged": TrainingError("the loss of step 3 is not finite"),
+}
+LET_GO = "let_go"  # beside the runs: how many trials may end
 
 
 def betas_of(request: Mapping[str, Any]) -> list[int]:
@@ -37,6 +71,40 @@ def works(request: Mapping[str, Any]) -> dict[str, float]:
     note_start(request)
     time.sleep(SECONDS)
     return {"AP": sum(betas_of(request)) / 10, "seconds": SECONDS}
+
+
+def in_trouble(request: Mapping[str, Any]) -> dict[str, float]:
+    """Raise what the file says, while there is one."""
+    note_start(request)
+    trouble = Path(request["runs_dir"]) / TROUBLE
+    if trouble.exists():
+        raise ERRORS[trouble.read_text()]
+    return {"AP": 1.0, "seconds": 0.0}
+
+
+def is_held(request: Mapping[str, Any]) -> dict[str, float]:
+    """End when it is let go; never where the search that asked for it was killed meanwhile."""
+    note_start(request)
+    folder = Path(request["runs_dir"])
+    search = multiprocessing.parent_process()
+    while not (search and search.is_alive() and take_leave(folder)):
+        time.sleep(0.01)
+    return {"AP": sum(betas_of(request)) / 10, "seconds": 0.0}
+
+
+def take_leave(folder: Path) -> bool:
+    for number in range(int((folder / LET_GO).read_text() or 0)):
+        try:
+            (folder / f"{LET_GO}-{number}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return True
+    return False
+
+
+def computes_in_bfloat16(request: Mapping[str, Any]) -> dict[str, Any]:
+    note_start(request)
+    return {"AP": 1.0, "seconds": 0.0, "precision": "bfloat16"}
 
 
 def tells_of_its_process(request: Mapping[str, Any]) -> dict[str, float]:
@@ -72,3 +140,31 @@ def hangs(request: Mapping[str, Any]) -> dict[str, float]:
     note_start(request)
     time.sleep(3600)
     return {"AP": math.nan, "seconds": 0.0}
+
+
+class Here(Engine):
+    """An engine without processes, where a test needs none."""
+
+    def __init__(self, trial: Trial = works) -> None:
+        super().__init__(trial, workers=1, timeout=0)
+
+    def attempt(self, request):
+        try:
+            return self.trial(request)
+        except ArithmeticError as error:
+            raise TrialFailed(str(error)) from error
+
+
+def started(store: ResultsStore) -> list[str]:
+    log = store.runs_folder / "started.log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def record(store: ResultsStore) -> list[tuple[object, ...]]:
+    columns = ["method", "trial", "step", "betas", "AP", "reward", "entropy", "run", "parameters"]
+    return [tuple(row) for row in store.trials()[columns].fillna(-1).to_numpy().tolist()]
+
+
+def import_path() -> str:
+    """With the fakes: processes import a trial by its name."""
+    return os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

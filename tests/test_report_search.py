@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,25 +14,36 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from IPython.display import Markdown
 from myst_nb.core.read import read_myst_markdown_notebook
 from test_report import COLOUR_BLINDNESS, lab, linear
 
-from effspinenet_lib import create_model, experiments, measure_cost
-from effspinenet_lib.choices.learned import BETAS, SEARCH_SPACE, betas_text, parse_betas
+from effspinenet_lib import create_model, experiments, measure_cost, paper
+from effspinenet_lib.choices.learned import (
+    BETAS,
+    SEARCH_SPACE,
+    betas_text,
+    parse_betas,
+)
+from effspinenet_lib.errors import DataError
 from effspinenet_lib.report import (
+    claims,
     plots,
     search,
     search_costs,
     search_levels,
     search_plots,
+    search_space,
     search_words,
     style,
 )
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.search.record import equal_betas, plan_betas
 from effspinenet_lib.search.settings import get_search
+from effspinenet_lib.search.statements import space_statements, write_statements
 from effspinenet_lib.specs import BASES
+from effspinenet_lib.zoo.distributions import Distribution, read_distribution, write_distribution
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LEVELS = np.array([block.level for block in BASES["sp_efficientnet"].blocks])
@@ -40,12 +52,17 @@ METHODS = ("ppo", "random")
 
 
 def rows(
-    method: str, seed: int, betas: list[tuple[int, ...]], aps: list[float], first: int = 0
+    method: str,
+    seed: int,
+    betas: list[tuple[int, ...]],
+    aps: list[float],
+    first: int = 0,
+    profile: str = "proxy",
 ) -> list[dict[str, Any]]:
-    """Trials of the proxy as a search records them, four a batch."""
-    planned = plan_betas(get_search("proxy"), betas, method, seed, 0, first)
+    """Trials as a search records them, four a batch."""
+    planned = plan_betas(get_search(profile), betas, method, seed, 0, first)
     common = {"state": "finished", "attempts": 1, "seconds": 36.0}
-    entropy = {"entropy": 1.5} if method == "ppo" else {}
+    entropy = {"entropy": 1.5} if method in search.POLICIES else {}
     return [
         {**row, **common, **entropy, "AP": ap, "reward": ap, "step": row["trial"] // 4}
         for row, ap in zip(planned, aps, strict=True)
@@ -68,9 +85,9 @@ def again(betas: tuple[int, ...], aps: dict[int, float], first: int) -> list[dic
     return [rows("reference", seed, [betas], [ap], first)[0] for seed, ap in aps.items()]
 
 
-def frame(*parts: list[dict[str, Any]]) -> pd.DataFrame:
-    """Trials as a store gives them back."""
-    made = pd.DataFrame([row for part in parts for row in part])
+def frame(*parts: list[dict[str, Any]], source: str = "proxy") -> pd.DataFrame:
+    """Trials as `read_trials` gives them."""
+    made = pd.DataFrame([row for part in parts for row in part]).assign(source=source)
     return made if "entropy" in made else made.assign(entropy=math.nan)
 
 
@@ -82,8 +99,31 @@ REFERENCES = [
     # the seed that the search chose it by, then others
     *again(FOUND, {0: max(row["AP"] for row in SAMPLED), 1: 24.0, 2: 25.0, 3: 26.0}, 2),
 ]
+PAPER_SAMPLES = rows(
+    "ppo",
+    0,
+    [parse_betas(row["betas"]) for row in SAMPLED[:SAMPLES]],
+    [row["AP"] for row in SAMPLED[:SAMPLES]],
+    profile="paper",
+)
 TRIALS = frame(SAMPLED, REFERENCES)
 NOTHING = TRIALS.iloc[:0]
+
+
+# Everything that the pages say of a record.
+SENTENCES = (
+    search.shown_sentence,
+    search.trial_sentence,
+    search_words.conclusions,
+    search_words.comparison_sentences,
+    search_words.progress_sentences,
+    search_words.entropy_sentence,
+    search_words.noise_sentence,
+    search_words.limits_sentence,
+    lambda trials: search_words.scale_sentence(trials, 240),
+    search_levels.level_sentences,
+    search_costs.correlation_sentence,
+)
 
 
 # The record
@@ -91,15 +131,51 @@ NOTHING = TRIALS.iloc[:0]
 
 def test_a_smoke_search_is_never_read(tmp_path: Path) -> None:
     ResultsStore(tmp_path, "smoke").add_trials(SAMPLED)
-    assert search.read_trials(tmp_path).empty
-    assert search.record_files(tmp_path).files == ()
+    trials = search.read_trials(tmp_path)
+    assert trials.empty
+    assert search.record_files(trials).files == ()
 
 
 def test_the_first_folder_with_a_record_is_read(tmp_path: Path) -> None:
     ResultsStore(tmp_path / "b", "proxy").add_trials(SAMPLED[:3])
     ResultsStore(tmp_path / "c", "proxy").add_trials(SAMPLED[:5])
-    assert len(search.read_trials(*(tmp_path / name for name in "abc"))) == 3
-    assert search.record_files(tmp_path / "c").files == ("proxy/search_trials.csv",)
+    trials = search.read_trials(*(tmp_path / name for name in "abc"))
+    assert len(trials) == 3
+    assert search.record_files(trials).files == ("proxy/search_trials.csv",)
+
+
+def test_a_record_at_the_papers_settings_comes_first_and_alone(tmp_path: Path) -> None:
+    ResultsStore(tmp_path / "b", "proxy").add_trials(SAMPLED[:3])
+    ResultsStore(tmp_path / "c", "paper").add_trials(PAPER_SAMPLES[:2])
+    for order in ("bc", "cb"):
+        trials = search.read_trials(*(tmp_path / name for name in order))
+        assert set(trials["run"]) == {row["run"] for row in PAPER_SAMPLES[:2]}
+        assert search.profile_of(trials) == "paper"
+        assert search.record_files(trials).files == ("paper_scale/search_trials.csv",)
+
+
+def test_what_a_record_says_names_its_source() -> None:
+    for source, name in (("proxy", "proxy"), ("paper_scale", "paper's settings")):
+        trials = TRIALS.assign(source=source)
+        assert f"({name}, seed 0), with an AP of" in search.shown_sentence(trials)
+        for picture in search_plots.samples(trials).pictures:
+            assert f"AP (%), {name}" in picture.svg
+            assert f"samples ({name})" in picture.alt
+        assert set(search.reference_measurements(trials)["source"]) == {source}
+        dots = search_plots.reference_dots(trials)
+        assert f"AP (%), {name}, one dot a seed" in dots.svg
+        assert f"({name})" in dots.alt
+        assert "search's best: 24.00, 25.00, 26.00, mean 25.00" in dots.alt
+
+
+def test_a_paper_scale_record_is_never_called_the_proxy() -> None:
+    trials = frame(PAPER_SAMPLES, source="paper_scale")
+    texts = [said(trials) for said in SENTENCES]
+    texts += [picture.alt + picture.svg for picture in search_plots.samples(trials).pictures]
+    assert not [text for text in texts if "proxy" in text or "smaller" in text]
+    assert "the profile `paper`" in search.trial_sentence(trials)
+    assert "after a full training" in search_words.limits_sentence(trials)
+    assert "own search is **not run**" in search_words.scale_sentence(TRIALS, 240)
 
 
 def test_the_best_sample_has_the_highest_reward_and_then_the_fewest_parameters() -> None:
@@ -121,8 +197,64 @@ def test_a_failed_trial_is_no_sample() -> None:
     assert len(search.searched(trials)) == len(SAMPLED) - 1
     table = search.summary_table(trials).frame
     assert table.loc["PPO", ["samples", "failed", "trained"]].tolist() == [20, 1, 19]
-    assert table.loc["PPO", "core hours"] == f"{20 * 36 / 3600:.1f}"
+    assert table.loc["PPO", "hours of trials"] == f"{20 * 36 / 3600:.1f}"
     assert search_plots.progress(trials).pictures
+    assert "2 methods chose 40 of them; 1 failed" in search_words.conclusions(trials)
+
+
+def test_a_record_whose_trials_all_failed_says_so_and_not_that_nothing_was_run() -> None:
+    trials = TRIALS[TRIALS["method"] == "random"].assign(
+        state="failed", AP=math.nan, reward=math.nan
+    )
+    assert search.nothing(trials).startswith("The search has no result: every trial failed (20 of")
+    table = search.summary_table(trials).frame
+    row = ["samples", "failed", "best AP", "sd of AP"]
+    assert table.loc["random search", row].tolist() == [20, 20, "–", "–"]
+    texts = [said(trials) for said in (*SENTENCES, search_words.chosen_sentence)]
+    pictures = [
+        *search_plots.progress(trials).pictures,
+        search_plots.block_preference(trials),
+        *search_plots.samples(trials).pictures,
+    ]
+    levels = search_levels.level_table(trials)
+    texts += [picture.alt for picture in pictures] + [repr(levels)]
+    allowed = search_words.comparison_sentences(trials)  # that was not run
+    assert not [
+        text for text in texts if "not run" in text and text != allowed and "policy" not in text
+    ]
+    assert all("every trial failed" in picture.alt for picture in pictures)
+    assert "β" in repr(levels)
+    assert "every trial failed" in search_plots.entropy(trials.assign(method="ppo")).alt
+    assert "not run" in search_plots.entropy(trials).alt
+    assert search_costs.correlation_table(trials).frame.iloc[:, 0].eq("–").all()
+
+
+def test_a_record_of_chosen_distributions_alone_has_no_sample() -> None:
+    trials = frame(REFERENCES[:3])
+    assert search.nothing(trials) == search.NOTHING
+    assert search.reference_table(trials).frame.loc[search.SP].iloc[0] == "21.00 ± 1.00 (3)"
+    assert "search's best not run" in search_words.comparison_sentences(trials)
+
+
+@pytest.mark.parametrize("method", search.METHOD_NAMES)
+@pytest.mark.parametrize("count", [1, 3, SAMPLES])
+def test_what_is_said_of_a_record_of_one_method_names_no_other(method: str, count: int) -> None:
+    betas = [parse_betas(row["betas"]) for row in SAMPLED[:count]]
+    trials = frame(rows(method, 0, betas, [row["AP"] for row in SAMPLED[:count]]))
+    said = "\n".join(sentence(trials) for sentence in SENTENCES)
+    lines = [line for line in said.splitlines() if "not both" not in line and "too few" not in line]
+    others = {name for key, name in search.METHOD_NAMES.items() if key != method}
+    assert not {name for name in others for line in lines if name in line}
+    assert f"1 method chose {count} of them; 0 failed" in said
+    assert search.METHOD_NAMES[method] in said
+    assert ("nats" in said) == (method in search.POLICIES)
+    assert "not both are on record" in search_words.noise_sentence(trials)
+    table = search.summary_table(trials).frame
+    assert table.index.tolist() == [search.METHOD_NAMES[method]]
+    pictures = (search_plots.block_preference(trials), search_plots.entropy(trials))
+    shown = [said, repr(table), repr(search_levels.level_table(trials))]
+    shown += [repr(search_costs.correlation_table(trials)), *(one.alt for one in pictures)]
+    assert not [text for text in shown if re.search(r"\bnan\b", text)]
 
 
 def test_the_found_distribution_is_built_from_the_best_betas() -> None:
@@ -139,6 +271,35 @@ def test_the_run_that_a_distribution_was_chosen_by_is_left_out() -> None:
     assert spreads[search.FOUND].mean == 25.0  # 24, 25, 26
     assert spreads[search.FOUND].seeds == 3
     assert spreads[search.SP].seeds == 3
+
+
+def test_costs_of_chosen_distributions_are_those_of_the_record() -> None:
+    table = search.reference_table(TRIALS).frame
+    for name, own in search.references(TRIALS).groupby("row"):
+        costs = own[["multi_adds_d0", "parameters_d0"]].iloc[0] / [1e9, 1e6]
+        assert table.loc[name].tolist()[2:] == [f"{value:.2f}" for value in costs]
+    empty = search.reference_table(NOTHING).frame
+    assert empty.loc[search.SP].tolist()[2:] == table.loc[search.SP].tolist()[2:]
+    assert set(empty.loc[search.FOUND]) == {"not run", "–"}
+
+
+def test_a_given_distribution_has_a_row_with_its_cost_and_what_the_record_knows_of_it() -> None:
+    betas = tuple(reversed(BETAS))
+    given = Distribution("mine", "eff_spinenet_m0", betas)
+    with torch.device("meta"):
+        cost = measure_cost(create_model("eff_spinenet_d0", betas=betas_text(betas)), 512)
+    costs = [f"{cost.multi_adds / 1e9:.2f}", f"{cost.parameters / 1e6:.2f}"]
+    for trials in (TRIALS, NOTHING):
+        table = search.reference_table(trials, given).frame
+        assert table.index.tolist() == [*search.reference_names(trials), search.GIVEN]
+        assert table.loc[search.GIVEN].tolist() == ["not run", "–", *costs]
+    again_found = Distribution("found", "eff_spinenet_m0", FOUND)
+    table = search.reference_table(TRIALS, again_found).frame
+    assert table.loc[search.GIVEN].tolist() == table.loc[search.FOUND].tolist()
+    assert search.shown_sentence(TRIALS, given).startswith("The given distribution is mine: β 1, ")
+    shown = search.shown_distribution(TRIALS, given)
+    dims = [block.feature_dim for block in shown[search.GIVEN].blocks]
+    assert (list(shown), dims) == ([search.GIVEN], given.feature_dims)
 
 
 def test_other_methods_bests_have_their_names() -> None:
@@ -262,7 +423,7 @@ def test_the_statements_of_section_5_1_5_are_checked() -> None:
     assert (
         "that all have does not hold. 33 % have fewer parameters; that most have does not" in said
     )
-    assert search_costs.cost_sentence("Samples", [], []) == "Samples: not run."
+    assert search_costs.cost_sentence("Samples", [], []) == "Samples: there are none."
     table = search_costs.cost_table({"three": (flops, weights)}).frame
     assert table.loc["three"].tolist() == [
         "3", "100 %", "-9 to +9 %", "67 %", "67 %", "-20 to +30 %",
@@ -285,7 +446,7 @@ def test_rank_correlation_is_spearmans() -> None:
 def test_a_correlation_larger_than_chance_is_named() -> None:
     alike = TRIALS.assign(AP=TRIALS["parameters_d0"] / 1e6)
     assert "#Params at D0 (+1.00)" in search_costs.correlation_sentence(alike)
-    assert "not run" in search_costs.correlation_sentence(NOTHING)
+    assert "too few samples" in search_costs.correlation_sentence(NOTHING)
 
 
 def test_noise_is_pooled_over_seeds_and_set_beside_random_search() -> None:
@@ -296,7 +457,7 @@ def test_noise_is_pooled_over_seeds_and_set_beside_random_search() -> None:
     assert samples == pytest.approx(np.std(blind, ddof=1))
     same = TRIALS.assign(AP=np.where(TRIALS["method"] == "random", 20.0, TRIALS["AP"]))
     assert "one trial cannot tell two distributions apart" in search_words.noise_sentence(same)
-    assert "not run" in search_words.noise_sentence(frame(SAMPLED))
+    assert "not both are on record" in search_words.noise_sentence(frame(SAMPLED))
 
 
 def test_the_share_of_right_orders_is_what_a_simulation_gives() -> None:
@@ -328,6 +489,68 @@ def test_the_scale_of_the_search_is_that_of_its_record() -> None:
     assert "240 steps a trial" in said
     assert "eff_spinenet_m0" in said
     assert "not run" in search_words.scale_sentence(NOTHING, 1)
+
+
+# The statements on the whole space
+
+
+def test_the_statements_on_the_space_are_shown_under_both_equations(tmp_path: Path) -> None:
+    counted = {(row["claim"], row["equation"]): row for row in space_statements(500, seed=1)}
+    write_statements(tmp_path / "b", counted.values())
+    statements = search_space.read_statements(tmp_path / "a", tmp_path / "b")
+    assert search_space.statement_files(statements).files == ("search/space.csv",)
+    table = search_space.statement_table(statements).frame
+    expected = [
+        [equation, stated, f"{row['computed']:.1f} %", row["verdict"], "500"]
+        for claim, stated in (
+            ("multi-adds-within-10-percent", "all"),
+            ("parameters-reduced", "most"),
+        )
+        for equation in ("exact", "approximate")
+        for row in (counted[claim, equation],)
+    ]
+    assert table.to_numpy().tolist() == expected
+    said = search_space.equations_sentence(statements)
+    near = counted["multi-adds-within-10-percent", "approximate"]["computed"]
+    exact = counted["multi-adds-within-10-percent", "exact"]["computed"]
+    assert f"{exact:.1f} against {near:.1f} %" in said
+    assert f"{counted['same-as-exact', 'approximate']['computed']:.1f} % of the samples get" in said
+    assert "The verdicts are the same." in said
+    turned = statements.copy()
+    turned.loc[turned["equation"] == "approximate", "verdict"] = "holds"
+    assert "verdicts differ in multi-adds-within-10-percent" in (
+        search_space.equations_sentence(turned)
+    )
+
+
+def test_the_statements_on_the_space_are_rows_of_the_claims(tmp_path: Path) -> None:
+    counted = {(row["claim"], row["equation"]): row for row in space_statements(500, seed=1)}
+    write_statements(tmp_path, counted.values())
+    rows = search_space.space_claims(search_space.read_statements(tmp_path))
+    known = paper.claims()
+    assert set(rows.columns) <= set(known.columns)
+    assert not set(rows["claim"]) & set(known["claim"])
+    exact = [counted[claim, "exact"] for claim in rows["claim"]]
+    assert rows["computed"].tolist() == [row["computed"] for row in exact]
+    assert rows["verdict"].tolist() == [row["verdict"] for row in exact] == ["mismatch", "holds"]
+    both = pd.concat([known, rows], ignore_index=True)
+    assert claims.claims_sentence(both).startswith(f"{len(known) + 2} claims recomputed")
+    table = claims.claims_table(both, "all").frame.tail(2)
+    assert table["stated"].tolist() == ["100 %", "more than 50 %"]
+    near = counted["multi-adds-within-10-percent", "approximate"]["computed"]
+    assert f"approximates it {near:.4g} %, mismatch" in table["note"].iloc[0]
+
+
+def test_statements_that_nobody_counted_are_not_run(tmp_path: Path) -> None:
+    statements = search_space.read_statements(tmp_path)
+    assert "not run" in search_space.equations_sentence(statements)
+    assert "not run" in search_space.statement_table(statements).caption
+    assert search_space.space_claims(statements).empty
+    assert search_space.statement_files(statements).files == ()
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "space.csv").write_text("claim\n", encoding="utf-8")
+    with pytest.raises(DataError, match="columns missing"):
+        search_space.read_statements(tmp_path)
 
 
 # Pictures
@@ -363,11 +586,7 @@ def test_pictures_without_a_record_say_so() -> None:
         search_plots.entropy(NOTHING),
         search_plots.block_preference(NOTHING),
         *search_plots.samples(NOTHING).pictures,
-        plots.seed_dots(
-            search.REFERENCE,
-            search.reference_measurements(NOTHING),
-            search.reference_names(NOTHING),
-        ),
+        search_plots.reference_dots(NOTHING),
     ]
     assert all("not run" in picture.alt and "not run" in picture.svg for picture in pictures)
 
@@ -422,8 +641,9 @@ def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "parameters": SimpleNamespace(results_dir=tmp_path),
         "plots": plots,
         "Markdown": Markdown,
+        "given": None,
     }
-    values = dict.fromkeys(("data_root", "seeds"), "")
+    values = dict.fromkeys(("data_root", "seeds", "distribution"), "")
     names |= {**values, "accelerator": "auto", "devices": "auto", "engine": "local"}
     names |= {"profile": "smoke", "force": False}
     found = {
@@ -432,13 +652,17 @@ def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "table 8": ("notebooks/table_08_learned_distribution.ipynb", "search-"),
         "search": ("book/search.md", ""),
     }
-    return SimpleNamespace(
-        store=ResultsStore(tmp_path, "proxy"),
-        show=lambda page: shown(REPOSITORY / found[page][0], dict(names), found[page][1]),
-    )
+
+    def show(page: str, chosen: str | None = None, **given: Any) -> str:
+        path, own = found[page]
+        return shown(REPOSITORY / path, {**names, **given}, own if chosen is None else chosen)
+
+    return SimpleNamespace(folder=tmp_path, store=ResultsStore(tmp_path, "proxy"), show=show)
 
 
 PAGES = ("figure 3", "figure 5", "table 8", "search")
+# Of a search that is small: what the paper's would take.
+PAPERS_OWN = "The paper's own search is **not run**"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -453,8 +677,10 @@ def test_a_page_without_a_record_says_not_run_and_shows_no_smoke_number(
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_with_a_record_shows_it(pages: Any, page: str) -> None:
     pages.store.add_trials([*SAMPLED, *REFERENCES])
+    write_statements(pages.folder, space_statements(500, seed=1))
     text = pages.show(page)
-    assert "not run" not in text
+    assert (PAPERS_OWN in text) == (page == "search")
+    assert "not run" not in text.replace(PAPERS_OWN, "")
     assert "98.7" not in text
     expected = {
         "figure 3": "and search's best: "
@@ -464,6 +690,56 @@ def test_a_page_with_a_record_shows_it(pages: Any, page: str) -> None:
         "search": search.setting(TRIALS),
     }
     assert expected[page] in text
+    if page in ("figure 5", "search"):
+        assert "on 500 uniform samples" in text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_paper_scale_record_takes_the_place_of_the_proxys(pages: Any, page: str) -> None:
+    pages.store.add_trials([*SAMPLED, *REFERENCES])
+    before = pages.show(page)
+    ResultsStore(pages.folder, "paper").add_trials(PAPER_SAMPLES)
+    text = pages.show(page)
+    own = search.setting(frame(PAPER_SAMPLES))
+    assert own in text
+    assert own not in before
+    assert search.setting(TRIALS) not in text
+    assert search.setting(TRIALS) in before
+    assert "random search's trial" not in text
+    if page != "table 8":  # its cells that are run here show no files
+        assert "paper_scale/search_trials.csv" in text
+        assert "proxy/search_trials.csv" not in text
+
+
+@pytest.mark.parametrize("page", ["figure 3", "table 8"])
+def test_a_page_takes_a_distribution_from_a_file(pages: Any, page: str) -> None:
+    path = pages.folder / "mine.json"
+    write_distribution(path, Distribution("my own", "eff_spinenet_m0", (1,) * 17 + (20,)))
+    pages.store.add_trials(SAMPLED)
+    given = read_distribution(path)
+    if page == "figure 3":
+        text = pages.show(page, distribution=str(path))
+        assert "The given distribution is my own" in text
+        assert "given distribution: " + ", ".join(map(str, given.feature_dims)) in text
+        assert search.FOUND not in text
+    else:
+        text = pages.show(page, given=given)
+        assert search.GIVEN in text
+        assert search.FOUND in text
+
+
+@pytest.mark.parametrize("page", ["figure 3", "table 8"])
+@pytest.mark.parametrize("content", [None, "{", '{"format": "another"}'])
+def test_a_wrong_distribution_stops_a_page_before_any_work(
+    pages: Any, page: str, content: str | None
+) -> None:
+    path = pages.folder / "wrong.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        pages.show(page, "check-parameters", distribution=str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_change_of_the_record_changes_what_the_page_says(pages: Any) -> None:

@@ -15,22 +15,26 @@ from typer.testing import CliRunner
 import effspinenet_lib as esn
 from effspinenet_lib.choices.learned import (
     BETAS,
+    LARGEST_BETA,
     SEARCH_SPACE,
     betas_text,
+    check_betas,
     distributed,
     parse_betas,
 )
 from effspinenet_lib.cli import app
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import DataError, UnknownName, UserError
+from effspinenet_lib.files import read_json
 from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.report.search_space import read_statements
 from effspinenet_lib.results import ResultsStore, validate
 from effspinenet_lib.search.export import best_trial, export_distribution
 from effspinenet_lib.search.record import equal_betas, plan_betas
-from effspinenet_lib.search.run import Penalty
+from effspinenet_lib.search.running import Penalty
 from effspinenet_lib.search.settings import get_search
 from effspinenet_lib.search.space import base_dims, detector_costs, round_dims, sample_betas
-from effspinenet_lib.search.statements import read_statements, space_statements, write_statements
+from effspinenet_lib.search.statements import space_statements, write_statements
 from effspinenet_lib.specs import BASES, SCALES, block_multi_adds, round_dim
 from effspinenet_lib.training.run import RunConfig
 
@@ -96,7 +100,17 @@ def test_costs_with_repeated_layers():
 
 
 @pytest.mark.parametrize(
-    "betas", ["", "1-2", "-".join(["1"] * 19), "-".join(["0"] * 18), "a" * 18, "1.5-" * 17 + "1"]
+    "betas",
+    [
+        "",
+        "1-2",
+        "-".join(["1"] * 19),
+        "-".join(["0"] * 18),
+        "a" * 18,
+        "1.5-" * 17 + "1",
+        "-".join([str(LARGEST_BETA + 1)] * 18),
+        "-".join(["9" * 5000] * 18),
+    ],
 )
 def test_betas_that_are_none_are_refused(betas: str):
     with pytest.raises(UserError, match="betas are"):
@@ -104,6 +118,16 @@ def test_betas_that_are_none_are_refused(betas: str):
     if betas:
         with pytest.raises(UserError, match="betas are"):
             esn.create_model("eff_spinenet_m0", betas=betas)
+
+
+def test_betas_are_bounded_and_the_message_says_by_what():
+    extreme = (LARGEST_BETA, *[1] * 17)
+    assert check_betas(extreme) == extreme
+    assert len(distributed(extreme).blocks) == 18
+    for huge in (LARGEST_BETA + 1, 10**400, 10**5000):
+        with pytest.raises(UserError, match=f"from 1 to {LARGEST_BETA}") as refused:
+            distributed((huge, *[1] * 17))
+        assert len(str(refused.value)) < 300
 
 
 @pytest.fixture
@@ -159,6 +183,9 @@ def test_a_distribution_stands_for_its_model_wherever_it_lies(found: Path, tmp_p
         ({"feature_dims": [8] * 18}, DataError, "its betas give"),
         ({"format": "other"}, DataError, "is no resource distribution"),
         ({"model": "resnet50_fpn"}, UnknownName, "scale-permuted model"),
+        ({"betas": [10**400] * 18}, DataError, f"whole numbers from 1 to {LARGEST_BETA}"),
+        ({"origin": [1]}, DataError, "its origin is no object"),
+        ({"origin": [["a", 1]]}, DataError, "its origin is no object"),
     ],
 )
 def test_a_file_that_is_no_distribution_is_refused(
@@ -167,6 +194,32 @@ def test_a_file_that_is_no_distribution_is_refused(
     found.write_text(json.dumps({**json.loads(found.read_text()), **change}))
     with pytest.raises(error, match=message):
         esn.create_model(str(found))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"betas": ' + "1" * 5000 + "}", "has a number that is too long to read"),
+        ("[" * 100_000, "is nested too deeply"),
+        ('{"a": 1,\n}', r"is not JSON \(line 2, column 1"),
+    ],
+)
+def test_json_that_cannot_be_read_is_said_in_one_line(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    for read in (read_json, esn.create_model):
+        with pytest.raises(DataError, match=rf"broken\.json: {message}") as refused:
+            read(str(path))
+        assert "\n" not in str(refused.value)
+
+
+def test_a_name_that_no_file_can_have_is_said(tmp_path: Path):
+    with pytest.raises(DataError, match="is no file's name: embedded null byte") as refused:
+        esn.create_model("a\0.json")
+    assert str(refused.value).isprintable()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be read: Not a directory"):
+        esn.create_model(str(tmp_path / "file" / "a.json"))
 
 
 def test_a_distribution_that_is_missing_or_has_betas_beside_it(found: Path, tmp_path: Path):
@@ -219,8 +272,6 @@ def test_statements_on_the_space_are_counted_and_valid(tmp_path: Path):
     fewer = 100 * (parameters < target.parameters).mean()
     assert exact["parameters-reduced"] == pytest.approx(fewer, abs=1e-3)
     assert not [problem for problem in validate(tmp_path) if "space.csv" in problem]
-    with pytest.raises(DataError, match="effspinenet search space"):
-        read_statements(tmp_path / "nothing")
 
 
 def test_the_penalty_is_mnasnets():

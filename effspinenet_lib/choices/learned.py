@@ -28,6 +28,8 @@ from effspinenet_lib.specs import (
 SEARCH_SPACE = (1, 5, 10, 15, 20)  # section 5.1.1
 TABLE_1_MULTIPLE = 8  # Table 1 prints multiples of 8: with `BETAS` this rounding gives all of it
 BETAS_JOINT = "-"
+LARGEST_BETA = 10_000  # our choice: shares of the computation in hundredths of a percent
+SHOWN_CHARACTERS = 100  # our choice: of betas that are none, in a message
 # Recovered from Table 1, for blocks 1 to 18.
 BETAS = (10, 10, 5, 5, 15, 20, 20, 1, 20, 15, 5, 20, 10, 15, 15, 10, 10, 1)
 
@@ -68,7 +70,7 @@ def distributed(betas: Sequence[int]) -> BackboneSpec:
         betas: of the 18 blocks, positive.
 
     Raises:
-        UserError: another number of betas, or one that is not positive.
+        UserError: as `check_betas`.
     """
     checked = check_betas(betas)
     base = BASES["sp_efficientnet"]
@@ -84,14 +86,12 @@ def check_betas(betas: Sequence[int]) -> tuple[int, ...]:
     """Betas as they are, or a refusal.
 
     Raises:
-        UserError: another number of betas than blocks, or one that is no positive whole number.
+        UserError: another number of betas than blocks, or one that is no whole number from 1 to
+            `LARGEST_BETA`.
     """
-    count = len(BASES["sp_efficientnet"].blocks)
-    if len(betas) != count or any(type(beta) is not int or beta < 1 for beta in betas):
-        raise UserError(
-            f"betas are {betas_text(betas)!r}; they must be {count} positive whole numbers, such "
-            f"as {betas_text(BETAS)}"
-        )
+    whole = all(type(beta) is int and 1 <= beta <= LARGEST_BETA for beta in betas)
+    if len(betas) != len(BETAS) or not whole:
+        raise _refusal(BETAS_JOINT.join(map(_shown, betas)))
     return tuple(betas)
 
 
@@ -107,6 +107,20 @@ def parse_betas(text: str) -> tuple[int, ...]:
         UserError: the text is none.
     """
     parts = text.split(BETAS_JOINT)
-    if not all(part.isdecimal() for part in parts):
-        raise UserError(f"betas are {text!r}; write them as {betas_text(BETAS)}")
+    digits = len(str(LARGEST_BETA))
+    if not all(part.isdecimal() and len(part) <= digits for part in parts):
+        raise _refusal(text)
     return check_betas([int(part) for part in parts])
+
+
+def _shown(beta: object) -> str:
+    """Any value in a message; Python itself refuses to write very long numbers."""
+    huge = isinstance(beta, int) and abs(beta) > LARGEST_BETA
+    return "(too large)" if huge else str(beta)
+
+
+def _refusal(text: str) -> UserError:
+    return UserError(
+        f"betas are {text[:SHOWN_CHARACTERS]!r}; they must be {len(BETAS)} whole numbers from 1 to "
+        f"{LARGEST_BETA}, written as {betas_text(BETAS)}"
+    )

@@ -75,7 +75,9 @@ def cost(
 
 
 def wiring(
-    name: Annotated[str, typer.Argument(help="A scale-permuted model.")],
+    name: Annotated[
+        str, typer.Argument(help="A scale-permuted model, or the file of a distribution.")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUT.svg|OUT.png", help="File to write.")],
 ) -> None:
     """Draw which block of a scale-permuted model feeds which.
@@ -84,8 +86,11 @@ def wiring(
     """
     from effspinenet_lib.files import atomic_write, ensure_folder
     from effspinenet_lib.report.diagrams import wiring_figure, wirings
+    from effspinenet_lib.zoo.distributions import is_distribution, read_distribution
 
     known = wirings()
+    if is_distribution(name):
+        known[name] = read_distribution(name).backbone
     if name not in known:
         raise UnknownName("scale-permuted model", name, known)
     kind = output.suffix.lower().removeprefix(".")

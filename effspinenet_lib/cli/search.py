@@ -10,6 +10,9 @@ import typer
 from effspinenet_lib.cli.console import print_table
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from effspinenet_lib.results import ResultsStore
     from effspinenet_lib.search.engines import Engine
     from effspinenet_lib.search.settings import SearchSettings
 
@@ -47,7 +50,7 @@ Processes = Annotated[
         "many as it has]",
     ),
 ]
-AcceleratorName = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `tpu`.")]
+AcceleratorName = Annotated[str, typer.Option(help="`auto`, `cpu`, `gpu` or `tpu`.")]
 MicroBatch = Annotated[
     int | None,
     typer.Option(min=1, help="Images computed at once; gradients add up to the batch's."),
@@ -66,10 +69,10 @@ def _engine(
 ) -> Engine:
     from effspinenet_lib.errors import UnknownName, UserError
     from effspinenet_lib.experiments.items import PAPER
-    from effspinenet_lib.experiments.parameters import ACCELERATORS, find_device, run_count
+    from effspinenet_lib.experiments.parameters import find_device, run_count
     from effspinenet_lib.search.engines import LOCAL, get_engine
     from effspinenet_lib.search.trials import Device
-    from effspinenet_lib.training.devices import AUTO, CPU
+    from effspinenet_lib.training.devices import ACCELERATORS, AUTO, CPU
 
     make = get_engine(name)
     kind, count = accelerator, processes or 0  # a cluster's devices are not this machine's
@@ -89,6 +92,25 @@ def _engine(
         )
     typer.echo(f"Trials at once: {engine.workers}, each on one {engine.device.kind}", err=True)
     return engine
+
+
+def _store(results_dir: Path | None, profile: str) -> ResultsStore:
+    from effspinenet_lib.experiments import default_results_dir
+    from effspinenet_lib.results import ResultsStore
+
+    # the processes of a cluster stand in folders of their own
+    return ResultsStore((results_dir or default_results_dir()).resolve(), profile)
+
+
+def _tell_of_a_failure(trials: pd.DataFrame) -> None:
+    failed = trials[trials["state"] == "failed"]
+    if len(failed):
+        first = failed.iloc[0]
+        typer.echo(
+            f"Trial {first['trial']} of {first['method']} with seed {first['seed']} failed: "
+            f"{first['note']}",
+            err=True,
+        )
 
 
 @app.callback()
@@ -111,7 +133,7 @@ def search(
     processes: Processes = None,
     penalty: Annotated[
         float,
-        typer.Option(max=0, help="MnasNet's exponent on Multi-Adds, such as -0.07; 0: none."),
+        typer.Option(help="MnasNet's exponent on Multi-Adds, such as -0.07; 0: none."),
     ] = 0.0,
     results_dir: ResultsDir = None,
     force: Annotated[bool, typer.Option("--force", help="Begin anew.")] = False,
@@ -129,19 +151,19 @@ def search(
     """
     if context.invoked_subcommand is not None:
         return
-    from effspinenet_lib.experiments import default_results_dir
-    from effspinenet_lib.results import ResultsStore
-    from effspinenet_lib.search.run import Penalty, Search, run_search
+    from effspinenet_lib.search.run import Search, run_search
+    from effspinenet_lib.search.running import Penalty
     from effspinenet_lib.search.settings import get_search
 
-    settings = get_search(profile).on(data, batch_size, micro_batch)
-    store = ResultsStore(results_dir or default_results_dir(), profile)
+    settings, cost = get_search(profile).on(data, batch_size, micro_batch), Penalty(penalty)
+    store = _store(results_dir, profile)
     names = settings.methods if method == ALL else (method,)
     rows = []
     with _engine(engine, settings, processes, accelerator, workers) as running:
         for name in names:
-            one = Search(settings, store, name, seed, trials or settings.trials, Penalty(penalty))
+            one = Search(settings, store, name, seed, trials or settings.trials, cost)
             record = run_search(one, running, force=force)
+            _tell_of_a_failure(record)
             states = record["state"].value_counts()
             rows.append(
                 (
@@ -173,12 +195,9 @@ def export(
     - `effspinenet search export found.json`
     - `effspinenet train --model found.json --data shapescenes --image-size 128`
     """
-    from effspinenet_lib.experiments import default_results_dir
-    from effspinenet_lib.results import ResultsStore
     from effspinenet_lib.search.export import export_distribution
 
-    store = ResultsStore(results_dir or default_results_dir(), profile)
-    found = export_distribution(store, output, method)
+    found = export_distribution(_store(results_dir, profile), output, method)
     typer.echo(f"{found.name}: betas {' '.join(map(str, found.betas))}")
     typer.echo(f"Feature dimensions at D0: {' '.join(map(str, found.feature_dims))}")
     typer.echo(f"Wrote {output}; use it as a model's name")
@@ -201,18 +220,16 @@ def compare(
 
     They are trained as the search's trials are and join its record as method `reference`.
     """
-    from effspinenet_lib.experiments import default_results_dir
     from effspinenet_lib.report.search import references
-    from effspinenet_lib.results import ResultsStore
     from effspinenet_lib.search.export import compared_betas
-    from effspinenet_lib.search.run import run_references
+    from effspinenet_lib.search.references import run_references
     from effspinenet_lib.search.settings import get_search
 
     settings = get_search(profile).on(data, batch_size, micro_batch)
-    store = ResultsStore(results_dir or default_results_dir(), profile)
+    store = _store(results_dir, profile)
     named = compared_betas(store.trials())
     with _engine(engine, settings, processes, accelerator, workers) as running:
-        run_references(settings, store, named, range(seeds), running)
+        _tell_of_a_failure(run_references(settings, store, named, range(seeds), running))
     rows = [
         (name, len(own), float(own["AP"].mean()), float(own["AP"].std()))
         for name, own in references(store.trials()).groupby("row", sort=False)

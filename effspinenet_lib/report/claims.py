@@ -28,10 +28,10 @@ def claims_sentence(claims: pd.DataFrame) -> str:
 
 
 def claims_table(claims: pd.DataFrame, caption: str) -> Table:
-    """Show claims: what is stated, what the printed cells give, and the verdict.
+    """Show claims: what is stated, what was computed instead, and the verdict.
 
     Args:
-        claims: from `paper.claims`.
+        claims: from `paper.claims` or `search_space.space_claims`.
         caption: of the table.
     """
     rows = [_claim(claim) for claim in claims.itertuples(index=False)]
@@ -44,7 +44,7 @@ def _claim(claim: Any) -> dict[str, Any]:
     return {
         "section": claim.section,
         "stated": f"{stated} {claim.unit}",
-        "cells give": f"{claim.computed:.4g}",
+        "computed": f"{claim.computed:.4g}",
         "verdict": claim.verdict,
         "note": Text(claim.note),
     }

@@ -89,22 +89,26 @@ def seed_dots(
     rows: Sequence[str],
     metric: str = "AP",
     digits: int = 1,
+    source: str = PROXY,
+    called: str = PROXY,
 ) -> Picture:
-    """A dot a seed and a bar at the mean, for each row, of the proxy's measurements.
+    """A dot a seed and a bar at the mean, for each row, of the measurements of one source.
 
     Rows without a measurement keep their place and say so.
 
     Args:
         item: which table.
-        measurements: measured rows; only those of source `proxy` are drawn.
+        measurements: measured rows.
         rows: names of the rows, first at the top.
         metric: what is drawn.
         digits: decimals of the numbers.
+        source: whose measurements are drawn.
+        called: what the source is called on the axis.
     """
     chosen = measurements[
         (measurements["item"] == item)
         & (measurements["metric"] == metric)
-        & (measurements["source"] == PROXY)
+        & (measurements["source"] == source)
     ]
     sentences = []
     with drawing():
@@ -116,10 +120,10 @@ def seed_dots(
         axes.set_yticks(range(len(rows)), rows)
         if chosen.empty:
             axes.set_xticks([])
-        axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"{metric} (%), proxy, one dot a seed")
+        axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"{metric} (%), {called}, one dot a seed")
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.15)
-        return to_picture(figure, f"{metric} of the proxy runs by seed. {' '.join(sentences)}")
+        return to_picture(figure, f"{metric} by seed ({called}). {' '.join(sentences)}")
 
 
 def _seed_row(axes: Axes, place: int, name: str, values: list[float], digits: int) -> str:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
-from effspinenet_lib.choices.learned import BETAS, distributed, parse_betas
+from effspinenet_lib.choices import LIBRARY, ModelCost, cost
+from effspinenet_lib.choices.learned import BETAS, betas_text, distributed, parse_betas
 from effspinenet_lib.report.provenance import Provenance, ResultFiles
-from effspinenet_lib.report.tables import NOT_PRINTED, NOT_RUN, PROXY, Spread, Table, spreads
-from effspinenet_lib.results import REFERENCE, ResultsStore
+from effspinenet_lib.report.tables import (
+    NOT_PRINTED,
+    NOT_RUN,
+    PAPER_SCALE,
+    PROXY,
+    Spread,
+    Table,
+    spreads,
+)
+from effspinenet_lib.results import FOLDERS, REFERENCE, ResultsStore
 from effspinenet_lib.results.store import TRIALS_FILE
-from effspinenet_lib.specs import BackboneSpec
+from effspinenet_lib.specs import BASES, SCALES, BackboneSpec
 
 METHOD_NAMES = {
     "ppo": "PPO",
@@ -24,48 +33,105 @@ METHOD_NAMES = {
     "random": "random search",
     "evolution": "evolution",
 }
+POLICIES = ("ppo", "reinforce")  # the methods that learn one
 SP, D0, FOUND = "SP-EfficientNet-B0", "Eff-SpineNet-D0", "search's best"
+GIVEN = "given distribution"
 BILLION, MILLION = 1e9, 1e6
 SECONDS_AN_HOUR = 3600
+ALL_FAILED, TOO_FEW = "every trial failed", "too few samples"
 NOTHING = (
-    "The proxy search is **not run**: no record of it is here. `effspinenet search --profile "
-    "proxy` runs it in about three hours of one core."
+    "The search is **not run**: no sample of it is on record. `effspinenet search --profile proxy` "
+    "runs a small one in about three hours of one core, `--profile paper` the paper's on "
+    "accelerators."
 )
+# What the pages call the AP of a record, by its source; the first source that there is is shown.
+# A smoke search says nothing, so none is ever read.
+SOURCE_NAMES = {PAPER_SCALE: "paper's settings", PROXY: "proxy"}
+PROFILE_OF = {source: profile for profile, source in FOLDERS.items()}
+
+
+class Given(Protocol):
+    """A distribution that stands in a file, as `zoo.distributions.read_distribution` gives it."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def betas(self) -> tuple[int, ...]:
+        """Of the 18 blocks."""
 
 
 def read_trials(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
-    """The proxy's search on record, of the first results folder that has one; empty without.
-
-    A smoke search says nothing, so none is ever read.
+    """The search on record, of one source: at the paper's settings, or else the proxy's.
 
     Args:
-        results_dirs: at least one.
+        results_dirs: at least one; the first that has a record of the source is read.
+
+    Returns:
+        The columns of the record and `source`; empty where there is no record.
 
     Raises:
         DataError: a record is broken.
     """
-    for folder in results_dirs:
-        trials = ResultsStore(Path(folder), PROXY).trials()
-        if len(trials):
-            break
-    return trials
+    for source in SOURCE_NAMES:
+        for folder in results_dirs:
+            trials = ResultsStore(Path(folder), PROFILE_OF[source]).trials()
+            if len(trials):
+                return trials.assign(source=source)
+    return trials.assign(source="")
 
 
-def with_record(found: Provenance, *results_dirs: str | os.PathLike[str]) -> Provenance:
-    """Where a page comes from that also shows the search; folders as for `read_trials`."""
-    return replace(found, files=(*found.files, *record_files(*results_dirs).files))
+def source_of(trials: pd.DataFrame) -> str:
+    """Where the trials of `read_trials` are from; the proxy where there are none."""
+    return PROXY if trials.empty else str(trials["source"].iloc[0])
 
 
-def record_files(*results_dirs: str | os.PathLike[str]) -> ResultFiles:
-    """The proxy's record as a file to look at, if there is one; folders as for `read_trials`."""
-    name = f"{PROXY}/{TRIALS_FILE}"
-    there = any((Path(folder) / name).is_file() for folder in results_dirs)
-    return ResultFiles((name,) if there else ())
+def profile_of(trials: pd.DataFrame) -> str:
+    """The profile whose search is shown; the proxy's where there is none."""
+    return PROFILE_OF[source_of(trials)]
+
+
+def source_name(trials: pd.DataFrame) -> str:
+    """What an AP of these trials is called on axes and in sentences."""
+    return SOURCE_NAMES[source_of(trials)]
+
+
+def with_files(found: Provenance, *lists: ResultFiles) -> Provenance:
+    """Where a page comes from that also shows other files."""
+    return replace(found, files=(*found.files, *(file for one in lists for file in one.files)))
+
+
+def record_files(trials: pd.DataFrame) -> ResultFiles:
+    """The record that `read_trials` read as a file to look at; none where there is none."""
+    return ResultFiles(() if trials.empty else (f"{source_of(trials)}/{TRIALS_FILE}",))
+
+
+def chosen(trials: pd.DataFrame) -> pd.DataFrame:
+    """The samples of the methods, failed ones too."""
+    return trials[trials["method"] != REFERENCE]
+
+
+def absent(trials: pd.DataFrame) -> str:
+    """Why trials without any AP have none, in a few words."""
+    return NOT_RUN if chosen(trials).empty else ALL_FAILED
+
+
+def nothing(trials: pd.DataFrame) -> str:
+    """Why a record without any sample that has an AP has none, as a sentence."""
+    count = len(chosen(trials))
+    if not count:
+        return NOTHING
+    return (
+        f"The search has no result: {ALL_FAILED} ({count} of {count}); the column `note` of the "
+        "record says why."
+    )
 
 
 def searched(trials: pd.DataFrame) -> pd.DataFrame:
     """The samples of the methods that have an AP, in the order of the record."""
-    return trials[(trials["method"] != REFERENCE) & trials["AP"].notna()]
+    rows = chosen(trials)
+    return rows[rows["AP"].notna()]
 
 
 def sampled(trials: pd.DataFrame) -> pd.DataFrame:
@@ -73,15 +139,22 @@ def sampled(trials: pd.DataFrame) -> pd.DataFrame:
     return searched(trials).drop_duplicates("run")
 
 
-def searches(trials: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """The searches on record: their name for people, the method, and the samples in order."""
-    rows = searched(trials)
+def every_search(trials: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """The searches on record: their name for people, the method, and all their trials in order."""
     for method in METHOD_NAMES:
-        own = rows[rows["method"] == method]
-        for seed, samples in own.groupby("seed"):
+        own = trials[trials["method"] == method]
+        for seed, rows in own.groupby("seed"):
             several = own["seed"].nunique() > 1
             name = METHOD_NAMES[method] + (f", seed {seed}" if several else "")
-            yield name, method, samples.sort_values("trial")
+            yield name, method, rows.sort_values("trial")
+
+
+def searches(trials: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """As `every_search`, of the trials that have an AP; a search without any is left out."""
+    for name, method, rows in every_search(trials):
+        samples = searched(rows)
+        if len(samples):
+            yield name, method, samples
 
 
 def best_sample(trials: pd.DataFrame) -> Any | None:
@@ -102,20 +175,33 @@ def found_spec(trials: pd.DataFrame) -> BackboneSpec | None:
     return None if best is None else distributed(parse_betas(best["betas"]))
 
 
-def found_sentence(trials: pd.DataFrame) -> str:
-    """Say which sample the search's best is."""
+def shown_distribution(trials: pd.DataFrame, given: Given | None = None) -> dict[str, BackboneSpec]:
+    """The distribution beside the paper's two, by its name: the one given, else the best sample's.
+
+    Empty where none is given and no sample is on record.
+    """
+    if given is not None:
+        return {GIVEN: distributed(given.betas)}
+    found = found_spec(trials)
+    return {} if found is None else {FOUND: found}
+
+
+def shown_sentence(trials: pd.DataFrame, given: Given | None = None) -> str:
+    """Say what `shown_distribution` gives."""
+    if given is not None:
+        return f"The {GIVEN} is {given.name}: {_described(given.betas)}"
     best = best_sample(trials)
     if best is None:
-        return NOTHING
+        return nothing(trials)
     return (
-        f"The {FOUND} of the proxy is {where(best)}, with an AP of {best['AP']:.2f} (seed "
-        f"{best['seed']}): β {_listed(best['betas'])}; feature dimensions at D0 "
-        f"{_listed(best['feature_dims'])}."
+        f"The {FOUND} is {where(best)} ({source_name(trials)}, seed {best['seed']}), with an AP of "
+        f"{best['AP']:.2f}: {_described(parse_betas(best['betas']))} A trial is {setting(trials)}."
     )
 
 
-def _listed(joint: str) -> str:
-    return joint.replace("-", ", ")
+def _described(betas: Sequence[int]) -> str:
+    dims = ", ".join(str(block.feature_dim) for block in distributed(betas).blocks)
+    return f"β {', '.join(map(str, betas))}; feature dimensions at D0 {dims}."
 
 
 def bullets(sentences: Iterable[str]) -> str:
@@ -138,26 +224,45 @@ def setting(trials: pd.DataFrame) -> str:
     return "; ".join(dict.fromkeys(trials["setting"]))
 
 
+def trial_sentence(trials: pd.DataFrame) -> str:
+    """Say which record is shown, and what a trial of it is."""
+    if searched(trials).empty:
+        return nothing(trials)
+    return (
+        f"Shown is the search of the profile `{profile_of(trials)}`. A trial is {setting(trials)}."
+    )
+
+
 def summary_table(trials: pd.DataFrame) -> Table:
     """One row a search: what it ran, the best and the mean of what it found, and the time."""
     rows: dict[str, dict[str, Any]] = {}
-    for name, method, samples in searches(trials):
-        every = trials[(trials["method"] == method) & (trials["seed"] == samples["seed"].iloc[0])]
-        states = every["state"].value_counts()
+    for name, _, every in every_search(trials):
+        states, found = every["state"].value_counts(), every["AP"].dropna()
         rows[name] = {
             "samples": len(every),
             "trained": int(states.get("finished", 0)),
             "duplicates": int(states.get("duplicate", 0)),
             "failed": int(states.get("failed", 0)),
-            "best AP": f"{samples['AP'].max():.2f}",
-            "mean AP": f"{samples['AP'].mean():.2f}",
-            "sd of AP": f"{samples['AP'].std():.2f}",
-            "core hours": f"{every['seconds'].sum() / SECONDS_AN_HOUR:.1f}",
+            "best AP": two_digits(found.max()),
+            "mean AP": two_digits(found.mean()),
+            "sd of AP": two_digits(found.std()),
+            "hours of trials": f"{every['seconds'].sum() / SECONDS_AN_HOUR:.1f}",
         }
     columns = ["samples", "trained", "duplicates", "failed", "best AP", "mean AP", "sd of AP"]
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[*columns, "core hours"])
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[*columns, "hours of trials"])
     title = f"Searches on record: {setting(trials)}" if rows else f"Searches: {NOT_RUN}"
     return Table(frame.rename_axis("method"), title)
+
+
+def two_digits(value: float) -> str:
+    """A number as a cell; a dash where it is not defined."""
+    return NOT_PRINTED if math.isnan(value) else f"{value:.2f}"
+
+
+def cost_at_d0(spec: BackboneSpec) -> ModelCost:
+    """What the detector of a base distribution costs at the scale D0."""
+    scale = SCALES["D0"]
+    return cost(spec, scale, "detection", LIBRARY, scale.input_size)
 
 
 # Distributions that were trained with several seeds
@@ -196,9 +301,9 @@ def _name(text: str, found: Mapping[str, str]) -> str:
 
 
 def reference_measurements(trials: pd.DataFrame) -> pd.DataFrame:
-    """The runs of `references` as measurements of the proxy, for plots and tables."""
+    """The runs of `references` as measurements of the record's source, for plots and tables."""
     rows = references(trials)[["row", "AP", "seed"]].rename(columns={"AP": "value"})
-    return rows.assign(item=REFERENCE, metric="AP", source=PROXY)
+    return rows.assign(item=REFERENCE, metric="AP", source=source_of(trials))
 
 
 def reference_spreads(trials: pd.DataFrame) -> dict[str, Spread]:
@@ -207,23 +312,48 @@ def reference_spreads(trials: pd.DataFrame) -> dict[str, Spread]:
     return {row: spread for (row, _, _), spread in found.items()}
 
 
-def reference_table(trials: pd.DataFrame) -> Table:
-    """The search's best beside the distributions that no search chose, at equal budget."""
+def reference_table(trials: pd.DataFrame, given: Given | None = None) -> Table:
+    """The search's best beside the distributions that no search chose, at equal budget.
+
+    Args:
+        trials: from `read_trials`.
+        given: a distribution in a row of its own, with its AP where the record has its betas.
+    """
     known, again, found = reference_spreads(trials), references(trials), _names(trials)
-    chosen = searched(trials)
-    rows = {}
-    for name in reference_names(trials):
-        picked = best_sample(chosen[chosen["betas"].map(found) == name])
-        first = again[again["row"] == name].head(1)
-        source = picked if first.empty else first.iloc[0]
-        rows[name] = {
-            "AP (%), mean ± sd (seeds)": _spread(known.get(name)),
-            "AP (%) it was chosen for": NOT_PRINTED if picked is None else f"{picked['AP']:.2f}",
-            "#FLOPs at D0 (B)": _scaled(source, "multi_adds_d0", BILLION),
-            "#Params at D0 (M)": _scaled(source, "parameters_d0", MILLION),
-        }
+    named = {name: betas for betas, name in found.items()}
+    named |= dict(again[["row", "betas"]].itertuples(index=False, name=None))
+    specs = {name: distributed(parse_betas(betas)) for name, betas in named.items()}
+    specs |= {SP: BASES["sp_efficientnet"], D0: BASES["eff_spinenet"]}
+    picked = {name: best_sample(_with_betas(trials, betas)) for betas, name in found.items()}
+    names = reference_names(trials)
+    if given is not None:
+        text = betas_text(given.betas)
+        names, specs[GIVEN] = [*names, GIVEN], distributed(given.betas)
+        picked[GIVEN] = best_sample(_with_betas(trials, text))
+        same = _with_betas(again, text)
+        if len(same):
+            known[GIVEN] = known[same["row"].iloc[0]]
+    rows = {
+        name: _reference_row(known.get(name), picked.get(name), specs.get(name)) for name in names
+    }
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("distribution")
     return Table(frame, f"Equal training of chosen distributions: {setting(trials) or NOT_RUN}")
+
+
+def _with_betas(trials: pd.DataFrame, betas: str) -> pd.DataFrame:
+    return trials[trials["betas"] == betas]
+
+
+def _reference_row(
+    spread: Spread | None, picked: Any | None, spec: BackboneSpec | None
+) -> dict[str, str]:
+    costs = None if spec is None else cost_at_d0(spec)
+    return {
+        "AP (%), mean ± sd (seeds)": _spread(spread),
+        "AP (%) it was chosen for": NOT_PRINTED if picked is None else f"{picked['AP']:.2f}",
+        "#FLOPs at D0 (B)": NOT_PRINTED if costs is None else f"{costs.multi_adds / BILLION:.2f}",
+        "#Params at D0 (M)": NOT_PRINTED if costs is None else f"{costs.parameters / MILLION:.2f}",
+    }
 
 
 def _spread(found: Spread | None) -> str:
@@ -231,7 +361,3 @@ def _spread(found: Spread | None) -> str:
         return NOT_RUN
     spread = "" if math.isnan(found.sd) else f" ± {found.sd:.2f}"
     return f"{found.mean:.2f}{spread} ({found.seeds})"
-
-
-def _scaled(source: Any | None, column: str, unit: float) -> str:
-    return NOT_PRINTED if source is None else f"{source[column] / unit:.2f}"

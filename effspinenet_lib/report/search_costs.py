@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from effspinenet_lib.choices import LIBRARY, ModelCost, cost
-from effspinenet_lib.report.search import METHOD_NAMES, SP, sampled
+from effspinenet_lib.choices import ModelCost
+from effspinenet_lib.report.search import METHOD_NAMES, SP, cost_at_d0, sampled
 from effspinenet_lib.report.style import words
-from effspinenet_lib.report.tables import NOT_RUN, Table
+from effspinenet_lib.report.tables import NOT_PRINTED, Table
 from effspinenet_lib.report.verdict import LEAST_SEEDS
-from effspinenet_lib.specs import BASES, SCALES
+from effspinenet_lib.specs import BASES
 
 FLOPS_PERCENT, AXIS_PERCENT = 10.0, 20.0  # section 5.1.5 and the caption of Figure 5
 PERCENT = 100.0
@@ -34,8 +34,7 @@ Percents = npt.NDArray[np.float64]
 @lru_cache(maxsize=1)
 def target() -> ModelCost:
     """What SP-EfficientNet-B0's detector costs: the target of the paper's search."""
-    scale = SCALES["D0"]
-    return cost(BASES["sp_efficientnet"], scale, "detection", LIBRARY, scale.input_size)
+    return cost_at_d0(BASES["sp_efficientnet"])
 
 
 def cost_table(samples: Mapping[str, tuple[Numbers, Numbers]]) -> Table:
@@ -73,7 +72,7 @@ def cost_sentence(what: str, multi_adds: Numbers, parameters: Numbers) -> str:
     """
     flops, weights = _deviations(multi_adds, parameters)
     if not flops.size:
-        return f"{what}: not run."
+        return f"{what}: there are none."
     near, fewer = np.abs(flops) <= FLOPS_PERCENT, weights < 0
     return (
         f"{what}: {_percent(near)} have #FLOPs within ±{FLOPS_PERCENT:g} % of {SP}'s; that all "
@@ -131,10 +130,10 @@ def correlation_table(trials: pd.DataFrame) -> Table:
     groups = {"random search": every[every["method"] == "random"], "all methods": every}
     columns = {
         f"{name} ({len(rows)} samples)": [
-            f"{rank_correlation(rows['AP'], rows[column]):+.2f}" if len(rows) > 1 else NOT_RUN
+            _or_dash("{:+.2f}", rank_correlation(rows["AP"], rows[column]))
             for column in COST_COLUMNS
         ]
-        + [f"±{chance_correlation(len(rows)):.2f}" if len(rows) > 1 else NOT_RUN]
+        + [_or_dash("±{:.2f}", chance_correlation(len(rows)))]
         for name, rows in groups.items()
     }
     names = [*COST_COLUMNS.values(), "chance alone, 95 %"]
@@ -142,12 +141,16 @@ def correlation_table(trials: pd.DataFrame) -> Table:
     return Table(frame, "Rank correlation (Spearman) of AP with cost")
 
 
+def _or_dash(form: str, value: float) -> str:
+    return NOT_PRINTED if math.isnan(value) else form.format(value)
+
+
 def correlation_sentence(trials: pd.DataFrame) -> str:
     """Say whether AP goes with cost among the samples of random search, which chose blindly."""
     rows = sampled(trials)
     rows = rows[rows["method"] == "random"]
     if len(rows) <= LEAST_SEEDS:
-        return "Correlation of AP with cost: random search is not run."
+        return "Correlation of AP with cost: there are too few samples of random search."
     limit = chance_correlation(len(rows))
     found = {
         name: rank_correlation(rows["AP"], rows[column]) for column, name in COST_COLUMNS.items()

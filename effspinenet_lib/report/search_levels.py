@@ -11,9 +11,9 @@ import pandas as pd
 
 from effspinenet_lib.choices.learned import BETAS, distributed, parse_betas
 from effspinenet_lib.report.checks import LEVEL_GROUPS, block_parameters
-from effspinenet_lib.report.search import NOTHING, SP, bullets, sampled
+from effspinenet_lib.report.search import SP, absent, bullets, nothing, sampled
 from effspinenet_lib.report.style import words
-from effspinenet_lib.report.tables import NOT_RUN, Table
+from effspinenet_lib.report.tables import NOT_PRINTED, Table
 from effspinenet_lib.report.verdict import LEAST_SEEDS, Difference, difference
 from effspinenet_lib.specs import BASES, BackboneSpec
 
@@ -79,8 +79,8 @@ def level_table(trials: pd.DataFrame) -> Table:
     for quantity, values, digits in (("mean β", betas, 1), ("parameters (k)", parameters, 0)):
         if quantity != "mean β":
             columns[quantity, SP] = [f"{before[group]:.0f}" for group in level_groups()]
-        columns[quantity, "all samples"] = _means(values, digits)
-        columns[quantity, "best tenth"] = _means(values[best], digits)
+        columns[quantity, "all samples"] = _means(values, digits, absent(trials))
+        columns[quantity, "best tenth"] = _means(values[best], digits, absent(trials))
         columns[quantity, "difference"] = [
             _difference(values.loc[best, group], values.loc[~best, group], digits)
             for group in level_groups()
@@ -93,16 +93,16 @@ def level_table(trials: pd.DataFrame) -> Table:
     )
 
 
-def _means(values: pd.DataFrame, digits: int) -> list[str]:
+def _means(values: pd.DataFrame, digits: int, reason: str) -> list[str]:
     if values.empty:
-        return [NOT_RUN] * values.shape[1]
+        return [reason] * values.shape[1]
     return [f"{mean:.{digits}f}" for mean in values.mean()]
 
 
 def _difference(first: pd.Series[float], second: pd.Series[float], digits: int) -> str:
-    if first.empty or second.empty:
-        return NOT_RUN
     found = difference(first, second)
+    if math.isnan(found.half_width):
+        return NOT_PRINTED
     return f"{found.mean:+.{digits}f} ± {found.half_width:.{digits}f}"
 
 
@@ -110,7 +110,7 @@ def level_sentences(trials: pd.DataFrame) -> str:
     """Compare the best tenth with section 5.1.4's claim about levels, as a list."""
     best = is_best(trials)
     if not len(best):
-        return NOTHING
+        return nothing(trials)
     if min(best.sum(), (~best).sum()) < LEAST_SEEDS:
         return "Too few samples for a best tenth."
     betas, parameters = group_betas(trials), sample_parameters(trials)

@@ -10,15 +10,23 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from effspinenet_lib.choices.learned import BETAS, SEARCH_SPACE
+from effspinenet_lib.report.plots import seed_dots
 from effspinenet_lib.report.search import (
     BILLION,
     METHOD_NAMES,
     MILLION,
+    POLICIES,
     SP,
+    TOO_FEW,
+    absent,
     best_of,
+    reference_measurements,
+    reference_names,
     references,
     sampled,
     searches,
+    source_name,
+    source_of,
 )
 from effspinenet_lib.report.search_costs import AXIS_PERCENT, FLOPS_PERCENT, PERCENT, target
 from effspinenet_lib.report.search_levels import beta_frame, is_best
@@ -34,6 +42,7 @@ from effspinenet_lib.report.style import (
 )
 from effspinenet_lib.report.tables import NOT_RUN
 from effspinenet_lib.report.verdict import difference
+from effspinenet_lib.results import REFERENCE
 from effspinenet_lib.specs import BASES
 
 # Of Okabe and Ito's palette, without the colours of the models that stand beside them.
@@ -54,19 +63,19 @@ AXIS_MARGIN = 0.02  # of what an axis reaches
 DOT_SIZE, STAR_SIZE = 4.5, 14  # points
 
 
-def _nothing(what: str) -> Picture:
-    """A strip that says that something was not run."""
+def _nothing(what: str, reason: str) -> Picture:
+    """A strip that says why there is nothing to draw."""
     with drawing():
         figure = new_figure(WIDE_WIDTH, STRIP_HEIGHT)
-        figure.text(0.5, 0.5, f"{what}: {NOT_RUN}", ha="center", va="center", color=INK)
-        return to_picture(figure, f"{what}: {NOT_RUN}.")
+        figure.text(0.5, 0.5, f"{what}: {reason}", ha="center", va="center", color=INK)
+        return to_picture(figure, f"{what}: {reason}.")
 
 
 def progress(trials: pd.DataFrame) -> Gallery:
     """The best reward so far (left) and the mean of each batch (right), a line a search."""
     found = list(searches(trials))
     if not found:
-        return Gallery((_nothing("Reward over time"),))
+        return Gallery((_nothing("Reward over time", absent(trials)),))
     best = {
         (name, method): pd.Series(rows["reward"].cummax().to_numpy(), rows["trial"] + 1)
         for name, method, rows in found
@@ -114,10 +123,11 @@ def entropy(trials: pd.DataFrame) -> Picture:
     found = [
         (name, method, rows.groupby("step")["entropy"].first())
         for name, method, rows in searches(trials)
-        if method != "random" and rows["entropy"].notna().any()
+        if method in POLICIES and rows["entropy"].notna().any()
     ]
     if not found:
-        return _nothing("Entropy of a policy")
+        policies = trials[trials["method"].isin(POLICIES)]
+        return _nothing("Entropy of a policy", absent(policies))
     uniform = math.log(len(SEARCH_SPACE))
     with drawing():
         figure = new_figure(WIDE_WIDTH, PANEL_HEIGHT)
@@ -153,7 +163,8 @@ def block_preference(trials: pd.DataFrame) -> Picture:
     """
     best, betas = is_best(trials), beta_frame(trials)
     if best.all():
-        return _nothing("Which blocks gain")
+        reason = TOO_FEW if len(best) else absent(trials)
+        return _nothing("Which blocks gain", reason)
     blocks = range(1, len(BETAS) + 1)
     levels = [block.level for block in BASES["sp_efficientnet"].blocks]
     found = [difference(betas.loc[best, block], betas.loc[~best, block]) for block in blocks]
@@ -205,7 +216,7 @@ def samples(trials: pd.DataFrame) -> Gallery:
     mean over their seeds.
     """
     if sampled(trials).empty:
-        return Gallery((_nothing("Samples of the search"),))
+        return Gallery((_nothing("Samples of the search", absent(trials)),))
     known = target()
     return Gallery(
         (
@@ -213,6 +224,13 @@ def samples(trials: pd.DataFrame) -> Gallery:
             _scatter(trials, "parameters_d0", MILLION, known.parameters, "#Params at D0 (M)"),
         )
     )
+
+
+def reference_dots(trials: pd.DataFrame) -> Picture:
+    """A dot a seed of the distributions that were trained at equal budget."""
+    rows, names = reference_measurements(trials), reference_names(trials)
+    source, called = source_of(trials), source_name(trials)
+    return seed_dots(REFERENCE, rows, names, digits=2, source=source, called=called)
 
 
 def _scatter(trials: pd.DataFrame, column: str, unit: float, centre: int, label: str) -> Picture:
@@ -228,12 +246,13 @@ def _scatter(trials: pd.DataFrame, column: str, unit: float, centre: int, label:
         left = min(float(rows[column].min()) / unit, middle - reach)
         right = max(float(rows[column].max()) / unit, middle + reach)
         margin = AXIS_MARGIN * (right - left)
-        axes.set(xlabel=label, ylabel="AP (%), proxy", xlim=(left - margin, right + margin))
+        axes.set(xlim=(left - margin, right + margin))
+        axes.set(xlabel=label, ylabel=f"AP (%), {source_name(trials)}")
         _legend_above(axes, columns=2)
         return to_picture(
             figure,
-            f"Scatter: {label} against AP of {len(rows)} samples, {SP} at {middle:.2f}. {dots}. "
-            f"Chosen distributions: {stars}.",
+            f"Scatter: {label} against AP of {len(rows)} samples ({source_name(trials)}), {SP} at "
+            f"{middle:.2f}. {dots}. Chosen distributions: {stars}.",
         )
 
 

@@ -11,11 +11,16 @@ import pandas as pd
 from effspinenet_lib.report.search import (
     D0,
     FOUND,
-    NOTHING,
+    POLICIES,
     SECONDS_AN_HOUR,
     SP,
+    TOO_FEW,
+    absent,
     best_sample,
     bullets,
+    chosen,
+    nothing,
+    profile_of,
     reference_names,
     reference_spreads,
     references,
@@ -23,10 +28,12 @@ from effspinenet_lib.report.search import (
     searched,
     searches,
     setting,
+    source_of,
     where,
 )
 from effspinenet_lib.report.style import words
-from effspinenet_lib.report.verdict import difference
+from effspinenet_lib.report.tables import PROXY
+from effspinenet_lib.report.verdict import LEAST_SEEDS, difference
 
 PERCENT = 100.0
 
@@ -71,7 +78,7 @@ def chosen_sentence(trials: pd.DataFrame) -> str:
     """Set the AP that the best sample was chosen for beside what other seeds give it."""
     best, again = best_sample(trials), reference_spreads(trials).get(FOUND)
     if best is None:
-        return "No sample was chosen: not run."
+        return f"No sample was chosen: {absent(trials)}."
     opening = (
         f"The search's best ({where(best)}) was chosen with an AP of {best['AP']:.2f} out of "
         f"{len(sampled(trials))} samples"
@@ -89,7 +96,7 @@ def progress_sentences(trials: pd.DataFrame) -> str:
     """Each search from its first to its last batch, and against random search, as a list."""
     found = list(searches(trials))
     if not found:
-        return NOTHING
+        return nothing(trials)
     lines = [_progress(name, samples) for name, _, samples in found]
     return bullets([*lines, *_against_random(found)])
 
@@ -112,8 +119,11 @@ def _against_random(found: Sequence[tuple[str, str, pd.DataFrame]]) -> Iterable[
     for name, method, samples in found:
         if method == "random":
             continue
-        later = samples["reward"].iloc[len(samples) // 2 :]
-        shift = difference(later, pd.concat(chance))
+        later, every = samples["reward"].iloc[len(samples) // 2 :], pd.concat(chance)
+        if min(len(later), len(every)) < LEAST_SEEDS:
+            yield f"{_upper(name)} against random search: {TOO_FEW}."
+            continue
+        shift = difference(later, every)
         yield (
             f"The second half of {name}'s samples is on average {shift.mean:+.2f} ± "
             f"{shift.half_width:.2f} (95 % interval) from random search's: "
@@ -132,7 +142,7 @@ def entropy_sentence(trials: pd.DataFrame) -> str:
     parts = []
     for name, method, samples in searches(trials):
         known = samples["entropy"].dropna()
-        if method == "random" or known.empty:
+        if method not in POLICIES or known.empty:
             continue
         first, last = known.iloc[0], known.iloc[-1]
         parts.append(
@@ -140,7 +150,7 @@ def entropy_sentence(trials: pd.DataFrame) -> str:
             f"{math.exp(last):.1f} values where it began with {math.exp(first):.1f}"
         )
     if not parts:
-        return "Entropy of a policy: not run."
+        return f"Entropy of a policy: {absent(trials[trials['method'].isin(POLICIES)])}."
     return f"Entropy of a choice: {words(parts)}."
 
 
@@ -164,7 +174,10 @@ def noise_sentence(trials: pd.DataFrame) -> str:
     """How much of the difference between samples is the seed's, and what one trial can tell."""
     seeds, samples = noise(trials)
     if math.isnan(seeds) or math.isnan(samples):
-        return "Noise: random search, or a distribution with several seeds, is not run."
+        return (
+            "How much of the difference between samples is noise cannot be said: it takes samples "
+            "of random search and distributions with several seeds, and not both are on record."
+        )
     opening = (
         f"One distribution trained with other seeds varies by {seeds:.2f} AP (standard deviation, "
         f"{len(references(trials))} runs); the samples of random search, all different, vary by "
@@ -185,33 +198,56 @@ def noise_sentence(trials: pd.DataFrame) -> str:
 
 
 def scale_sentence(trials: pd.DataFrame, steps: int) -> str:
-    """How much smaller the search on record is than the paper's (section 5.1.1).
+    """Set the search on record beside the paper's (section 5.1.1).
 
     Args:
-        trials: the record.
-        steps: of the training of a trial.
+        trials: from `read_trials`.
+        steps: of the training of a trial of the proxy.
     """
     found = [(name, len(samples)) for name, _, samples in searches(trials)]
     if not found:
-        return NOTHING
-    counts = words(f"{count} samples of {name}" for name, count in found)
+        return nothing(trials)
+    counts = words(f"{count} {_plural('sample', count)} of {name}" for name, count in found)
+    trial = f"{counts}. A trial is {setting(trials)}."
+    if source_of(trials) != PROXY:
+        return f"What stands here was searched at these settings: {trial}"
     return (
-        f"What stands here is smaller in all of this: {steps} steps a trial; {counts}. A trial is "
-        f"{setting(trials)}."
+        f"What stands here is smaller in all of this: {steps} steps a trial; {trial} The paper's "
+        "own search is **not run**; `effspinenet plan figure-05` says what it takes."
+    )
+
+
+def limits_sentence(trials: pd.DataFrame) -> str:
+    """Say what a search of this size and source cannot show."""
+    rows = sampled(trials)
+    if rows.empty:
+        return nothing(trials)
+    count = f"{len(rows)} {_plural('sample', len(rows))} of a space of 5¹⁸"
+    if source_of(trials) == PROXY:
+        return (
+            "A difference between two distributions here need not be one on COCO at the paper's "
+            "scale, least of all at levels that small images leave without objects. So few as "
+            f"{count} say how the methods begin, not where they would end."
+        )
+    return (
+        "A trial is a short training: a difference between two distributions here need not be one "
+        f"after a full training. Another search than this one, of {count}, may end elsewhere."
     )
 
 
 def conclusions(trials: pd.DataFrame) -> str:
     """What the record shows and what it cannot, as a list."""
-    rows = searched(trials)
+    rows, asked = searched(trials), chosen(trials)
     if rows.empty:
-        return NOTHING
+        return nothing(trials)
+    methods, failed = asked["method"].nunique(), len(asked) - len(rows)
     hours = trials["seconds"].sum() / SECONDS_AN_HOUR
     return bullets(
         (
-            f"Run: {len(trials)} trials, {len(rows)} of them chosen by {rows['method'].nunique()} "
-            f"methods, in {hours:.1f} core hours. A trial is {setting(trials)}; it reached "
-            f"{rows['AP'].mean():.2f} AP on average, {rows['AP'].max():.2f} at best.",
+            f"Run: the search of the profile `{profile_of(trials)}`, {len(trials)} trials in "
+            f"{hours:.1f} hours of training and evaluation. {methods} {_plural('method', methods)} "
+            f"chose {len(asked)} of them; {failed} failed. A trial is {setting(trials)}; it "
+            f"reached {rows['AP'].mean():.2f} AP on average, {rows['AP'].max():.2f} at best.",
             _compared(references(trials), FOUND, SP),
             chosen_sentence(trials),
             *_against_random(list(searches(trials))),

@@ -350,6 +350,12 @@ SEARCH_TRIAL = Schema(
         Field("entropy", "number", "Of a choice, nats, when sampled; empty without a policy."),
         Field("attempts", "integer", "How often it was started.", True, minimum=0),
         Field("seconds", "number", "Training and evaluation.", minimum=0),
+        Field(
+            "precision",
+            "string",
+            "Number format of the forward pass; empty where it failed or is not known.",
+            enum=("float32", "bfloat16"),
+        ),
         Field("run", "string", "Hash of the full configuration.", True, pattern=RUN_PATTERN),
         Field("setting", "string", "What was trained, on what, by which recipe.", True),
         Field("note", "string", "Why it failed, or whose result a duplicate has."),

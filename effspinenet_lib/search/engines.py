@@ -1,11 +1,13 @@
 """Where trials run: processes that live over many trials, or a Ray cluster.
 
 An engine makes one attempt at a trial, in another process, under a time limit; several threads
-ask it at once. Retrying and recording are `run`'s, so they are the same for every engine.
+ask it at once. Retrying and recording are `running`'s, so they are the same for every engine.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -19,15 +21,18 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
-from effspinenet_lib.errors import UnknownName, UserError
+from effspinenet_lib.errors import TrainingError, UnknownName, UserError
 from effspinenet_lib.search.trials import ONE_THREAD, Device, Trial, TrialFailed, run_trial
-from effspinenet_lib.training.devices import AUTO, CPU, THREAD_VARIABLES
+from effspinenet_lib.training.devices import AUTO, CPU, GPU, THREAD_VARIABLES, TPU
 
-TPU = "tpu"
-GPU = "gpu"  # any other accelerator
+# What an attempt sends to the search: columns of the record, what became of the trial without any,
+# or what ends the search, as the next trial would fare no better.
+Answer = dict[str, Any] | TrialFailed | UserError
 RAY_CORES, RAY_GPU, RAY_TPU = "CPU", "GPU", "TPU"  # Ray's names
-IDLE_SECONDS = 3.0  # our choice: a process that waits for a request needs under one to end
+RAY_ADDRESS = "RAY_ADDRESS"  # Ray's variable
+ENDING_SECONDS = 3.0  # our choice: a process that waits for a request needs under one to end
 STARTING_SECONDS = 120.0  # our choice: a process that imports torch on a busy machine
+LOOKING_SECONDS = 0.5  # our choice: how soon an attempt on a cluster sees that the search stopped
 
 
 class Engine(AbstractContextManager["Engine"], ABC):
@@ -56,11 +61,12 @@ class Engine(AbstractContextManager["Engine"], ABC):
         """Make what the attempts run on."""
 
     @abstractmethod
-    def attempt(self, request: Mapping[str, Any]) -> dict[str, float]:
+    def attempt(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Run the trial once on `request`.
 
         Raises:
-            TrialFailed: it raised, died or hung; the message says which.
+            TrialFailed: it died, diverged, hung or gave no AP; the message says which.
+            UserError: what failed is not the trial.
         """
 
     def close(self) -> None:
@@ -86,7 +92,7 @@ class LocalEngine(Engine):
         for worker in self._all:
             self._idle.put(worker)
 
-    def attempt(self, request: Mapping[str, Any]) -> dict[str, float]:
+    def attempt(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Run the trial in an idle process; one that died or hung is replaced."""
         worker = self._idle.get()
         try:
@@ -110,7 +116,7 @@ class _Worker:
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection[Any, Any] | None = None
 
-    def ask(self, request: Mapping[str, Any], timeout: float) -> dict[str, float]:
+    def ask(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         self._busy = True
         try:
             connection = self._connection or self._start()
@@ -119,50 +125,60 @@ class _Worker:
             connection.send(dict(request))
             if not connection.poll(timeout):
                 raise TrialFailed(f"no answer within {timeout:g} seconds")
-            answer = connection.recv()
+            return _columns(connection.recv())
         except (EOFError, OSError) as error:
-            process = self._process
-            self.stop()
-            code = process.exitcode if process else None
+            code = self.stop(ENDING_SECONDS)
             raise TrialFailed(f"its process died (exit code {code})") from error
-        except TrialFailed:
-            self.stop()
+        except (TrialFailed, UserError):
+            self.stop()  # an accelerator may be beyond use in the process that saw an error
             raise
         finally:
             self._busy = False
-        if isinstance(answer, str):
-            self.stop()  # an accelerator may be beyond use in the process that saw an error
-            raise TrialFailed(answer)
-        return dict(answer)
 
     def _start(self) -> Connection[Any, Any]:
         # a forked child would inherit torch's threads and locks in whatever state they are
         context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_serve,
-            args=(theirs, self._trial, self._device),
-            daemon=self._device.workers == 0,  # a daemon cannot start processes
-        )
-        process.start()
-        theirs.close()
-        self._process, self._connection = process, ours
-        if not ours.poll(STARTING_SECONDS):
-            raise TrialFailed(f"its process did not start within {STARTING_SECONDS:g} seconds")
-        ours.recv()
+        try:
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve,
+                args=(theirs, self._trial, self._device),
+                daemon=self._device.workers == 0,  # a daemon cannot start processes
+            )
+            process.start()
+            theirs.close()
+            self._process, self._connection = process, ours
+            if not ours.poll(STARTING_SECONDS):
+                raise UserError(
+                    f"a process for trials did not start within {STARTING_SECONDS:g} seconds: the "
+                    "machine is too busy for so many"
+                )
+            ours.recv()
+        except EOFError as error:
+            code = self.stop(ENDING_SECONDS)
+            raise UserError(
+                f"a process for trials ended as it started (exit code {code}); what it said is "
+                'above (in a script, search under `if __name__ == "__main__":`)'
+            ) from error
+        except OSError as error:
+            raise UserError(f"a process for trials cannot be started: {error}") from error
         return ours
 
     def end(self) -> None:
         """End the process from another thread than the one that asks it, if one does."""
         process = self._process
         if not self._busy:
-            self.stop(IDLE_SECONDS)
+            self.stop(ENDING_SECONDS)
         elif process is not None:
             # the thread that waits for its answer cleans up: it would not hear a connection close
             process.kill()
 
-    def stop(self, patience: float = 0.0) -> None:
-        """End the process: an idle one by itself within `patience` seconds, any other by a kill."""
+    def stop(self, patience: float = 0.0) -> int | None:
+        """End the process: an idle one by itself within `patience` seconds, any other by a kill.
+
+        Returns:
+            Its exit code, if there was one.
+        """
         process, connection = self._process, self._connection
         self._process = self._connection = None
         if connection is not None:
@@ -171,10 +187,11 @@ class _Worker:
             process.join(patience)
             process.kill()
             process.join()
+        return process.exitcode if process is not None else None
 
 
 def _serve(connection: Connection[Any, Any], trial: Trial, device: Device) -> None:
-    """Answer requests until the other side is gone: a dictionary, or why it failed."""
+    """Answer requests until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a keyboard's reaches all; the search decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _prepare(device)
@@ -187,11 +204,36 @@ def _serve(connection: Connection[Any, Any], trial: Trial, device: Device) -> No
         connection.send(_answer(trial, request))
 
 
-def _answer(trial: Trial, request: Mapping[str, Any]) -> dict[str, float] | str:
+def _answer(trial: Trial, request: Mapping[str, Any]) -> Answer:
     try:
         return trial(request)
+    except TrialFailed as error:
+        return error
+    except OSError as error:  # of no file that the library reads or writes: it would be a UserError
+        return UserError(f"a trial cannot go on: {error}")
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        if isinstance(error, UserError) and not isinstance(error, TrainingError):
+            return _sendable(error)
+        return TrialFailed(f"{type(error).__name__}: {error}")
+
+
+def _sendable(error: UserError) -> UserError:
+    """The error as the nearest of its kinds that is made of a message alone, as pickle makes it."""
+    kinds = type(error).__mro__
+    kind: type[UserError] = next(kind for kind in kinds if "__init__" not in vars(kind))
+    return kind(str(error))
+
+
+def _columns(answer: Answer) -> dict[str, Any]:
+    """What an attempt filled.
+
+    Raises:
+        TrialFailed: it failed.
+        UserError: the search cannot go on.
+    """
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _prepare(device: Device) -> None:
@@ -213,10 +255,11 @@ class RayEngine(Engine):
 
     An attempt asks for a core for itself and for each process that loads its images, and for one
     accelerator if it computes on one. The kind of device `auto` is an accelerator where the cluster
-    has one; 0 workers are as many as it has room for.
+    has one; 0 workers are as many as it has room for, and there are never more. The time limit is
+    of the attempt's work: it may wait for its place in the cluster.
 
     Raises:
-        UserError: Ray is not installed, or the cluster has no room for an attempt.
+        UserError: Ray is not installed, there is no cluster, or it has no room for an attempt.
     """
 
     def _open(self) -> None:
@@ -227,9 +270,14 @@ class RayEngine(Engine):
                 "the engine ray is not installed: pip install 'effspinenet[ray]'"
             ) from error
         self._ray = ray
-        cores = self.workers * (1 + self.device.workers)
-        alone = cores > 0 and not os.environ.get("RAY_ADDRESS")
-        ray.init(num_cpus=cores if alone else None, include_dashboard=False, log_to_driver=False)
+        address = os.environ.get(RAY_ADDRESS)
+        # without an address Ray joins whatever cluster runs here; one that runs has its own cores
+        cores = self.workers * (1 + self.device.workers) or None
+        where = {} if address else {"address": "local", "num_cpus": cores}
+        try:
+            ray.init(**where, include_dashboard=False, log_to_driver=False)
+        except (ConnectionError, ValueError) as error:
+            raise UserError(f"there is no Ray cluster at {address}: {error}") from error
         there = ray.cluster_resources()
         if self.device.kind == AUTO:
             kind = GPU if there.get(RAY_GPU) else TPU if there.get(RAY_TPU) else CPU
@@ -239,7 +287,7 @@ class RayEngine(Engine):
         if room == 0:
             ray.shutdown()
             raise UserError(f"a trial needs {needed} of the Ray cluster, which has {there}")
-        self.workers = self.workers or room
+        self.workers = min(self.workers or room, room)
         options = {
             "num_cpus": needed.pop(RAY_CORES),
             "num_gpus": needed.pop(RAY_GPU, 0),
@@ -247,20 +295,24 @@ class RayEngine(Engine):
         }
         self._answer = ray.remote(max_retries=0, **options)(_answer_on_ray)
 
-    def attempt(self, request: Mapping[str, Any]) -> dict[str, float]:
+    def attempt(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Run the trial as a Ray task."""
-        reference = self._answer.remote(self.trial, dict(request), self.device)
-        ready, _ = self._ray.wait([reference], timeout=self.timeout)
-        if not ready:
-            self._ray.cancel(reference, force=True)
-            raise TrialFailed(f"no answer within {self.timeout:g} seconds")
-        try:
-            answer = self._ray.get(reference)
-        except self._ray.exceptions.RayError as error:
-            raise TrialFailed(f"its process died ({type(error).__name__})") from error
-        if isinstance(answer, str):
-            raise TrialFailed(answer)
-        return dict(answer)
+        known = self._ray.exceptions
+        given = (self.trial, dict(request), self.device, self.timeout)
+        future = self._answer.remote(*given).future()
+        while not self.closed.is_set():
+            try:
+                return _columns(future.result(LOOKING_SECONDS))
+            except concurrent.futures.TimeoutError:
+                continue
+            except (known.WorkerCrashedError, known.NodeDiedError, known.OutOfMemoryError) as error:
+                raise TrialFailed(
+                    f"its process died, or gave no answer within {self.timeout:g} seconds "
+                    f"({type(error).__name__})"
+                ) from error
+            except known.RayError as error:
+                raise UserError(f"Ray cannot run a trial: {error}") from error
+        raise TrialFailed("the search was stopped")
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
@@ -269,10 +321,15 @@ class RayEngine(Engine):
 
 
 def _answer_on_ray(
-    trial: Trial, request: Mapping[str, Any], device: Device
-) -> dict[str, float] | str:
+    trial: Trial, request: Mapping[str, Any], device: Device, timeout: float
+) -> Answer:
+    """Answer within `timeout` seconds, or end the process; where it was, its log shows."""
     _prepare(device)
-    return _answer(trial, request)
+    faulthandler.dump_traceback_later(timeout, exit=True)  # even where Python itself hangs
+    try:
+        return _answer(trial, request)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def ray_resources(device: Device) -> dict[str, int]:

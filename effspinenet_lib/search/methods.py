@@ -15,6 +15,7 @@ Choices = tuple[int, ...]  # the index chosen at each position
 # shape for the tens of a small budget.
 POPULATION = 16
 TOURNAMENT = 4
+LEAST_POPULATION = 2  # our choice: of one there is no parent to choose
 
 
 class Method(ABC):
@@ -75,22 +76,30 @@ class RandomSearch(Method):
 
 
 class Evolution(Method):
-    """Regularized evolution: mutate the best of a few; the oldest of the population dies."""
+    """Regularized evolution: mutate the best of a few; the oldest of the population dies.
 
-    def __init__(self, positions: int, choices: int, seed: int) -> None:
+    Args:
+        positions: choices a sample makes.
+        choices: to choose from at each.
+        seed: of the samples.
+        size: of the population, see `population_size`.
+    """
+
+    def __init__(self, positions: int, choices: int, seed: int, size: int = POPULATION) -> None:
         super().__init__(positions, choices, seed)
+        self.size = size
         self.population: list[tuple[Choices, float]] = []
 
     def ask(self, count: int) -> list[Choices]:
         """Choose samples: at random until the population is full, then children."""
-        if len(self.population) < POPULATION:
+        if len(self.population) < self.size:
             return self._uniform(count)
         return [self._child() for _ in range(count)]
 
     def tell(self, samples: Sequence[Choices], rewards: Sequence[float]) -> None:
         """Let samples join the population."""
         self.population += zip(samples, rewards, strict=True)
-        self.population = self.population[-POPULATION:]
+        self.population = self.population[-self.size :]
 
     def _child(self) -> Choices:
         """The best of a tournament with one choice changed to another."""
@@ -109,6 +118,11 @@ class Evolution(Method):
         """Go on from what `state` gave."""
         super().load(state)
         self.population = state["population"]
+
+
+def population_size(trials: int) -> int:
+    """Evolution's population for a search of `trials`: half of them at most, so that it evolves."""
+    return max(LEAST_POPULATION, min(POPULATION, trials // 2))
 
 
 def _reward(member: tuple[Choices, float]) -> float:

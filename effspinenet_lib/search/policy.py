@@ -114,8 +114,8 @@ class PolicySearch(Method):
         """Improve the policy on what samples gave; a single step of too few is left out."""
         if not samples:
             return
-        chosen, gained = torch.tensor(samples), torch.tensor(rewards)
-        advantages = self._advantages(gained)[:, None]
+        chosen, gained = torch.tensor(samples), torch.tensor(rewards, dtype=torch.float64)
+        advantages = self._advantages(gained).float()[:, None]
         with torch.no_grad():
             before = self.policy.distribution(chosen).log_prob(chosen)
         clip = self.settings.clip
@@ -132,14 +132,19 @@ class PolicySearch(Method):
             self.optimizer.step()
 
     def _advantages(self, gained: Tensor) -> Tensor:
-        """Rewards less their moving mean, over their moving spread."""
-        mean, spread = float(gained.mean()), float(gained.std(correction=0))
+        """Rewards, float64 [N], less their moving mean, over their moving spread.
+
+        Rewards that have all been equal give 0: their mean is theirs to the last digit.
+        """
+        mean = float(gained[0] + (gained - gained[0]).mean())
+        spread = float((gained - mean).square().mean().sqrt())
         if self.baseline is not None:
-            kept = self.settings.baseline_decay
-            mean = kept * self.baseline[0] + (1 - kept) * mean
-            spread = kept * self.baseline[1] + (1 - kept) * spread
+            moved = 1 - self.settings.baseline_decay
+            mean = self.baseline[0] + moved * (mean - self.baseline[0])
+            spread = self.baseline[1] + moved * (spread - self.baseline[1])
         self.baseline = mean, spread
-        return (gained - mean) / max(spread, 1e-9)
+        floor = _LEAST_SPREAD * max(abs(mean), float(gained.abs().max()))
+        return (gained - mean) / (max(spread, floor) or 1.0)  # 0 where all of them are 0
 
     @torch.no_grad()
     def entropy(self) -> float:
@@ -165,4 +170,6 @@ class PolicySearch(Method):
         self.baseline = state["baseline"]
 
 
+# Our choice: what is less, relative to the rewards, is rounding and no spread.
+_LEAST_SPREAD = 1e-9
 _ENTROPY_SAMPLES = 64  # our choice: the estimate varies by under a hundredth

@@ -1,4 +1,7 @@
-"""The rows of `search_trials.csv`: what is known of a sample before it runs, and duplicates."""
+"""The rows of `search_trials.csv`: what is known of a sample before it runs, and duplicates.
+
+One file holds trials of one kind: the same setting, and rewards with the same penalty.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pandas as pd
 
 from effspinenet_lib.choices import ModelCost
 from effspinenet_lib.choices.learned import SEARCH_SPACE, betas_text
+from effspinenet_lib.errors import UserError
 from effspinenet_lib.results import REFERENCE, ResultsStore
 from effspinenet_lib.search.methods import Choices
 from effspinenet_lib.search.settings import SearchSettings
@@ -19,6 +23,7 @@ from effspinenet_lib.zoo.registry import COCO_CLASSES
 
 FINISHED, DUPLICATE, FAILED = "finished", "duplicate", "failed"
 DIMS_JOINT = "-"
+ELSEWHERE = "choose another results folder"
 
 
 def plan_trials(
@@ -86,11 +91,38 @@ def equal_betas() -> tuple[int, ...]:
     return (SEARCH_SPACE[0],) * len(SCALES["D0"].repeats)
 
 
-def finished_runs(store: ResultsStore, settings: SearchSettings) -> dict[str, dict[str, Any]]:
+def finished_runs(store: ResultsStore) -> dict[str, dict[str, Any]]:
     """Rows of the record that have a result of their own, by run; whoever's samples they were."""
     frame = store.trials()
-    own = (frame["state"] == FINISHED) & (frame["setting"] == settings.description)
-    return {row["run"]: row for row in rows_of(frame[own])}
+    return {row["run"]: row for row in rows_of(frame[frame["state"] == FINISHED])}
+
+
+def refuse_other_settings(
+    store: ResultsStore, rows: pd.DataFrame, settings: SearchSettings, remedy: str = ELSEWHERE
+) -> None:
+    """Refuse a record whose trials were others: one has no place beside them.
+
+    Args:
+        store: whose record it is.
+        rows: of the record.
+        settings: what a trial is now.
+        remedy: what to do about it.
+
+    Raises:
+        UserError: a row is of another setting.
+    """
+    for row in rows_of(rows[rows["setting"] != settings.description]):
+        raise other_kind(store, row, f"other settings ({row['setting']})", remedy)
+
+
+def other_kind(
+    store: ResultsStore, row: Mapping[str, Any], difference: str, remedy: str = ELSEWHERE
+) -> UserError:
+    """What to say of a record with a trial of another kind."""
+    return UserError(
+        f"{store.folder}: trial {row['trial']} of {row['method']} with seed {row['seed']} was made "
+        f"with {difference}, and a record holds trials of one kind; {remedy}"
+    )
 
 
 def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -108,6 +140,7 @@ def copy_of(row: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
         "state": DUPLICATE,
         "attempts": 0,
         "seconds": 0.0,
+        "precision": known.get("precision"),
         "AP": known["AP"],
         "note": f"{row['note']}, {source}" if "note" in row else source,
     }

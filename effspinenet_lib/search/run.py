@@ -8,10 +8,8 @@ goes on runs what is asked for and not recorded, and nothing else.
 from __future__ import annotations
 
 import io
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,46 +25,41 @@ from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
 from effspinenet_lib.files import atomic_write, ensure_folder
 from effspinenet_lib.results import REFERENCE, ResultsStore
 from effspinenet_lib.search.engines import Engine
-from effspinenet_lib.search.methods import Choices, Evolution, Method, RandomSearch
+from effspinenet_lib.search.methods import (
+    Choices,
+    Evolution,
+    Method,
+    RandomSearch,
+    population_size,
+)
 from effspinenet_lib.search.policy import PPO, REINFORCE, PolicySearch
 from effspinenet_lib.search.record import (
+    ELSEWHERE,
     FAILED,
-    FINISHED,
-    copy_of,
-    finished_runs,
-    plan_betas,
+    other_kind,
     plan_trials,
     reference_costs,
+    refuse_other_settings,
     rows_of,
 )
+from effspinenet_lib.search.running import NO_PENALTY, Penalty, run_rows
 from effspinenet_lib.search.settings import SearchSettings
 from effspinenet_lib.search.space import BLOCKS
-from effspinenet_lib.search.trials import TrialFailed, drop_run, trial_request
 
-METHODS: dict[str, Callable[[int, int, int], Method]] = {
-    "ppo": lambda blocks, choices, seed: PolicySearch(blocks, choices, seed, PPO),
-    "reinforce": lambda blocks, choices, seed: PolicySearch(blocks, choices, seed, REINFORCE),
-    "random": RandomSearch,
-    "evolution": Evolution,
+# (blocks, choices, seed, trials of the profile's search) -> method. The number that a user asks
+# for is none of a method's business: a search that is extended goes on as it would have.
+METHODS: dict[str, Callable[[int, int, int, int], Method]] = {
+    "ppo": lambda blocks, choices, seed, _: PolicySearch(blocks, choices, seed, PPO),
+    "reinforce": lambda blocks, choices, seed, _: PolicySearch(blocks, choices, seed, REINFORCE),
+    "random": lambda blocks, choices, seed, _: RandomSearch(blocks, choices, seed),
+    "evolution": lambda blocks, choices, seed, trials: Evolution(
+        blocks, choices, seed, population_size(trials)
+    ),
 }
-ATTEMPTS = 2  # a trial that gives nothing is tried once more
+ANEW = (
+    f"begin anew with --force, which drops the trials of this method and seed alone, or {ELSEWHERE}"
+)
 STATES_FOLDER = "search"  # beside the runs: one file a method and seed
-
-
-@dataclass(frozen=True)
-class Penalty:
-    """MnasNet's soft constraint (arXiv 1807.11626, equation 2).
-
-    Attributes:
-        exponent: of a model's Multi-Adds over SP-EfficientNet's; 0: the reward is the AP. MnasNet
-            took -0.07.
-    """
-
-    exponent: float = 0.0
-
-    def reward(self, ap: float, multi_adds_ratio: float) -> float:
-        """AP times the ratio to the exponent."""
-        return ap * float(multi_adds_ratio**self.exponent)
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ class Search:
     method: str
     seed: int
     trials: int
-    penalty: Penalty = Penalty()
+    penalty: Penalty = NO_PENALTY
 
     @property
     def state_file(self) -> Path:
@@ -127,15 +120,17 @@ def run_search(
 
     Raises:
         UnknownName: no such method.
-        UserError: the record is of other settings, another process runs this search, or it
-            cannot be written.
-        CheckpointError: the record holds trials and the state of the method is lost or broken.
+        UserError: the record holds trials of another kind, another process runs this search, or
+            as `running.run_rows`: the same call goes on later.
+        CheckpointError: the state of the method is lost or broken, or trials that it has learned
+            from are missing from the record.
     """
     if search.method not in METHODS:
         raise UnknownName("search method", search.method, METHODS)
     ensure_folder(search.state_file.parent)
     try:
         with FileLock(f"{search.state_file}.lock", timeout=0):
+            _check_record(search, force)
             if force:
                 search.state_file.unlink(missing_ok=True)
                 search.store.drop_trials(search.method, search.seed)
@@ -149,11 +144,12 @@ def run_search(
 
 def _run(search: Search, engine: Engine, progress: bool) -> None:
     rows = search.recorded()
-    _check_settings(search, rows)
-    if len(rows) >= search.trials:
+    if all(number in rows for number in range(search.trials)):
         return
-    method = METHODS[search.method](BLOCKS, len(SEARCH_SPACE), _stream(search))
-    asked = _load(search, method, bool(rows)) or _ask(search, method, step=0, first=0)
+    method = METHODS[search.method](
+        BLOCKS, len(SEARCH_SPACE), _stream(search), search.settings.trials
+    )
+    asked = _load(search, method, rows) or _ask(search, method, step=0, first=0)
     with tqdm(
         total=search.trials,
         initial=len(rows),
@@ -180,20 +176,25 @@ def _stream(search: Search) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
-def _check_settings(search: Search, rows: Mapping[int, Mapping[str, Any]]) -> None:
-    """Refuse to go on with a record whose trials would be other runs or have other rewards now."""
+def _check_record(search: Search, force: bool) -> None:
+    """Refuse to add to a record of trials of another kind; `force`: the own ones do not count.
+
+    Raises:
+        UserError: a trial has another setting or another penalty, or an own one would be another
+            run now.
+    """
+    frame = search.store.trials()
+    own = (frame["method"] == search.method) & (frame["seed"] == search.seed)
+    kept = frame[~own] if force else frame
+    refuse_other_settings(search.store, kept, search.settings, ANEW)
     target = reference_costs(search.settings).multi_adds
-    for row in rows.values():
-        key = search.settings.config(parse_betas(row["betas"]), search.seed).key
+    for row in rows_of(kept[(kept["method"] != REFERENCE) & (kept["state"] != FAILED)]):
         reward = search.penalty.reward(row["AP"], row["multi_adds"] / target)
-        same = row["state"] == FAILED or math.isclose(reward, row["reward"], abs_tol=1e-9)
-        described = row["setting"] == search.settings.description
-        if key != row["run"] or not (same and described):
-            raise UserError(
-                f"{search.store.folder}: trial {row['trial']} of {search.method} was made with "
-                f"other settings ({row['setting']}) or another penalty; begin anew with --force, "
-                "or choose another results folder"
-            )
+        if not math.isclose(reward, row["reward"], abs_tol=1e-9):
+            raise other_kind(search.store, row, "another penalty", ANEW)
+    for row in rows_of(frame[own & (not force)]):
+        if search.settings.config(parse_betas(row["betas"]), search.seed).key != row["run"]:
+            raise other_kind(search.store, row, "other settings", ANEW)
 
 
 def _ask(search: Search, method: Method, step: int, first: int) -> _Asked:
@@ -208,11 +209,11 @@ def _ask(search: Search, method: Method, step: int, first: int) -> _Asked:
     return asked
 
 
-def _load(search: Search, method: Method, needed: bool) -> _Asked | None:
+def _load(search: Search, method: Method, rows: Mapping[int, Mapping[str, Any]]) -> _Asked | None:
     """Load the state of the method; what it asked for last."""
     path = search.state_file
     if not path.exists():
-        if not needed:
+        if not rows:
             return None
         raise CheckpointError(
             f"{path}: the state of the method is gone, so its search cannot go on; begin anew "
@@ -223,65 +224,17 @@ def _load(search: Search, method: Method, needed: bool) -> _Asked | None:
         method.load(saved["method"])
         asked = saved["asked"]
         samples = tuple(tuple(sample) for sample in asked["samples"])
-        return _Asked(asked["step"], asked["first"], samples, asked["entropy"])
+        loaded = _Asked(asked["step"], asked["first"], samples, asked["entropy"])
     except Exception as error:
         raise CheckpointError(f"{path}: is no state of {search.method}: {error}") from error
-
-
-def run_references(
-    settings: SearchSettings,
-    store: ResultsStore,
-    named: Mapping[str, tuple[int, ...]],
-    seeds: Sequence[int],
-    engine: Engine,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Run distributions that no method chose as trials of several seeds, each once.
-
-    What the best of a search is worth beside others, and how much a seed matters.
-
-    Args:
-        settings: what a trial is.
-        store: of the profile; the rows join its `search_trials.csv` as method `reference`.
-        named: betas by a name, which their rows have as note.
-        seeds: of the runs.
-        engine: where the trials run.
-        progress: show a bar over the trials.
-
-    Returns:
-        The rows of method `reference`.
-
-    Raises:
-        UserError: the record cannot be written, or holds them with other settings.
-    """
-    frame = store.trials()
-    known = rows_of(frame[frame["method"] == REFERENCE])
-    rows = []
-    for seed in seeds:
-        own = [row for row in known if row["seed"] == seed]
-        runs, first = (
-            {row["run"] for row in own},
-            1 + max((row["trial"] for row in own), default=-1),
+    missing = [number for number in range(loaded.first) if number not in rows]
+    if missing:
+        raise CheckpointError(
+            f"{search.store.folder}: the record lacks {len(missing)} of the trials that "
+            f"{search.method} has learned from, the first of them {missing[0]}; put the record "
+            "back, or begin anew with --force"
         )
-        for name, betas in named.items():
-            (row,) = plan_betas(settings, [betas], REFERENCE, seed, 0, first)
-            differs = (row["run"], row["setting"])
-            if any(o["betas"] == row["betas"] and (o["run"], o["setting"]) != differs for o in own):
-                raise UserError(
-                    f"{store.folder}: {name} with seed {seed} was trained with other settings; "
-                    "choose another results folder"
-                )
-            if row["run"] not in runs:
-                runs.add(row["run"])
-                rows.append({**row, "note": name})
-                first += 1
-    with tqdm(
-        total=len(rows), desc=REFERENCE, unit="trial", disable=None if progress else True
-    ) as bar:
-        for _ in _run_rows(settings, store, Penalty(), engine, rows):
-            bar.update()
-    frame = store.trials()
-    return frame[frame["method"] == REFERENCE]
+    return loaded
 
 
 def _run_asked(search: Search, engine: Engine, asked: _Asked) -> Iterator[int]:
@@ -291,77 +244,4 @@ def _run_asked(search: Search, engine: Engine, asked: _Asked) -> Iterator[int]:
         search.settings, asked.samples, search.method, search.seed, asked.step, asked.first
     )
     rows = [{**row, "entropy": asked.entropy} for row in planned if row["trial"] not in recorded]
-    yield from _run_rows(search.settings, search.store, search.penalty, engine, rows)
-
-
-def _run_rows(
-    settings: SearchSettings,
-    store: ResultsStore,
-    penalty: Penalty,
-    engine: Engine,
-    rows: Sequence[dict[str, Any]],
-) -> Iterator[int]:
-    """Run planned rows; record each as it ends, and yield its number.
-
-    Of rows with the same run the first is trained, unless the record has it from anyone's
-    sample; the others take its result.
-    """
-    target = reference_costs(settings).multi_adds
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["run"], []).append(row)
-    known = finished_runs(store, settings)
-    done = [[copy_of(row, known[run]) for row in groups.pop(run)] for run in known if run in groups]
-    ended = (
-        [first, *(copy_of(row, first) for row in others)]
-        for first, others in _train(settings, store, engine, list(groups.values()))
-    )
-    for group in itertools.chain(done, ended):
-        for row in group:
-            if row["state"] != FAILED:
-                row["reward"] = penalty.reward(row["AP"], row["multi_adds"] / target)
-        store.add_trials(group)
-        # a search would fill a disk with the checkpoints of its trials
-        if group[0]["state"] == FINISHED:
-            drop_run(group[0]["run"], store.runs_folder)
-        yield from (row["trial"] for row in group)
-
-
-def _train(
-    settings: SearchSettings,
-    store: ResultsStore,
-    engine: Engine,
-    groups: Sequence[list[dict[str, Any]]],
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Train the first row of each group, as many at once as the engine has workers."""
-    with ThreadPoolExecutor(engine.workers) as pool:
-        futures: dict[Future[dict[str, Any]], list[dict[str, Any]]] = {}
-        for rows in groups:
-            config = settings.config(parse_betas(rows[0]["betas"]), rows[0]["seed"])
-            request = trial_request(
-                config.to_dict(), store.runs_folder, engine.device, settings.micro_batch
-            )
-            futures[pool.submit(_attempts, engine, request)] = rows
-        try:
-            for future in as_completed(futures):
-                first, *others = futures[future]
-                yield {**first, **future.result()}, others
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if not all(future.done() for future in futures):
-                engine.close()
-
-
-def _attempts(engine: Engine, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Try a trial, and once more where it gave nothing: the columns that this fills."""
-    reason = ""
-    for attempt in range(1, ATTEMPTS + 1):
-        if engine.closed.is_set():
-            break
-        try:
-            answer = engine.attempt(request)
-        except TrialFailed as error:
-            reason = str(error)
-        else:
-            return {"state": FINISHED, "attempts": attempt, **answer}
-    return {"state": FAILED, "attempts": ATTEMPTS, "note": reason}
+    yield from run_rows(search.settings, search.store, search.penalty, engine, rows)

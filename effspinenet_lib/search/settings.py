@@ -148,7 +148,7 @@ SEARCHES: dict[str, SearchSettings] = {
             recipe=get_recipe("proxy_search"),
             methods=("ppo", "random", "evolution"),
             trials=50,
-            batch=10,  # our choice: five updates
+            batch=10,  # our choice: four updates, as the last batch is never told
             timeout=900,  # our choice: twenty times what a trial takes
         ),
         SearchSettings(

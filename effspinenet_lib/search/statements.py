@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from effspinenet_lib.errors import DataError
 from effspinenet_lib.files import ensure_folder
+from effspinenet_lib.report.search_space import (
+    APPROXIMATE,
+    EXACT,
+    SAME_DIMS,
+    SPACE_FILE,
+    STATED,
+)
 from effspinenet_lib.results import current_commit, today
-from effspinenet_lib.results.csvfile import read_rows, to_frame, to_row, write_rows
+from effspinenet_lib.results.csvfile import to_row, write_rows
 from effspinenet_lib.results.schemas import SPACE
 from effspinenet_lib.search.space import (
     Ints,
@@ -24,11 +29,9 @@ from effspinenet_lib.search.space import (
 from effspinenet_lib.specs import SCALES
 from effspinenet_lib.zoo.registry import COCO_CLASSES
 
-SPACE_FILE = "search/space.csv"
 PERCENT = 100.0
 RANGE = 0.10  # section 5.1.5: within 10 % of the target
-MOST = 50.0  # our reading of "in most cases"
-EQUATIONS = {"exact": False, "approximate": True}
+EQUATIONS = {EXACT: False, APPROXIMATE: True}
 SCALE = "D0"  # section 5.1.1: models are sampled at the D0 scale
 PERCENTILES = (1, 50, 99)
 
@@ -69,14 +72,12 @@ def _compare(
             "multi-adds-within-10-percent",
             "Multi-Adds of the detector within 10 % of SP-EfficientNet-B0's",
             "all",
-            PERCENT,
             within,
         ),
         _statement(
             "parameters-reduced",
             "samples with fewer parameters than SP-EfficientNet-B0",
             "most",
-            MOST,
             fewer,
         ),
     ]
@@ -84,19 +85,18 @@ def _compare(
         for share in PERCENTILES:
             value = PERCENT * float(np.percentile(ratio, share))
             text = f"{name} over SP-EfficientNet-B0's, percentile {share}"
-            rows.append(_statement(f"{name}-percentile-{share}", text, "", None, value))
+            rows.append(_statement(f"{name}-percentile-{share}", text, "", value))
     same = PERCENT * float(np.mean((exact == drawn).all(axis=1)))
     text = "samples with the dimensions of the exact equation"
-    rows.append(_statement("same-as-exact", text, "", None, same))
+    rows.append(_statement(SAME_DIMS, text, "", same))
     return rows
 
 
-def _statement(
-    key: str, text: str, stated: str, least: float | None, computed: float
-) -> dict[str, Any]:
-    """A row; what the paper says holds where `computed` is over `least`, or all of it."""
+def _statement(key: str, text: str, stated: str, computed: float) -> dict[str, Any]:
+    """A row; what the paper says holds where `computed` is over what it says, or all of it."""
     verdict = ""
-    if least is not None:
+    if stated:
+        _, least = STATED[stated]
         verdict = "holds" if computed > least or computed == PERCENT else "mismatch"
     return {
         "claim": key,
@@ -121,15 +121,3 @@ def write_statements(results_dir: str | Path, rows: Sequence[Mapping[str, Any]])
     cells = [to_row({**row, **stamp}, SPACE, "statement on the space") for row in rows]
     write_rows(path, SPACE, cells)
     return path
-
-
-def read_statements(results_dir: str | Path) -> pd.DataFrame:
-    """Read `search/space.csv`: a row a statement and reading of Equation 2.
-
-    Raises:
-        DataError: the file is missing or broken.
-    """
-    path = Path(results_dir) / SPACE_FILE
-    if not path.exists():
-        raise DataError(f"{path}: no such file; write it with `effspinenet search space`")
-    return to_frame(read_rows(path, SPACE), SPACE)

@@ -12,9 +12,10 @@ from typing import Any
 
 from effspinenet_lib.training.devices import CPU
 
-# (request) -> metrics of the trial and the seconds that it took; whatever it raises is a failure.
-# A request is what `trial_request` gives: JSON types only.
-Trial = Callable[[Mapping[str, Any]], dict[str, float]]
+# (request) -> the columns of the record that a trial fills. A request is what `trial_request`
+# gives: JSON types only. A `UserError` that is no `TrainingError` and an `OSError` end the search;
+# whatever else it raises is the trial's failure.
+Trial = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,16 @@ def trial_request(
     }
 
 
-def run_trial(request: Mapping[str, Any]) -> dict[str, float]:
+def run_trial(request: Mapping[str, Any]) -> dict[str, Any]:
     """Train and evaluate a sample, or go on where an attempt stopped.
 
     Returns:
-        `AP` in percent and `seconds`, of training and evaluation.
+        `AP` in percent, `seconds` of training and evaluation, and the `precision` computed in.
 
     Raises:
         TrialFailed: the AP is not defined.
-        UserError: as `training.run.train_run`, above all a loss that is not finite.
+        TrainingError: a loss is not finite, or memory is too small.
+        UserError: as `training.run.train_run`.
     """
     import torch
 
@@ -79,7 +81,11 @@ def run_trial(request: Mapping[str, Any]) -> dict[str, float]:
     )
     if not math.isfinite(result.metrics["AP"]):
         raise TrialFailed("no AP: there is nothing to find in the held-out images")
-    return {"AP": result.metrics["AP"], "seconds": result.wall_seconds}
+    return {
+        "AP": result.metrics["AP"],
+        "seconds": result.wall_seconds,
+        "precision": result.record["precision"],
+    }
 
 
 def drop_run(run: str, runs_dir: str | os.PathLike[str]) -> None:

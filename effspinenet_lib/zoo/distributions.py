@@ -11,7 +11,7 @@ from typing import Any
 from effspinenet_lib.choices.learned import check_betas, distributed
 from effspinenet_lib.errors import DataError, UnknownName, UserError
 from effspinenet_lib.files import read_json, write_json
-from effspinenet_lib.specs import MODELS
+from effspinenet_lib.specs import MODELS, SCALES, BackboneSpec, scale_backbone
 
 SUFFIX = ".json"
 FORMAT = "eff-spinenet-distribution-1"
@@ -37,6 +37,11 @@ class Distribution:
     def feature_dims(self) -> list[int]:
         """Feature dimensions of the 18 blocks at the scale D0, as Table 1 prints them."""
         return [block.feature_dim for block in distributed(self.betas).blocks]
+
+    @property
+    def backbone(self) -> BackboneSpec:
+        """The backbone at the scale of `model`."""
+        return scale_backbone(distributed(self.betas), SCALES[MODELS[self.model].scale])
 
 
 def write_distribution(path: str | os.PathLike[str], distribution: Distribution) -> None:
@@ -77,8 +82,12 @@ def read_distribution(path: str | os.PathLike[str]) -> Distribution:
             values.get("origin", {}),
         )
         stated = values["feature_dims"]
-    except (KeyError, TypeError, UserError) as error:
+    except KeyError as error:
+        raise DataError(f"{path}: is a broken distribution: it has no {error}") from error
+    except (TypeError, UserError) as error:
         raise DataError(f"{path}: is a broken distribution: {error}") from error
+    if not isinstance(distribution.origin, dict):
+        raise DataError(f"{path}: is a broken distribution: its origin is no object")
     if distribution.model not in MODELS:
         raise UnknownName(f"scale-permuted model of {path}", distribution.model, MODELS)
     if distribution.feature_dims != stated:
