@@ -50,7 +50,7 @@ def test_rows_carry_the_labels_of_the_papers_tables():
     ("changes", "message"),
     [
         ({"profile": "smok"}, "unknown profile 'smok'; did you mean smoke"),
-        ({"accelerator": "gpu"}, "unknown accelerator 'gpu'"),
+        ({"accelerator": "cuda"}, "unknown accelerator 'cuda'"),
         ({"engine": "rays"}, "unknown engine"),
         ({"seeds": "0,one"}, "seeds is '0,one'"),
         ({"seeds": "-1"}, "seeds is '-1'"),
