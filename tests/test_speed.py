@@ -21,6 +21,7 @@ from effspinenet_lib.report.speed import (
     format_sentence,
     goal_sentence,
     machine_table,
+    measured_on,
     memory_table,
     missed_goals,
     profile_table,
@@ -134,6 +135,12 @@ def test_the_record_follows_its_schema_and_says_on_what_it_was_measured(results:
     assert [row["value"] for row in rows] == values
     assert (rows[0]["ours"], rows[0]["peer"]) == ("1000", "2000")
     assert all(row["hardware"] and row["torch"] and row["date"] for row in rows)
+
+
+def test_the_page_names_every_commit_that_was_measured(results: Path):
+    speed = read_speed(results)
+    speed["commit"] = ["0123456789", *["abcdef0123"] * (len(speed) - 1)]
+    assert ", commit 0123456789 and abcdef0123, on one thread" in measured_on(speed)
 
 
 def test_a_figure_with_an_unknown_unit_is_refused():

@@ -264,7 +264,8 @@ def measured_on(speed: pd.DataFrame) -> str:
     """The machine, its load, the version of torch and the code."""
     first = speed.iloc[0]
     load = f"{speed['load'].min():.0f} to {speed['load'].max():.0f}"
+    commits = " and ".join(speed["commit"].unique())
     return (
         f"Measured on {first['date']} on {first['hardware']} with torch {first['torch']}, commit "
-        f"{first['commit']}, on one thread, while {load} programs wanted the processor."
+        f"{commits}, on one thread, while {load} programs wanted the processor."
     )
