@@ -258,12 +258,13 @@ class _Keeper:
         state = self._state
         model_state = self._model.state_dict()
         ema_state = state.ema.state_dict() if state.ema else None
-        for value in (*model_state.values(), *(ema_state or {}).values()):
-            if not value.isfinite().all():
-                raise TrainingError(
-                    f"the weights are not finite after step {step}; the same command goes on from "
-                    "the last checkpoint: lower the learning rate"
-                )
+        weights = (*model_state.values(), *(ema_state or {}).values())
+        # one answer for all of them: a compiler builds a program for each that is waited for
+        if not torch.stack([value.isfinite().all() for value in weights]).all():
+            raise TrainingError(
+                f"the weights are not finite after step {step}; the same command goes on from the "
+                "last checkpoint: lower the learning rate"
+            )
         checkpoint = Checkpoint(
             run=self._job.config.key,
             model=self._job.config.model,
