@@ -231,6 +231,21 @@ def test_a_wrong_command_line_is_exit_code_2(run, command):
     assert "Traceback" not in result.err
 
 
+def test_a_file_whose_name_is_no_utf8_is_named(tmp_path):
+    """On a terminal that takes UTF-8 alone."""
+    path = os.fsencode(tmp_path) + b"/zeichnung-\xfc.svg"
+    done = subprocess.run(
+        [sys.executable, "-m", "effspinenet_lib", "wiring", "eff_spinenet_m0", path],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert os.path.exists(path)
+    assert "zeichnung-\\udcfc.svg" in done.stdout
+
+
 def test_any_command_that_is_told_to_stop_says_that_it_goes_on(run, monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
     told = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -29,6 +30,8 @@ def set_up_messages() -> None:
         logging.basicConfig(format="%(message)s", level=logging.ERROR)
         warnings.simplefilter("ignore")
         return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are no UTF-8
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("effspinenet_lib").setLevel(logging.INFO)
     warnings.showwarning = _show_warning
