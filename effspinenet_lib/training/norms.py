@@ -80,11 +80,12 @@ class _Normalise(torch.autograd.Function):
         count = own[0].new_full((1,), features.numel() // features.shape[1])
         shared = _of_all_processes(torch.cat([*own, count]))
         (means, variances), counts = shared[:, :-1].chunk(2, dim=1), shared[:, -1:]
-        total = counts.sum()
+        any_seen = counts.sum() > 0  # of regions no process may have one
+        total = counts.sum().clamp(min=1)
         mean = (counts * means).sum(0) / total
         variance = (counts * (variances + (means - mean) ** 2)).sum(0) / total
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(variance * total / (total - 1), momentum)
+        running_mean.lerp_(mean, momentum * any_seen)
+        running_var.lerp_(variance * total / (total - 1).clamp(min=1), momentum * any_seen)
         ctx.save_for_backward(features, weight, mean, variance, total)
         ctx.epsilon = epsilon
         return F.batch_norm(features, mean, variance, weight, bias, False, 0.0, epsilon)
