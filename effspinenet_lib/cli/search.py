@@ -103,7 +103,9 @@ def _store(results_dir: Path | None, profile: str) -> ResultsStore:
 
 
 def _tell_of_a_failure(trials: pd.DataFrame) -> None:
-    failed = trials[trials["state"] == "failed"]
+    from effspinenet_lib.search.record import FAILED
+
+    failed = trials[trials["state"] == FAILED]
     if len(failed):
         first = failed.iloc[0]
         typer.echo(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.experiments.items import PROFILES, Profile
 from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.results import ResultsStore
-from effspinenet_lib.training.devices import ACCELERATORS, AUTO, CPU, GPU, TPU
+from effspinenet_lib.training.accelerator import present_accelerators
+from effspinenet_lib.training.devices import ACCELERATORS, AUTO, CPU
 
 ENGINES = ("local",)
 # Our choice: the paper's batches of 256 and more take days a step on a processor. The activations
@@ -128,11 +126,7 @@ def find_device(accelerator: str) -> str:
     """
     if accelerator not in ACCELERATORS:
         raise UnknownName("accelerator", str(accelerator), ACCELERATORS)
-    present = {CPU}
-    if torch.accelerator.current_accelerator(check_available=True) is not None:
-        present.add(GPU)
-    if importlib.util.find_spec("torch_xla") is not None:
-        present.add(TPU)
+    present = {CPU} | present_accelerators()
     if accelerator == AUTO:
         return next(iter(sorted(present - {CPU})), CPU)
     if accelerator not in present:

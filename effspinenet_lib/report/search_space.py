@@ -23,7 +23,7 @@ EXACT, APPROXIMATE = "exact", "approximate"
 STATED = {"all": ("equals", 100.0), "most": ("more_than", 50.0)}
 NOT_COUNTED = (
     "The statements on the whole space are **not run**: `effspinenet search space` counts a "
-    "million samples in a minute of one core."
+    "million samples in under a minute of one core."
 )
 SAME_DIMS = "same-as-exact"
 RANGE = {"multi-adds": "Multi-Adds", "parameters": "parameters"}

@@ -6,6 +6,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_torch_xla_available
 
+from effspinenet_lib.training.devices import GPU, TPU
+
+
+def present_accelerators() -> set[str]:
+    """The kinds of accelerators that this machine has."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    present = set() if found is None else {GPU}
+    return present | {TPU} if is_torch_xla_available() else present
+
 
 def make_accelerator() -> Accelerator:
     """The device of this process and the others of its `torchrun`, `accelerate` or `launch`.
@@ -13,7 +22,5 @@ def make_accelerator() -> Accelerator:
     In float32: the loop opens its own autocast, for accelerate fixes one precision for the whole
     process. Processes without an accelerator of their own share a run by gloo.
     """
-    found = torch.accelerator.current_accelerator(check_available=True)
     # of processes on processors accelerate takes only those for one run that ask for the processor
-    processors = found is None and not is_torch_xla_available()
-    return Accelerator(mixed_precision="no", cpu=processors)
+    return Accelerator(mixed_precision="no", cpu=not present_accelerators())

@@ -158,7 +158,8 @@ class _Events:
             yield
         except OSError as error:
             self._writer = None
-            logger.warning("%s: no more events for TensorBoard (%s)", self._folder, error.strerror)
+            reason = error.strerror or error
+            logger.warning("%s: no more events for TensorBoard (%s)", self._folder, reason)
 
 
 def cut_curve(path: Path, step: int) -> bool:

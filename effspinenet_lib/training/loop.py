@@ -227,8 +227,7 @@ def _next_batch(source: Iterator[Batch], stop: StopRequest) -> Batch | None:
     try:
         return next(source, None)
     except UserError as error:
-        if not stop.signal:  # else what was to load it got the signal too
-            stop.failure = stop.failure or error
+        stop.failure = stop.failure or error
         return None
 
 

@@ -17,9 +17,9 @@ ALONG = (0, 2, 3)  # images, rows and columns
 
 
 def synchronise_norms(model: nn.Module, device: torch.device) -> nn.Module:
-    """Let the norms of `model`, which it is to be used instead of, share their statistics.
+    """A model with the names, weights and buffers of `model`, whose norms share statistics.
 
-    The names, weights and buffers stay.
+    It may be `model` itself, changed.
     """
     if device.type not in UNKNOWN_TO_TORCH:
         # torch's own converter drops the activations inside timm's norms
@@ -104,11 +104,10 @@ class _Normalise(torch.autograd.Function):
             normalised = (features - _wide(mean)) * _wide(inverse)
             by_features = (gradient * _wide(weight * inverse)).to(gradient.dtype)
             by_weight, by_bias = (gradient * normalised).sum(ALONG), gradient.float().sum(ALONG)
-        summed_by_weight, summed_by_bias = _of_all_processes(torch.stack([by_weight, by_bias])).sum(
-            0
-        )
-        slope = weight * inverse**2 * summed_by_weight / total
-        offset = weight * inverse * summed_by_bias / total - slope * mean
+        shared = _of_all_processes(torch.stack([by_weight, by_bias]))
+        mean_by_weight, mean_by_bias = shared.sum(0) / total
+        slope = weight * inverse**2 * mean_by_weight
+        offset = weight * inverse * mean_by_bias - slope * mean
         by_features.addcmul_(features, _wide(slope), value=-1).sub_(_wide(offset))
         return by_features, by_weight, by_bias, None, None, None, None
 
