@@ -1,8 +1,8 @@
 """This library's detectors as one would write them with torch's and torchvision's own parts.
 
 The same network with the same weights, without what this library does for speed: plain
-convolutions, in-place SiLU, the mean in squeeze-and-excitation, torchvision's focal loss, memory
-given back to the system.
+convolutions, norms and activations one after the other, in-place SiLU, the mean in
+squeeze-and-excitation, torchvision's focal loss, memory given back to the system.
 """
 
 from __future__ import annotations
@@ -13,15 +13,26 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from effspinenet_lib.kernels import DepthwiseConv2d, PointwiseConv2d
-from effspinenet_lib.layers import SqueezeExcitation
+from effspinenet_lib.layers import ConvNorm, SqueezeExcitation
 from effspinenet_lib.tasks.anchors import encode_boxes, match_anchors
-from effspinenet_lib.tasks.detection import BOX_CODE, RetinaNet
+from effspinenet_lib.tasks.detection import BOX_CODE, RetinaHead, RetinaNet
 
 
 class _SqueezeExcitation(SqueezeExcitation):
+    def forward(self, features: Tensor) -> Tensor:
+        return features * self.gates(features)
+
     def gates(self, features: Tensor) -> Tensor:
         mean = features.mean((2, 3), keepdim=True)
         return self.gate(self.expand(self.activation(self.reduce(mean))))
+
+
+class _RetinaHead(RetinaHead):
+    def forward(self, features: Tensor, level: int) -> Tensor:
+        for layer, conv in enumerate(self.convs):
+            norm = self.norms[level * self.layers + layer]
+            features = self.activation(norm(conv(features)))
+        return self.predict(features)
 
 
 class _RetinaNet(RetinaNet):
@@ -58,7 +69,9 @@ class _RetinaNet(RetinaNet):
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
     DepthwiseConv2d: nn.Conv2d,
     PointwiseConv2d: nn.Conv2d,
+    ConvNorm: nn.Sequential,
     SqueezeExcitation: _SqueezeExcitation,
+    RetinaHead: _RetinaHead,
     RetinaNet: _RetinaNet,
 }
 

@@ -22,7 +22,8 @@ from effspinenet_lib.training.allocation import keep_freed_memory
 STEP = Setting(512, 2)
 BEFORE, AFTER = "before", "after"
 WARMUPS = 2
-# Part of a step -> beginnings of the names of torch's operations.
+# Part of a step -> beginnings of the names of operations, torch's and the compiled ones; a compiled
+# norm computes the swish after it too.
 PARTS = {
     "convolutions, forward": (
         "aten::mkldnn_convolution",
@@ -31,9 +32,12 @@ PARTS = {
         "aten::mm",
     ),
     "convolutions, backward": ("aten::convolution_backward", "aten::_slow_conv2d_backward"),
-    "norms": ("aten::native_batch_norm",),
+    "norms": ("aten::native_batch_norm", "_NormActivation"),
     "activations": ("aten::silu", "aten::sigmoid"),
-    "sums and products": ("aten::mul", "aten::add", "aten::sum", "aten::div", "aten::sub"),
+    "sums and products": (
+        *("aten::mul", "aten::add", "aten::sum", "aten::div", "aten::sub"),
+        "_ScaleChannels",
+    ),
     "casts and copies": ("aten::copy_", "aten::fill_", "aten::zero_", "aten::cat"),
     "resampling": ("aten::pixel_", "aten::max_pool", "aten::upsample"),
 }

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks between processes."""
+"""Files that are written whole or not at all, locks between processes, the cache's folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from typing import IO, Any
 from filelock import FileLock
 
 from effspinenet_lib.errors import DataError, UserError
+
+CACHE_VARIABLE = "EFFSPINENET_CACHE"
+
+
+def cache_folder() -> Path:
+    """`$EFFSPINENET_CACHE`, or `~/.cache/effspinenet`."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else Path.home() / ".cache" / "effspinenet"
 
 
 def ensure_folder(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from effspinenet_lib.kernels import DepthwiseConv2d, PointwiseConv2d
+from effspinenet_lib.native import norm_activation, scale_channels
 
 # Section 5.1.1: batch normalisation momentum 0.99, which PyTorch counts from the other end.
 # Epsilon: released config.
@@ -53,6 +54,15 @@ def make_norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=NORM_EPSILON, momentum=NORM_MOMENTUM)
 
 
+class ConvNorm(nn.Sequential):
+    """A convolution, its norm and, if there is one, its activation."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map [N, C, H, W] as the three do one after the other."""
+        convolution, norm, *activations = self
+        return norm_activation(norm, next(iter(activations), None), convolution(features))
+
+
 def conv_norm(
     inputs: int,
     outputs: int,
@@ -80,7 +90,7 @@ def conv_norm(
     ]
     if activation is not None:
         layers.append(make_activation(activation))
-    return nn.Sequential(*layers)
+    return ConvNorm(*layers)
 
 
 def max_pool(same: bool = False) -> nn.Module:
@@ -104,7 +114,7 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [N, C, H, W] to the same shape."""
-        return features * self.gates(features)
+        return scale_channels(features, self.gates(features))
 
     def gates(self, features: Tensor) -> Tensor:
         """What the features [N, C, H, W] are scaled by: [N, C, 1, 1]."""

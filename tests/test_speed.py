@@ -17,6 +17,8 @@ from benchmarks.traffic import Traffic
 from effspinenet_lib import create_model
 from effspinenet_lib.errors import DataError
 from effspinenet_lib.kernels import DepthwiseConv2d
+from effspinenet_lib.native import norm_activation
+from effspinenet_lib.native.library import load_library
 from effspinenet_lib.report.speed import (
     format_sentence,
     goal_sentence,
@@ -249,7 +251,7 @@ def test_a_goal_missed_in_a_slow_format_names_what_the_other_reaches(tmp_path: P
     assert "a step takes 900.0 ms, not 1,000, and the ratio to the same peer is 1.33." in said
     rest = (
         "less time. 27 % of a step of Eff-SpineNet-D0 is norms, activations, sums and products: "
-        "operations that torch runs one after the other unless a compiler joins them."
+        "passes over memory, which no faster convolution shortens."
     )
     assert recorded(tmp_path, half).endswith(rest)
     assert recorded(tmp_path, half, single, half=160.0).endswith(rest)
@@ -323,6 +325,19 @@ def test_the_traffic_of_a_training_step_is_that_of_its_three_parts():
     assert backward == 4 * ((10 + 15 + weight) + (10 + bias))
     # weights and momenta read and written, gradients read
     assert update == 4 * 5 * (weight + bias)
+
+
+def test_the_traffic_of_a_compiled_norm_is_that_of_one_operation_each_way():
+    if load_library() is None:
+        pytest.skip("the C++ of the library cannot be compiled here")
+    shape = (2, 4, 6, 6)
+    features = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.ones(shape).contiguous(memory_format=torch.channels_last)
+    norm, outputs = torch.nn.BatchNorm2d(4), list[torch.Tensor]()
+    outputs.append(norm_activation(norm, torch.nn.SiLU(), features))
+    backward = moved(lambda: outputs[0].backward(gradient))
+    # features and gradient read, the features' gradient written; four numbers a channel kept
+    assert backward == 4 * (3 * 288 + 4 * 4 + 2 * 4)
 
 
 def test_a_convolutions_gradient_by_one_argument_does_not_read_that_argument():

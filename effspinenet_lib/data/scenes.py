@@ -24,8 +24,8 @@ from effspinenet_lib.data.shapes import (
     annotation_record,
     render_scene,
 )
-from effspinenet_lib.data.store import cache_folder, making
-from effspinenet_lib.files import atomic_write, ensure_folder, read_json
+from effspinenet_lib.data.store import making
+from effspinenet_lib.files import atomic_write, cache_folder, ensure_folder, read_json
 
 DEFAULT_SETTINGS = SceneSettings()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -13,9 +12,16 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from effspinenet_lib.files import atomic_write, ensure_folder, locked, read_json, write_json
+from effspinenet_lib.files import (
+    CACHE_VARIABLE,
+    atomic_write,
+    cache_folder,
+    ensure_folder,
+    locked,
+    read_json,
+    write_json,
+)
 
-CACHE_VARIABLE = "EFFSPINENET_CACHE"
 # Part of every key: raise it when what is kept, or how it is read from its source, changes.
 STORE_VERSION = 1
 # Written last: where it is, the arrays are whole. Holds what is no array.
@@ -23,12 +29,6 @@ _FACTS = "facts.json"
 _DIGITS = 24  # of a digest in a folder's name
 
 T = TypeVar("T")
-
-
-def cache_folder() -> Path:
-    """`$EFFSPINENET_CACHE`, or `~/.cache/effspinenet`."""
-    given = os.environ.get(CACHE_VARIABLE)
-    return Path(given) if given else Path.home() / ".cache" / "effspinenet"
 
 
 @contextmanager

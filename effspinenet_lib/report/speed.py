@@ -180,14 +180,14 @@ def _same_format(speed: pd.DataFrame, row: _Row) -> str:
 
 
 def _passes(speed: pd.DataFrame, row: _Row) -> str:
-    """What part of a step is neither a convolution nor to be joined with one."""
+    """What part of a step is no convolution."""
     own = _own_format(row)
     share = _step_share(speed, own, PASSES)
     if math.isnan(share):
         return ""
     found = (
-        f"{share:.0f} % of a step of Eff-SpineNet-D0 is {', '.join(PASSES)}: operations that "
-        "torch runs one after the other unless a compiler joins them."
+        f"{share:.0f} % of a step of Eff-SpineNet-D0 is {', '.join(PASSES)}: passes over memory, "
+        "which no faster convolution shortens."
     )
     copied = _machine_figure(speed, COPY_SHARE, own)
     if math.isnan(copied):

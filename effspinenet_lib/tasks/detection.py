@@ -19,6 +19,7 @@ from effspinenet_lib.layers import (
     make_activation,
     make_norm,
 )
+from effspinenet_lib.native import norm_activation
 from effspinenet_lib.specs import level_side
 from effspinenet_lib.tasks.anchors import (
     NEGATIVE,
@@ -106,7 +107,7 @@ class RetinaHead(nn.Module):
         """Map [N, dim, H, W] of the level-th output to [N, outputs, H, W]."""
         for layer, conv in enumerate(self.convs):
             norm = self.norms[level * self.layers + layer]
-            features = self.activation(norm(conv(features)))
+            features = norm_activation(norm, self.activation, conv(features))
         return self.predict(features)
 
 
