@@ -16,6 +16,7 @@ from effspinenet_lib.experiments.plan import (
     plan,
     totals,
 )
+from effspinenet_lib.native import functions
 from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.zoo import create_model
@@ -172,7 +173,8 @@ def test_activations_are_what_autograd_keeps(device):
     assert not model.training
 
 
-def test_the_meta_device_counts_what_a_processor_keeps():
+def test_the_meta_device_counts_what_a_processor_keeps(monkeypatch):
+    monkeypatch.setattr(functions, "load_library", lambda: None)  # compiled norms keep less
     with torch.device("meta"):
         absent = create_model("eff_spinenet_m0")
     assert activation_bytes(absent, 128) == activation_bytes(create_model("eff_spinenet_m0"), 128)

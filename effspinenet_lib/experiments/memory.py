@@ -54,7 +54,8 @@ def activation_bytes(model: TaskModel, image_size: int) -> int:
     """Bytes that autograd keeps for the backward pass of each image, each storage once.
 
     On the meta device nothing is computed. Two images are counted and halved: one alone is too
-    few for norms of features of one pixel. The model's mode is restored.
+    few for norms of features of one pixel. Norms that are compiled (`native`), on processors
+    alone, keep less. The model's mode is restored.
     """
     known = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
     saved: dict[int, torch.UntypedStorage] = {}
