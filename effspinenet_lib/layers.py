@@ -58,9 +58,12 @@ class ConvNorm(nn.Sequential):
     """A convolution, its norm and, if there is one, its activation."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map [N, C, H, W] as the three do one after the other."""
-        convolution, norm, *activations = self
-        return norm_activation(norm, next(iter(activations), None), convolution(features))
+        """Map [N, C, H, W] as the layers do one after the other."""
+        layers = list(self)
+        if len(layers) not in (2, 3):  # a slice, or more was appended
+            return super().forward(features)
+        activation = layers[2] if len(layers) > 2 else None
+        return norm_activation(layers[1], activation, layers[0](features))
 
 
 def conv_norm(

@@ -63,7 +63,8 @@ def scale_channels(features: Tensor, gates: Tensor) -> Tensor:
     Returns:
         [N, C, H, W].
     """
-    if not (_may_compute(features) and gates.dtype == features.dtype):
+    fits = gates.dtype == features.dtype and gates.shape == (*features.shape[:2], 1, 1)
+    if not (fits and _may_compute(features) and _is_plain(gates)):
         return features * gates
     result: Tensor = _ScaleChannels.apply(features, gates)
     return result
@@ -75,25 +76,28 @@ def write_focal_slopes(
     """The sum of the focal loss of independent classes; writes its gradient to `slopes`.
 
     Args:
-        logits: [R, C], contiguous.
+        logits: [R, C].
         classes: int64 [R], the class of each row; negative where it has none.
         kept: bool [R], the rows that count.
         alpha: weight of the classes that are there; the others have one minus it.
         gamma: power of what is missing to the right probability.
-        slopes: as `logits`; what it holds is lost.
+        slopes: as `logits`, contiguous; what it holds is lost.
 
     Returns:
         A scalar in float32, or None where torch is to compute it.
     """
     if not _is_for_compiled(logits):
         return None
+    logits, classes, kept = logits.contiguous(), classes.long(), kept.bool()
     total = ctypes.c_double()
     run(
         f"focal_{NAMES[logits.dtype]}",
         *(logits, classes.contiguous(), kept.contiguous(), slopes, ctypes.addressof(total)),
         *(alpha, gamma, *logits.shape, torch.get_num_threads()),
     )
-    return torch.tensor(total.value) if total.value != REFUSED else None
+    if total.value == REFUSED:
+        return None
+    return logits.new_tensor(total.value, dtype=torch.float32)
 
 
 def run(name: str, *arguments: Any) -> None:
@@ -108,20 +112,28 @@ def _takes(norm: nn.Module, activation: nn.Module | None, features: Tensor) -> b
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
-        and norm.weight is not None
-        and norm.weight.dtype == torch.float32
-        and norm.running_mean is not None
+        and norm.track_running_stats
+        and norm.num_batches_tracked is not None
         and norm.momentum is not None
         and (activation is None or type(activation) is nn.SiLU)
         and not any(getattr(norm, hooks) or getattr(activation, hooks, None) for hooks in HOOKS)
-        and features.numel() > features.shape[1]  # of one number torch refuses the variance
+        and features.numel() > norm.num_features  # of one number torch refuses the variance
         and _may_compute(features)
+        and all(
+            isinstance(values, Tensor)
+            and _is_plain(values)
+            and values.dtype == torch.float32
+            and values.shape == features.shape[1:2]
+            and values.is_contiguous()
+            for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        )
     )
 
 
 def _may_compute(features: Tensor) -> bool:
     return (
         torch.is_grad_enabled()
+        and features.dim() == len("NCHW")
         and features.is_contiguous(memory_format=torch.channels_last)
         and _is_for_compiled(features)
     )
@@ -130,10 +142,15 @@ def _may_compute(features: Tensor) -> bool:
 def _is_for_compiled(values: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
-        and values.device.type == "cpu"
+        and _is_plain(values)
         and values.dtype in NAMES
         and load_library() is not None
     )
+
+
+def _is_plain(values: Tensor) -> bool:
+    """Whether it has memory of the processor's; subclasses may only pretend to."""
+    return type(values) in (Tensor, nn.Parameter) and values.device.type == "cpu"
 
 
 class _NormActivation(torch.autograd.Function):
@@ -151,7 +168,7 @@ class _NormActivation(torch.autograd.Function):
     ) -> Tensor:
         channels = features.shape[1]
         result = torch.empty_like(features)
-        kept = torch.empty(KEPT, channels)
+        kept = features.new_empty(KEPT, channels, dtype=torch.float32)
         run(
             f"forward_{ending}",
             *(features, weight, bias, running_mean, running_var, result, kept),
@@ -168,7 +185,7 @@ class _NormActivation(torch.autograd.Function):
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         channels = features.shape[1]
         by_features = torch.empty_like(features)
-        by_weight, by_bias = torch.empty(channels), torch.empty(channels)
+        by_weight, by_bias = kept.new_empty(channels), kept.new_empty(channels)
         run(
             f"backward_{ctx.ending}",
             *(features, gradient, kept, by_features, by_weight, by_bias),
@@ -190,10 +207,10 @@ class _ScaleChannels(torch.autograd.Function):
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         images, channels = features.shape[:2]
         by_features = torch.empty_like(features)
-        by_gates = torch.empty(images, channels)
+        by_gates = features.new_empty(images, channels, dtype=torch.float32)
         run(
             f"scale_backward_{NAMES[features.dtype]}",
-            *(features, gradient, gates.flatten(1).float(), by_features, by_gates),
+            *(features, gradient, gates.flatten(1).float().contiguous(), by_features, by_gates),
             *(images, features[0].numel(), channels, torch.get_num_threads()),
         )
         return by_features, by_gates.to(gates.dtype).view_as(gates)

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from effspinenet_lib.errors import UserError
+from effspinenet_lib.errors import Preempted, UserError
 from effspinenet_lib.files import atomic_write, cache_folder, ensure_folder
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ FLAGS = (
 )
 COMPILE_SECONDS = 120  # it takes about 3
 PROCESSOR_FACTS = Path("/proc/cpuinfo")
+INSTRUCTIONS = ("flags", "Features")  # as x86 and ARM call them there
+DIGITS = 24  # of the digest in a file's name
 WITHOUT = "torch alone trains, which takes longer on a processor"
 
 _POINTER, _REAL, _SIZE = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
@@ -54,16 +56,23 @@ def load_library() -> ctypes.CDLL | None:
     `$CXX` names the compiler; set to nothing, it keeps this library from compiling. What is
     compiled has the instructions of this processor and is kept under their name.
     """
-    command = _compiler()
-    if not command:
-        logger.info("no C++ compiler: %s", WITHOUT)
-        return None
     try:
+        command = _compiler()
+        if not command:
+            logger.info("no C++ compiler: %s", WITHOUT)
+            return None
         path = cache_folder() / "native" / f"{_key(command)}.so"
         if not path.exists():
             _compile(command, path)
-        library = ctypes.CDLL(str(path))
-    except (OSError, UserError, subprocess.SubprocessError) as error:
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:  # made on a machine with another C library
+            _compile(command, path)
+            library = ctypes.CDLL(str(path))
+    except Preempted:
+        raise
+    # ValueError: quotes in $CXX; RuntimeError: a user without a home
+    except (OSError, UserError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         logger.warning("the C++ of this library cannot be used: %s (%s)", WITHOUT, said)
         return None
@@ -83,16 +92,18 @@ def _compiler() -> list[str]:
 
 
 def _key(command: Sequence[str]) -> str:
-    """A digest of the sources, the compiler's command and the processor's instructions."""
-    digest = hashlib.sha256(repr((*command, *FLAGS, platform.machine())).encode())
+    """A digest of the sources, the compiler's command, the C library and the processor."""
+    libc = platform.libc_ver()
+    digest = hashlib.sha256(repr((*command, *FLAGS, platform.machine(), *libc)).encode())
     for path in _files(".h", ".cpp"):
         digest.update(path.read_bytes())
     if PROCESSOR_FACTS.exists():
         lines = PROCESSOR_FACTS.read_text(encoding="utf-8", errors="replace").splitlines()
-        digest.update(next((line for line in lines if line.startswith("flags")), "").encode())
+        known = (line for line in lines if line.startswith(INSTRUCTIONS))
+        digest.update(next(known, "").encode())
     else:
         digest.update(platform.platform().encode())
-    return digest.hexdigest()[:24]
+    return digest.hexdigest()[:DIGITS]
 
 
 def _compile(command: Sequence[str], path: Path) -> None:
@@ -106,6 +117,7 @@ def _compile(command: Sequence[str], path: Path) -> None:
             capture_output=True,
             text=True,
             timeout=COMPILE_SECONDS,
+            start_new_session=True,  # a signal to this process and its like is not the compiler's
         )
         with atomic_write(path, "wb") as handle:
             handle.write(made.read_bytes())
