@@ -216,7 +216,7 @@ def test_the_product_with_gates_has_torchs_gradients(shape, dtype, compiled):
 
 
 def focal(logits: Tensor, classes: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    given = logits.clone().requires_grad_()
+    given = logits.detach().requires_grad_()
     loss = focal_loss_sum(given, classes, kept, 0.25, 1.5)
     loss.backward()
     return loss.detach(), given.grad
@@ -323,13 +323,16 @@ def test_gates_that_repeat_their_numbers_have_torchs_gradients(compiled):
     torch.testing.assert_close(found, wanted)
 
 
-def test_logits_with_gaps_have_the_loss_of_their_copy(compiled):
+@pytest.mark.parametrize(
+    "logits", [torch.randn(1, 40, 9)[..., :5], torch.randn(1, 5, 40).transpose(1, 2)]
+)
+def test_logits_in_another_order_have_the_loss_of_their_copy(logits, compiled):
     torch.manual_seed(0)
-    wide = torch.randn(1, 40, 9)
     classes, kept = torch.randint(-1, 5, (1, 40)), torch.ones(1, 40, dtype=torch.bool)
-    found, wanted = focal(wide[..., :5], classes, kept), focal(wide[..., :5].clone(), classes, kept)
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(focal(wide[..., :5], classes.int(), kept.float()), wanted)
+    wanted = focal(logits.contiguous(), classes, kept)
+    torch.testing.assert_close(focal(logits, classes, kept), wanted)
+    torch.testing.assert_close(focal(logits, classes.int(), kept.float()), wanted)
+    assert compiled == 3 * ["focal_float32"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

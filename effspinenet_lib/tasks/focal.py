@@ -44,31 +44,37 @@ class _FocalLossSum(torch.autograd.Function):
         ctx: Any, logits: Tensor, classes: Tensor, kept: Tensor, alpha: float, gamma: float
     ) -> Tensor:
         width = logits.shape[-1]
-        rows = logits.detach().reshape(-1, width)
+        rows = logits.detach().reshape(-1, width).contiguous()
         slopes = torch.empty_like(rows)
+        given = rows, classes.flatten(), kept.flatten(), alpha, gamma, slopes
+        found = write_focal_slopes(*given)
         ctx.save_for_backward(slopes.view(logits.shape))
-        found = write_focal_slopes(rows, classes.flatten(), kept.flatten(), alpha, gamma, slopes)
-        if found is not None:
-            return found
-        # a device with memory of its own takes all at once
-        piece = max(1, CACHED // width) if logits.device.type == "cpu" else max(1, len(rows))
-        sums = [
-            _write_slopes(slope, row.float(), wanted, counted, alpha, gamma)
-            for slope, row, wanted, counted in zip(
-                slopes.split(piece),
-                rows.split(piece),
-                classes.reshape(-1, 1).split(piece),
-                kept.reshape(-1, 1).split(piece),
-                strict=True,
-            )
-        ]
-        return torch.stack(sums).sum()
+        return _in_pieces(*given) if found is None else found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
         return slopes * gradient, None, None, None, None
+
+
+def _in_pieces(
+    rows: Tensor, classes: Tensor, kept: Tensor, alpha: float, gamma: float, slopes: Tensor
+) -> Tensor:
+    """What `write_focal_slopes` does, by torch."""
+    # a device with memory of its own takes all at once
+    piece = max(1, CACHED // rows.shape[1]) if rows.device.type == "cpu" else max(1, len(rows))
+    sums = [
+        _write_slopes(slope, row.float(), wanted, counted, alpha, gamma)
+        for slope, row, wanted, counted in zip(
+            slopes.split(piece),
+            rows.split(piece),
+            classes[:, None].split(piece),
+            kept[:, None].split(piece),
+            strict=True,
+        )
+    ]
+    return torch.stack(sums).sum()
 
 
 def _write_slopes(
