@@ -23,10 +23,10 @@ from official.vision.configs import retinanet as configs
 from official.vision.ops import anchor, preprocess_ops
 from official.vision.tasks.retinanet import RetinaNetTask
 
-from effspinenet_lib.released.convert import create_released
-from effspinenet_lib.released.names import BOX_ORDER, match_variables
-from effspinenet_lib.released.seeded import seeded_state
-from effspinenet_lib.released_specs import ReleasedSpec
+from effspinenet_lib.models.released.convert import create_released
+from effspinenet_lib.models.released.names import BOX_ORDER, match_variables
+from effspinenet_lib.models.released.seeded import seeded_state
+from effspinenet_lib.models.released_specs import ReleasedSpec
 
 Arrays = dict[str, NDArray[Any]]
 # Lists that Keras keeps in a layer beside the attributes that a checkpoint names.
@@ -68,8 +68,8 @@ def build_task(spec: ReleasedSpec, image_size: int) -> RetinaNetTask:
 class GardenModel:
     """A released detector in TensorFlow with seeded weights.
 
-    Every tensor that `effspinenet_lib.released.seeded` draws is put into the variable that the
-    converter takes it from; a wrong match shows as outputs that differ.
+    Every tensor that `models.released.seeded` draws is put into the variable that the converter
+    takes it from; a wrong match shows as outputs that differ.
     """
 
     def __init__(self, spec: ReleasedSpec, image_size: int, seed: int) -> None:

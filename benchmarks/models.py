@@ -21,11 +21,11 @@ from benchmarks.plain import make_plain
 from benchmarks.record import Figure, ratio_figure
 from effspinenet_lib import create_model
 from effspinenet_lib.data import Batch
-from effspinenet_lib.recipes import Recipe, get_recipe
-from effspinenet_lib.tasks.detection import RetinaNet
+from effspinenet_lib.models.retinanet import RetinaNet
 from effspinenet_lib.training.inference import inference_copy
 from effspinenet_lib.training.loop import prepare_model, train_steps
 from effspinenet_lib.training.optim import build_optimizer
+from effspinenet_lib.training.recipes import Recipe, get_recipe
 
 Work = Callable[[], object]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

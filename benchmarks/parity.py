@@ -24,16 +24,16 @@ import numpy as np
 from benchmarks.model_garden import GardenModel, preprocess
 from effspinenet_lib.data.released import fit_released
 from effspinenet_lib.files import atomic_write
-from effspinenet_lib.released.compare import (
+from effspinenet_lib.models.released.compare import (
     detection_differences,
     outputs_by_level,
     relative_difference,
     training_losses,
 )
-from effspinenet_lib.released.convert import create_released, read_released
-from effspinenet_lib.released.seeded import seeded_images, seeded_objects, seeded_places
-from effspinenet_lib.released_specs import RELEASED, ReleasedSpec
-from effspinenet_lib.tasks.detection import RetinaNet
+from effspinenet_lib.models.released.convert import create_released, read_released
+from effspinenet_lib.models.released.seeded import seeded_images, seeded_objects, seeded_places
+from effspinenet_lib.models.released_specs import RELEASED, ReleasedSpec
+from effspinenet_lib.models.retinanet import RetinaNet
 
 SEED, IMAGES = 2010, 2
 TENSOR_LIMIT, PIXEL_LIMIT = 1e-5, 1e-3

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from effspinenet_lib.kernels import DepthwiseConv2d, PointwiseConv2d
-from effspinenet_lib.layers import ConvNorm, SqueezeExcitation
-from effspinenet_lib.tasks.anchors import encode_boxes, match_anchors
-from effspinenet_lib.tasks.detection import BOX_CODE, RetinaHead, RetinaNet
+from effspinenet_lib.models.anchors import encode_boxes, match_anchors
+from effspinenet_lib.models.layers import ConvNorm, SqueezeExcitation
+from effspinenet_lib.models.retinanet import BOX_CODE, RetinaHead, RetinaNet
 
 
 class _SqueezeExcitation(SqueezeExcitation):

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from benchmarks.models import PROXY_BATCH, PROXY_CLASSES, PROXY_SIZE, Setting, our_training
 from benchmarks.pairs import compare
 from benchmarks.record import Figure, ratio_figure
-from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.training import loop
+from effspinenet_lib.training.recipes import get_recipe
 
 SETTING = Setting(PROXY_SIZE, PROXY_BATCH)  # for each process
 STEPS, QUICK_STEPS = 10, 3

@@ -39,12 +39,12 @@ from effspinenet_lib.data import (
     training_loader,
 )
 from effspinenet_lib.data.padding import MAX_OBJECTS
-from effspinenet_lib.recipes import get_recipe
-from effspinenet_lib.tasks.base import TaskModel
+from effspinenet_lib.models.base import TaskModel
 from effspinenet_lib.training.accelerator import make_accelerator
 from effspinenet_lib.training.loop import Step, prepare_model, train_steps
 from effspinenet_lib.training.norms import synchronise_norms
 from effspinenet_lib.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from effspinenet_lib.training.recipes import get_recipe
 
 # Eight images: norms over the two values that P7 of two images has magnify rounding a hundredfold.
 MODEL, SIDE, IMAGES, STEPS, SEED = "eff_spinenet_m0", 64, 8, 6, 0

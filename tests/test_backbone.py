@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from effspinenet_lib.backbones import BackboneOptions, ScalePermutedBackbone
 from effspinenet_lib.errors import UserError
-from effspinenet_lib.layers import (
+from effspinenet_lib.models.layers import (
     MBConv,
     Resample,
     SpaceToDepth,
     StochasticDepth,
     WeightedFusion,
 )
-from effspinenet_lib.specs import MODELS
+from effspinenet_lib.models.scale_permuted import BackboneOptions, ScalePermutedBackbone
+from effspinenet_lib.models.specs import MODELS
 
 SPEC = MODELS["eff_spinenet_m0"].backbone
 

@@ -11,13 +11,13 @@ from torchvision.models import efficientnet_b0, resnet50
 from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from effspinenet_lib.backbones.extractors import TimmFeatures
-from effspinenet_lib.backbones.feature_pyramids import BiFPN, BiFPNCell, FeaturePyramid
-from effspinenet_lib.backbones.spinenet import AlphaResample, SpineNet
-from effspinenet_lib.cost import measure_cost
 from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.specs import MODELS, SPINENET_49
-from effspinenet_lib.zoo import check_model, create_model, default_image_size, model_entry
+from effspinenet_lib.models.cost import measure_cost
+from effspinenet_lib.models.extractors import TimmFeatures
+from effspinenet_lib.models.fpn import BiFPN, BiFPNCell, FeaturePyramid
+from effspinenet_lib.models.specs import MODELS, SPINENET_49
+from effspinenet_lib.models.spinenet import AlphaResample, SpineNet
+from effspinenet_lib.models.zoo import check_model, create_model, default_image_size, model_entry
 
 # Table 3: billions of Multi-Adds and millions of parameters.
 PRINTED = {

@@ -13,8 +13,9 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 
 from effspinenet_lib import create_model, list_models, measure_cost
-from effspinenet_lib.backbones.extractors import TimmFeatures, set_norms
-from effspinenet_lib.backbones.mobile_pyramids import (
+from effspinenet_lib.errors import TrainingError, UserError
+from effspinenet_lib.models.extractors import TimmFeatures, set_norms
+from effspinenet_lib.models.mobile_fpn import (
     NAS_FPN_CELLS,
     MnasFPN,
     MnasFPNCell,
@@ -23,9 +24,8 @@ from effspinenet_lib.backbones.mobile_pyramids import (
     mnasnet_a1_features,
     mobilenetv3_features,
 )
-from effspinenet_lib.errors import TrainingError, UserError
-from effspinenet_lib.tasks.ssd import PriorBoxes, SharedTower, ShortRetinaNet, SSDSettings
-from effspinenet_lib.zoo.mobile import NOTES
+from effspinenet_lib.models.ssd import PriorBoxes, SharedTower, ShortRetinaNet, SSDSettings
+from effspinenet_lib.models.zoo.mobile import NOTES
 
 # facts of the paper: Table 7 (billions of Multi-Adds, millions of parameters).
 PAPER = {

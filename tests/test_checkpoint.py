@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
+from effspinenet_lib.models.zoo import create_model
 from effspinenet_lib.training import checkpoint as module
 from effspinenet_lib.training.checkpoint import (
     Checkpoint,
@@ -27,7 +28,6 @@ from effspinenet_lib.training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from effspinenet_lib.zoo import create_model
 
 RUN, MODEL = "0123456789ab", "eff_spinenet_m0"
 METADATA: dict[str, Any] = {

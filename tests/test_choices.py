@@ -21,14 +21,14 @@ from effspinenet_lib.choices import (
     read_scan,
     write_scan,
 )
-from effspinenet_lib.choices.learned import BETAS, SEARCH_SPACE, resource_unit, unrounded_dims
 from effspinenet_lib.choices.scan import printed_cells
 from effspinenet_lib.choices.settings import ROUNDINGS
+from effspinenet_lib.models.learned import BETAS, SEARCH_SPACE, resource_unit, unrounded_dims
+from effspinenet_lib.models.specs import BASES, MODELS, SCALES, block_multi_adds
+from effspinenet_lib.models.zoo import default_image_size
 from effspinenet_lib.report.fit import choice_fits
 from effspinenet_lib.results.csvfile import read_rows
 from effspinenet_lib.results.schemas import CHOICE
-from effspinenet_lib.specs import BASES, MODELS, SCALES, block_multi_adds
-from effspinenet_lib.zoo import default_image_size
 
 PLAIN = {"space_to_depth": False}
 UNFUSED = {"space_to_depth": False, "weighted_fusion": False}

@@ -12,16 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from effspinenet_lib import create_model, measure_cost
-from effspinenet_lib.backbones import BackboneOptions, ScalePermutedBackbone
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import TrainingError, UserError
-from effspinenet_lib.layers import SpaceToDepth
-from effspinenet_lib.recipes import get_recipe
-from effspinenet_lib.specs import MODELS
-from effspinenet_lib.tasks.logits import PyramidMean
+from effspinenet_lib.models.layers import SpaceToDepth
+from effspinenet_lib.models.logits import PyramidMean
+from effspinenet_lib.models.scale_permuted import BackboneOptions, ScalePermutedBackbone
+from effspinenet_lib.models.specs import MODELS
+from effspinenet_lib.models.zoo import default_image_size
+from effspinenet_lib.models.zoo.image_models import NOTES
 from effspinenet_lib.training.config import RunConfig
-from effspinenet_lib.zoo import default_image_size
-from effspinenet_lib.zoo.image_models import NOTES
+from effspinenet_lib.training.recipes import get_recipe
 
 CLASSES = 4
 # Facts of the paper, Table 10: image side, billions of Multi-Adds, millions of parameters.

@@ -26,7 +26,7 @@ from effspinenet_lib.errors import (
     TrainingError,
     UserError,
 )
-from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.training.recipes import get_recipe
 
 COMMANDS = (
     "models",

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from effspinenet_lib import create_model, measure_cost
-from effspinenet_lib.cost import layer_multi_adds
+from effspinenet_lib.models.cost import layer_multi_adds
 
 # facts of the paper: Tables 3, 8 and 9 (billions of Multi-Adds, millions of parameters).
 PAPER = [

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from effspinenet_lib.cost import measure_cost
 from effspinenet_lib.experiments import default_results_dir
 from effspinenet_lib.experiments.costs import read_cost_table
-from effspinenet_lib.paper import paper_values
+from effspinenet_lib.models.cost import measure_cost
+from effspinenet_lib.models.zoo import create_model, list_models, model_entry
 from effspinenet_lib.report import costs as report
+from effspinenet_lib.results.paper import paper_values
 from effspinenet_lib.results.schemas import COST_UNITS
-from effspinenet_lib.zoo import create_model, list_models, model_entry
 
 ITEMS = ("table-03", "table-06", "table-07", "table-08", "table-09", "table-10", "table-11")
 

@@ -40,8 +40,8 @@ from effspinenet_lib.data.shapes import (
     render_scene,
 )
 from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.specs import OUTPUT_LEVELS, level_side
-from effspinenet_lib.tasks.anchors import AnchorSettings, make_anchors, match_anchors
+from effspinenet_lib.models.anchors import AnchorSettings, make_anchors, match_anchors
+from effspinenet_lib.models.specs import OUTPUT_LEVELS, level_side
 
 SIZE = 128
 SETTINGS = SceneSettings()

@@ -9,7 +9,7 @@ from torchvision.ops import box_iou, nms
 
 from effspinenet_lib import create_model
 from effspinenet_lib.errors import TrainingError, UnknownName, UserError
-from effspinenet_lib.tasks.anchors import (
+from effspinenet_lib.models.anchors import (
     IGNORED,
     NEGATIVE,
     AnchorSettings,

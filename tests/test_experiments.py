@@ -14,8 +14,8 @@ from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.experiments import ITEMS, check_parameters, planned_runs
 from effspinenet_lib.experiments.fanout import run_all
-from effspinenet_lib.paper import paper_values
-from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.results.paper import paper_values
+from effspinenet_lib.training.recipes import get_recipe
 from effspinenet_lib.training.run import RunConfig
 
 

@@ -37,11 +37,11 @@ from effspinenet_lib.errors import (
 )
 from effspinenet_lib.experiments import fanout, reproduction
 from effspinenet_lib.files import write_json
-from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.training import logs, loop, stopping, trainer
 from effspinenet_lib.training.checkpoint import list_checkpoints, load_checkpoint
 from effspinenet_lib.training.logs import Curve
 from effspinenet_lib.training.loop import Step
+from effspinenet_lib.training.recipes import get_recipe
 from effspinenet_lib.training.run import RunConfig, RunResult, train_run
 from effspinenet_lib.training.stopping import (
     DIVERGED_FACTOR,

@@ -23,11 +23,11 @@ from effspinenet_lib.experiments import (
 )
 from effspinenet_lib.experiments.items import Item, Profile, Row
 from effspinenet_lib.experiments.parameters import CPU, Parameters
-from effspinenet_lib.paper import paper_values
-from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.models.zoo import model_entry
 from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.results.paper import paper_values
+from effspinenet_lib.training.recipes import get_recipe
 from effspinenet_lib.training.run import read_result
-from effspinenet_lib.zoo import model_entry
 
 TABLES = ("table-03", "table-04", "table-05", "table-06", "table-07", "table-10", "table-11")
 # Rows that the paper prints and that nothing here trains.

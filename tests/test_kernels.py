@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effspinenet_lib.kernels import DepthwiseConv2d, PointwiseConv2d
-from effspinenet_lib.layers import MBConv, SqueezeExcitation
+from effspinenet_lib.models.layers import MBConv, SqueezeExcitation
 
 # Maps smaller than their kernel, odd, even, and larger; the quick ways differ between them.
 SIDES = [(1, 1), (2, 3), (4, 5), (7, 9), (8, 8), (12, 6)]

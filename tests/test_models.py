@@ -10,12 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from effspinenet_lib import specs
 from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.tasks.base import TaskModel
-from effspinenet_lib.training.checkpoint import create_from_weights, save_weights
-from effspinenet_lib.training.export import export_model
-from effspinenet_lib.zoo import (
+from effspinenet_lib.models import specs
+from effspinenet_lib.models.base import TaskModel
+from effspinenet_lib.models.zoo import (
     TASKS,
     create_model,
     default_image_size,
@@ -23,6 +21,8 @@ from effspinenet_lib.zoo import (
     list_models,
     model_entry,
 )
+from effspinenet_lib.training.checkpoint import create_from_weights, save_weights
+from effspinenet_lib.training.export import export_model
 
 SIDE, CLASSES = 64, 3
 PAIRS = [(name, task) for name in list_models() for task in model_entry(name).image_sizes]

@@ -16,9 +16,9 @@ from torchvision.ops import sigmoid_focal_loss
 from benchmarks.plain import make_plain
 from effspinenet_lib import create_model
 from effspinenet_lib.errors import Preempted
-from effspinenet_lib.layers import conv_norm
+from effspinenet_lib.models.focal import focal_loss_sum
+from effspinenet_lib.models.layers import conv_norm
 from effspinenet_lib.native import functions, library, norm_activation, scale_channels
-from effspinenet_lib.tasks.focal import focal_loss_sum
 
 # Channels that fill vectors, and that leave some of their lanes; maps of one pixel to several
 # blocks of what is summed at once.

@@ -11,7 +11,6 @@ from torch import nn
 
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import CheckpointError
-from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.training.config import RunConfig, file_digest
 from effspinenet_lib.training.ema import build_ema
 from effspinenet_lib.training.optim import (
@@ -20,6 +19,7 @@ from effspinenet_lib.training.optim import (
     load_optimizer,
     set_learning_rate,
 )
+from effspinenet_lib.training.recipes import get_recipe
 
 IMAGENET = get_recipe("paper_classification")
 

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from effspinenet_lib.errors import DataError, UnknownName
-from effspinenet_lib.paper import (
+from effspinenet_lib.results import MEASUREMENT_COLUMNS
+from effspinenet_lib.results.paper import (
     ITEMS,
     OPERATIONS,
     claims,
@@ -18,7 +19,6 @@ from effspinenet_lib.paper import (
     paper_values,
     paper_values_corrected,
 )
-from effspinenet_lib.results import MEASUREMENT_COLUMNS
 
 # Rows and numeric cells of each printed table, counted on the page. Tables 4 and 5 have a row
 # here for each column of the page, table 1 one for each block of three models.

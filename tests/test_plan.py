@@ -16,10 +16,10 @@ from effspinenet_lib.experiments.plan import (
     plan,
     totals,
 )
+from effspinenet_lib.models.zoo import create_model
 from effspinenet_lib.native import functions
-from effspinenet_lib.recipes import get_recipe
 from effspinenet_lib.results import ResultsStore
-from effspinenet_lib.zoo import create_model
+from effspinenet_lib.training.recipes import get_recipe
 
 # Counted by `results costs`, in results/cost/costs.csv.
 D0_MULTI_ADDS, D0_PARAMETERS = 2_512_678_400, 3_678_399

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.recipes import CHANGED, RECIPES, Recipe, get_recipe, recipe_from_dict
-from effspinenet_lib.recipes.frame import recipes_frame
+from effspinenet_lib.training.recipes import CHANGED, RECIPES, Recipe, get_recipe, recipe_from_dict
+from effspinenet_lib.training.recipes.frame import recipes_frame
 
 SETTINGS = {f.name for f in fields(Recipe)} - {"name", "sources"}
 LATER = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
@@ -244,7 +244,7 @@ def test_an_unknown_recipe_lists_the_near_ones() -> None:
 
 
 def test_recipes_need_no_torch() -> None:
-    code = "import sys, effspinenet_lib.recipes; sys.exit('torch' in sys.modules)"
+    code = "import sys, effspinenet_lib.training.recipes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -21,23 +21,23 @@ from effspinenet_lib import create_model
 from effspinenet_lib.cli import app
 from effspinenet_lib.data.released import fit_released
 from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
-from effspinenet_lib.layers import conv_norm, hard_sigmoid, max_pool
-from effspinenet_lib.released import convert as conversion
-from effspinenet_lib.released.compare import (
+from effspinenet_lib.models.layers import conv_norm, hard_sigmoid, max_pool
+from effspinenet_lib.models.released import convert as conversion
+from effspinenet_lib.models.released.compare import (
     detection_differences,
     outputs_by_level,
     relative_difference,
     training_losses,
 )
-from effspinenet_lib.released.convert import create_released, read_released
-from effspinenet_lib.released.names import match_variables
-from effspinenet_lib.released.seeded import (
+from effspinenet_lib.models.released.convert import create_released, read_released
+from effspinenet_lib.models.released.names import match_variables
+from effspinenet_lib.models.released.seeded import (
     load_seeded,
     seeded_images,
     seeded_objects,
     seeded_places,
 )
-from effspinenet_lib.released_specs import COCO_NAMES, RELEASED
+from effspinenet_lib.models.released_specs import COCO_NAMES, RELEASED
 from effspinenet_lib.training.checkpoint import create_from_weights, load_weights
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -21,9 +21,9 @@ from torch.nn import functional
 from typer.testing import CliRunner
 
 from effspinenet_lib.cli import app
-from effspinenet_lib.released.convert import create_released, released_metadata
-from effspinenet_lib.released.seeded import load_seeded
-from effspinenet_lib.released_specs import COCO_UNUSED
+from effspinenet_lib.models.released.convert import create_released, released_metadata
+from effspinenet_lib.models.released.seeded import load_seeded
+from effspinenet_lib.models.released_specs import COCO_UNUSED
 from effspinenet_lib.report.parity import evaluations_table
 from effspinenet_lib.results import validate, write_datapackage
 from effspinenet_lib.training.checkpoint import save_weights

@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 import torch
 
-from effspinenet_lib.backbones import ScalePermutedBackbone
 from effspinenet_lib.data import DataConfig, open_dataset
-from effspinenet_lib.layers import MBConv, Resample
-from effspinenet_lib.paper import paper_values
+from effspinenet_lib.models.layers import MBConv, Resample
+from effspinenet_lib.models.scale_permuted import ScalePermutedBackbone
+from effspinenet_lib.models.specs import BASES, MODELS, block_multi_adds, level_side
 from effspinenet_lib.report import (
     browser,
     checks,
@@ -31,7 +31,7 @@ from effspinenet_lib.report import (
     verdict,
 )
 from effspinenet_lib.results import ResultsStore
-from effspinenet_lib.specs import BASES, MODELS, block_multi_adds, level_side
+from effspinenet_lib.results.paper import paper_values
 
 D0 = MODELS["eff_spinenet_d0"].backbone
 SP = MODELS["sp_efficientnet_b0"].backbone

@@ -19,14 +19,20 @@ from IPython.display import Markdown
 from myst_nb.core.read import read_myst_markdown_notebook
 from test_report import COLOUR_BLINDNESS, lab, linear
 
-from effspinenet_lib import create_model, experiments, measure_cost, paper
-from effspinenet_lib.choices.learned import (
+from effspinenet_lib import create_model, experiments, measure_cost
+from effspinenet_lib.errors import DataError
+from effspinenet_lib.models.learned import (
     BETAS,
     SEARCH_SPACE,
     betas_text,
     parse_betas,
 )
-from effspinenet_lib.errors import DataError
+from effspinenet_lib.models.specs import BASES
+from effspinenet_lib.models.zoo.distributions import (
+    Distribution,
+    read_distribution,
+    write_distribution,
+)
 from effspinenet_lib.report import (
     claims,
     plots,
@@ -38,12 +44,10 @@ from effspinenet_lib.report import (
     search_words,
     style,
 )
-from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.results import ResultsStore, paper
 from effspinenet_lib.search.record import equal_betas, plan_betas
 from effspinenet_lib.search.settings import get_search
 from effspinenet_lib.search.statements import space_statements, write_statements
-from effspinenet_lib.specs import BASES
-from effspinenet_lib.zoo.distributions import Distribution, read_distribution, write_distribution
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LEVELS = np.array([block.level for block in BASES["sp_efficientnet"].blocks])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from effspinenet_lib.recipes import RECIPES
 from effspinenet_lib.report.plan import plan_table
 from effspinenet_lib.report.recipes import recipe_table
+from effspinenet_lib.training.recipes import RECIPES
 
 
 def test_a_plan_is_summed_by_table_and_kind() -> None:

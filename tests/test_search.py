@@ -13,7 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 import effspinenet_lib as esn
-from effspinenet_lib.choices.learned import (
+from effspinenet_lib.cli import app
+from effspinenet_lib.data import DataConfig
+from effspinenet_lib.errors import DataError, UnknownName, UserError
+from effspinenet_lib.files import read_json
+from effspinenet_lib.models.learned import (
     BETAS,
     LARGEST_BETA,
     SEARCH_SPACE,
@@ -22,11 +26,7 @@ from effspinenet_lib.choices.learned import (
     distributed,
     parse_betas,
 )
-from effspinenet_lib.cli import app
-from effspinenet_lib.data import DataConfig
-from effspinenet_lib.errors import DataError, UnknownName, UserError
-from effspinenet_lib.files import read_json
-from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.models.specs import BASES, SCALES, block_multi_adds, round_dim
 from effspinenet_lib.report.search_space import read_statements
 from effspinenet_lib.results import ResultsStore, validate
 from effspinenet_lib.search.export import best_trial, export_distribution
@@ -35,7 +35,7 @@ from effspinenet_lib.search.running import Penalty
 from effspinenet_lib.search.settings import get_search
 from effspinenet_lib.search.space import base_dims, detector_costs, round_dims, sample_betas
 from effspinenet_lib.search.statements import space_statements, write_statements
-from effspinenet_lib.specs import BASES, SCALES, block_multi_adds, round_dim
+from effspinenet_lib.training.recipes import get_recipe
 from effspinenet_lib.training.run import RunConfig
 
 PROXY = get_search("proxy")

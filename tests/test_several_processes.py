@@ -27,7 +27,7 @@ from effspinenet_lib.cli.evaluate import _key
 from effspinenet_lib.data import Augmentation, Batch, DataConfig, open_dataset, training_loader
 from effspinenet_lib.data.masks import SEMANTIC_IGNORE
 from effspinenet_lib.errors import DataError, UserError
-from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.models.zoo import create_model, known_options
 from effspinenet_lib.training import loop, trainer
 from effspinenet_lib.training.checkpoint import create_from_weights, list_checkpoints
 from effspinenet_lib.training.config import file_digest
@@ -37,8 +37,8 @@ from effspinenet_lib.training.loop import prepare_model, train_steps
 from effspinenet_lib.training.norms import synchronise_norms
 from effspinenet_lib.training.optim import build_optimizer
 from effspinenet_lib.training.prediction_log import PredictionLog
+from effspinenet_lib.training.recipes import get_recipe
 from effspinenet_lib.training.run import RunConfig, read_result, train_run
-from effspinenet_lib.zoo import create_model, known_options
 
 STEPS = 4
 MOST_SECONDS = 300.0  # what a launcher and its processes may take, far more than they do

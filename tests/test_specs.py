@@ -2,7 +2,7 @@
 
 import pytest
 
-from effspinenet_lib import specs
+from effspinenet_lib.models import specs
 
 # Table 2 as printed: 16 numbers, two entries lost in print (blocks 17 and 18).
 PRINTED_REPEATS = (2, 2, 1, 1, 2, 2, 2, 1, 1, 2, 1, 2, 1, 1, 1, 1)

@@ -14,8 +14,8 @@ from effspinenet_lib import create_model
 from effspinenet_lib.data import Augmentation, DataConfig, classes_of, open_dataset, training_loader
 from effspinenet_lib.data.padding import MAX_OBJECTS, PADDING_LABEL, pad_target
 from effspinenet_lib.errors import UserError
-from effspinenet_lib.tasks import focal as focal_loss
-from effspinenet_lib.tasks.anchors import (
+from effspinenet_lib.models import focal as focal_loss
+from effspinenet_lib.models.anchors import (
     IGNORED,
     NEGATIVE,
     AnchorSettings,
@@ -23,7 +23,7 @@ from effspinenet_lib.tasks.anchors import (
     make_anchors,
     match_anchors,
 )
-from effspinenet_lib.tasks.focal import CACHED, focal_loss_sum
+from effspinenet_lib.models.focal import CACHED, focal_loss_sum
 
 SIDE = 64
 # Operations whose result's shape, or whose program, depends on values.

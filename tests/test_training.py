@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from effspinenet_lib.data import Batch, DataConfig
 from effspinenet_lib.errors import CheckpointError, DataError, TrainingError, UserError
-from effspinenet_lib.recipes import RECIPES, Recipe, get_recipe
+from effspinenet_lib.models.zoo import create_model
 from effspinenet_lib.results import RUN_COLUMNS
 from effspinenet_lib.training import loop
 from effspinenet_lib.training.checkpoint import (
@@ -38,8 +38,8 @@ from effspinenet_lib.training.checkpoint import (
 )
 from effspinenet_lib.training.loop import Step, prepare_model, seed_everything, train_steps
 from effspinenet_lib.training.optim import build_optimizer, decayed_parameters, learning_rate_at
+from effspinenet_lib.training.recipes import RECIPES, Recipe, get_recipe
 from effspinenet_lib.training.run import LOCK, RunConfig, RunResult, train_run
-from effspinenet_lib.zoo import create_model
 
 # --- the schedule ---------------------------------------------------------------------------
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 from effspinenet_lib.choices.heads import HEADS
-from effspinenet_lib.choices.learned import unrounded_dims
 from effspinenet_lib.choices.settings import ROUNDINGS, SIDES, SQUEEZE_ROUNDINGS, Choices
 from effspinenet_lib.choices.tally import KERNEL, ModelCost, Tally
-from effspinenet_lib.specs import BASES, OUTPUT_LEVELS, BackboneSpec, BlockSpec, Scale
+from effspinenet_lib.models.learned import unrounded_dims
+from effspinenet_lib.models.specs import BASES, OUTPUT_LEVELS, BackboneSpec, BlockSpec, Scale
 
 IMAGE_CHANNELS = 3
 STEM_LEVEL = 1

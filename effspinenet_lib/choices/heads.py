@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from effspinenet_lib.choices.settings import Choices
 from effspinenet_lib.choices.tally import KERNEL, Tally
-from effspinenet_lib.specs import CLASSIFICATION_DIM, Scale
+from effspinenet_lib.models.specs import CLASSIFICATION_DIM, Scale
 
 BOX_CODE = 4
 SEGMENTATION_CLASSES = 21  # PASCAL VOC's 20 and the background

@@ -16,7 +16,7 @@ from effspinenet_lib.choices.arithmetic import cost
 from effspinenet_lib.choices.settings import CHOICES, CLOSEST, LIBRARY, SETS, Choice, Choices
 from effspinenet_lib.choices.tally import ModelCost
 from effspinenet_lib.files import ensure_folder, locked
-from effspinenet_lib.paper import RESULTS_DIR, paper_values
+from effspinenet_lib.models.specs import BASES, MODELS, SCALES, SEGMENTATION_SIZE
 from effspinenet_lib.results.csvfile import (
     number_text,
     read_rows,
@@ -24,8 +24,8 @@ from effspinenet_lib.results.csvfile import (
     to_row,
     write_rows,
 )
+from effspinenet_lib.results.paper import RESULTS_DIR, paper_values
 from effspinenet_lib.results.schemas import CHOICE, COST_UNITS
-from effspinenet_lib.specs import BASES, MODELS, SCALES, SEGMENTATION_SIZE
 
 CHOICES_FILE = "cost/choices.csv"
 TABLES = ("table-03", "table-06", "table-07", "table-08", "table-09", "table-10", "table-11")

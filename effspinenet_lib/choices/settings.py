@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-from effspinenet_lib.specs import (
+from effspinenet_lib.models.specs import (
     EXPANSION_RATIO,
     SQUEEZE_RATIO,
     STEM_BLOCKS,

@@ -42,7 +42,7 @@ def convert(
     Example: `effspinenet convert spinenet49mobile --model mobile_spinenet_49 --out m.safetensors`
     """
     from effspinenet_lib.files import ensure_folder
-    from effspinenet_lib.released.convert import convert as convert_checkpoint
+    from effspinenet_lib.models.released.convert import convert as convert_checkpoint
 
     ensure_folder(out.parent)
     values = convert_checkpoint(checkpoint, model, out, average)

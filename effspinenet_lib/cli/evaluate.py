@@ -12,7 +12,7 @@ import typer
 from effspinenet_lib.cli.console import print_metrics
 from effspinenet_lib.cli.data import Data, EvalSplit, Workers, data_config
 from effspinenet_lib.errors import CheckpointError, DataError
-from effspinenet_lib.recipes import EVALUATION_BATCH
+from effspinenet_lib.training.recipes import EVALUATION_BATCH
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -27,7 +27,7 @@ def models() -> None:
 
     `effspinenet cost NAME` counts a model's multi-adds and parameters.
     """
-    from effspinenet_lib.zoo import TASKS, list_models, model_entry
+    from effspinenet_lib.models.zoo import TASKS, list_models, model_entry
 
     rows = [
         (
@@ -63,8 +63,8 @@ def cost(
     - `effspinenet cost eff_spinenet_d0`
     - `effspinenet cost eff_spinenet_d0 --option space_to_depth=false`
     """
-    from effspinenet_lib.cost import measure_cost
-    from effspinenet_lib.zoo import check_model, create_model, default_image_size
+    from effspinenet_lib.models.cost import measure_cost
+    from effspinenet_lib.models.zoo import check_model, create_model, default_image_size
 
     options = parse_settings(option or [])
     check_model(name, task, options)
@@ -85,8 +85,8 @@ def wiring(
     Example: `effspinenet wiring eff_spinenet_d0 wiring.svg`
     """
     from effspinenet_lib.files import atomic_write, ensure_folder
+    from effspinenet_lib.models.zoo.distributions import is_distribution, read_distribution
     from effspinenet_lib.report.diagrams import wiring_figure, wirings
-    from effspinenet_lib.zoo.distributions import is_distribution, read_distribution
 
     known = wirings()
     if is_distribution(name):

@@ -13,7 +13,7 @@ from effspinenet_lib.cli.data import DATA_HELP, SHAPESCENES, EvalSplit, Workers,
 from effspinenet_lib.errors import UserError
 
 if TYPE_CHECKING:
-    from effspinenet_lib.recipes import Recipe
+    from effspinenet_lib.training.recipes import Recipe
     from effspinenet_lib.training.run import RunResult
 
 Task = Annotated[
@@ -172,10 +172,10 @@ def train(
     _refuse(context, ITEM_OPTIONS, "has no meaning without --item")
     if data is None:
         raise UserError(f"--data is missing: give a folder, or `{SHAPESCENES}`")
-    from effspinenet_lib.recipes import SMALL_DATA_RECIPES, get_recipe
+    from effspinenet_lib.models.zoo import default_image_size
     from effspinenet_lib.training.checkpoint import KEPT
+    from effspinenet_lib.training.recipes import SMALL_DATA_RECIPES, get_recipe
     from effspinenet_lib.training.run import RunConfig, train_run
-    from effspinenet_lib.zoo import default_image_size
 
     size = image_size or default_image_size(model, task)
     name = recipe or SMALL_DATA_RECIPES[task]

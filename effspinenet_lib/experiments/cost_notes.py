@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from effspinenet_lib.specs import MODELS
-from effspinenet_lib.zoo import image_models, mobile
+from effspinenet_lib.models.specs import MODELS
+from effspinenet_lib.models.zoo import image_models, mobile
 
 _BACKBONE = "stem of 16 channels, expansion 6, squeeze to 0.2 of the input, multiples of 4"
 _S2D = "space-to-depth, pooling, then 1x1"

@@ -9,22 +9,22 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from effspinenet_lib.cost import Cost, measure_cost
 from effspinenet_lib.experiments.cost_notes import cost_note, rests_on
 from effspinenet_lib.experiments.items import ITEMS
 from effspinenet_lib.files import ensure_folder, locked
-from effspinenet_lib.paper import ITEMS as TABLES
-from effspinenet_lib.paper import paper_values
-from effspinenet_lib.results import current_commit, today
-from effspinenet_lib.results.csvfile import read_rows, to_frame, to_row, write_rows
-from effspinenet_lib.results.schemas import COST, COST_UNITS
-from effspinenet_lib.zoo import (
+from effspinenet_lib.models.cost import Cost, measure_cost
+from effspinenet_lib.models.zoo import (
     TASKS,
     create_model,
     default_image_size,
     list_models,
     model_entry,
 )
+from effspinenet_lib.results import current_commit, today
+from effspinenet_lib.results.csvfile import read_rows, to_frame, to_row, write_rows
+from effspinenet_lib.results.paper import ITEMS as TABLES
+from effspinenet_lib.results.paper import paper_values
+from effspinenet_lib.results.schemas import COST, COST_UNITS
 
 COST_FOLDER, COST_FILE = "cost", "costs.csv"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effspinenet_lib.recipes import Recipe
-from effspinenet_lib.tasks.base import TaskModel
+from effspinenet_lib.models.base import TaskModel
+from effspinenet_lib.training.recipes import Recipe
 
 WEIGHT_BYTES = 4  # weights, gradients and the optimizer's state are float32 at every precision
 # Numbers that an optimizer keeps for each weight: its momentum, RMSProp the mean of squares too.

@@ -13,18 +13,18 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from effspinenet_lib.cost import Cost, measure_cost
 from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
 from effspinenet_lib.experiments.items import ITEMS, PAPER, PROFILES, Item, Row
 from effspinenet_lib.experiments.memory import activation_bytes, training_memory
 from effspinenet_lib.experiments.parameters import Parameters, default_results_dir
 from effspinenet_lib.experiments.reproduction import configure_row, has_recipe
-from effspinenet_lib.recipes import SEARCH_HELD_OUT_IMAGES
+from effspinenet_lib.models.cost import Cost, measure_cost
+from effspinenet_lib.models.zoo import create_model
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.search.settings import get_search
 from effspinenet_lib.training.config import RunConfig
 from effspinenet_lib.training.devices import CPU
-from effspinenet_lib.zoo import create_model
+from effspinenet_lib.training.recipes import SEARCH_HELD_OUT_IMAGES
 
 # A training step computes the network forwards, the gradients of its activations and those of its
 # weights: three times the Multi-Adds of an image.

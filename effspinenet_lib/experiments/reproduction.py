@@ -11,18 +11,18 @@ from typing import Any
 
 import pandas as pd
 
-from effspinenet_lib.cost import measure_cost
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.experiments.fanout import run_all
 from effspinenet_lib.experiments.items import ITEMS, PROFILES, Item, Profile, Row, get_item
 from effspinenet_lib.experiments.paper_data import paper_data
 from effspinenet_lib.experiments.parameters import CPU_BATCH, Parameters
-from effspinenet_lib.paper import paper_values
-from effspinenet_lib.recipes import get_recipe
+from effspinenet_lib.models.cost import measure_cost
+from effspinenet_lib.models.zoo import TASKS, create_model, default_image_size
 from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.results.paper import paper_values
 from effspinenet_lib.results.schemas import COST_UNITS
+from effspinenet_lib.training.recipes import get_recipe
 from effspinenet_lib.training.run import WEIGHTS, RunConfig
-from effspinenet_lib.zoo import TASKS, create_model, default_image_size
 
 
 @dataclass(frozen=True)

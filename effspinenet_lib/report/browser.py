@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from effspinenet_lib.paper import ITEMS, RESULTS_DIR, paper_values
 from effspinenet_lib.results import FOLDERS, ResultsStore
+from effspinenet_lib.results.paper import ITEMS, RESULTS_DIR, paper_values
 
 SMOKE = "smoke"
 DIGITS = 6  # shown of a number; the CSV has them all

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from effspinenet_lib.specs import (
+from effspinenet_lib.models.specs import (
     BASES,
     EFFICIENTNET_B0,
     SCALES,

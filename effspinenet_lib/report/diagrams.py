@@ -15,6 +15,16 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 from numpy.typing import NDArray
 
+from effspinenet_lib.models.specs import (
+    MODELS,
+    SPINENET_49,
+    STEM_BLOCKS,
+    STEM_INPUT,
+    BackboneSpec,
+    BlockSpec,
+    Wiring,
+    level_side,
+)
 from effspinenet_lib.report.style import (
     FONT_SIZE,
     GROUND,
@@ -26,16 +36,6 @@ from effspinenet_lib.report.style import (
     new_figure,
     to_picture,
     words,
-)
-from effspinenet_lib.specs import (
-    MODELS,
-    SPINENET_49,
-    STEM_BLOCKS,
-    STEM_INPUT,
-    BackboneSpec,
-    BlockSpec,
-    Wiring,
-    level_side,
 )
 
 WIRING_WIDTH, WIRING_HEIGHT = 7.6, 4.6  # inches

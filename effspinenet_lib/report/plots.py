@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from effspinenet_lib.models.specs import BackboneSpec, block_multi_adds
 from effspinenet_lib.report.style import (
     FAMILY_COLOURS,
     INK,
@@ -23,7 +24,6 @@ from effspinenet_lib.report.style import (
     words,
 )
 from effspinenet_lib.report.tables import NOT_RUN, PROXY
-from effspinenet_lib.specs import BackboneSpec, block_multi_adds
 
 if TYPE_CHECKING:
     from effspinenet_lib.data import Dataset

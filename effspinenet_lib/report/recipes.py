@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from effspinenet_lib.recipes import get_recipe
-from effspinenet_lib.recipes.frame import recipes_frame
 from effspinenet_lib.report.tables import Table, Text
+from effspinenet_lib.training.recipes import get_recipe
+from effspinenet_lib.training.recipes.frame import recipes_frame
 
 
 def recipe_table(name: str, beside: str | None = None) -> Table:

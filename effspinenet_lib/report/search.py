@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import pandas as pd
 
 from effspinenet_lib.choices import LIBRARY, ModelCost, cost
-from effspinenet_lib.choices.learned import BETAS, betas_text, distributed, parse_betas
+from effspinenet_lib.models.learned import BETAS, betas_text, distributed, parse_betas
+from effspinenet_lib.models.specs import BASES, SCALES, BackboneSpec
 from effspinenet_lib.report.provenance import Provenance, ResultFiles
 from effspinenet_lib.report.tables import (
     NOT_PRINTED,
@@ -25,7 +26,6 @@ from effspinenet_lib.report.tables import (
 )
 from effspinenet_lib.results import FOLDERS, REFERENCE, ResultsStore
 from effspinenet_lib.results.store import TRIALS_FILE
-from effspinenet_lib.specs import BASES, SCALES, BackboneSpec
 
 METHOD_NAMES = {
     "ppo": "PPO",

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from effspinenet_lib.choices import ModelCost
+from effspinenet_lib.models.specs import BASES
 from effspinenet_lib.report.search import METHOD_NAMES, SP, cost_at_d0, sampled
 from effspinenet_lib.report.style import words
 from effspinenet_lib.report.tables import NOT_PRINTED, Table
 from effspinenet_lib.report.verdict import LEAST_SEEDS
-from effspinenet_lib.specs import BASES
 
 FLOPS_PERCENT, AXIS_PERCENT = 10.0, 20.0  # section 5.1.5 and the caption of Figure 5
 PERCENT = 100.0

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effspinenet_lib.choices.learned import BETAS, distributed, parse_betas
+from effspinenet_lib.models.learned import BETAS, distributed, parse_betas
+from effspinenet_lib.models.specs import BASES, BackboneSpec
 from effspinenet_lib.report.checks import LEVEL_GROUPS, block_parameters
 from effspinenet_lib.report.search import SP, absent, bullets, nothing, sampled
 from effspinenet_lib.report.style import words
 from effspinenet_lib.report.tables import NOT_PRINTED, Table
 from effspinenet_lib.report.verdict import LEAST_SEEDS, Difference, difference
-from effspinenet_lib.specs import BASES, BackboneSpec
 
 BEFORE = BASES["sp_efficientnet"]
 BEST_SHARE = 0.1  # our choice: the best tenth of the samples

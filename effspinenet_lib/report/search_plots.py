@@ -9,7 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from effspinenet_lib.choices.learned import BETAS, SEARCH_SPACE
+from effspinenet_lib.models.learned import BETAS, SEARCH_SPACE
+from effspinenet_lib.models.specs import BASES
 from effspinenet_lib.report.plots import seed_dots
 from effspinenet_lib.report.search import (
     BILLION,
@@ -43,7 +44,6 @@ from effspinenet_lib.report.style import (
 from effspinenet_lib.report.tables import NOT_RUN
 from effspinenet_lib.report.verdict import difference
 from effspinenet_lib.results import REFERENCE
-from effspinenet_lib.specs import BASES
 
 # Of Okabe and Ito's palette, without the colours of the models that stand beside them.
 METHOD_COLOURS = {

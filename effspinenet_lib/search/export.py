@@ -8,14 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from effspinenet_lib.choices.learned import BETAS, SEARCH_SPACE, parse_betas
 from effspinenet_lib.errors import UserError
+from effspinenet_lib.models.learned import BETAS, SEARCH_SPACE, parse_betas
+from effspinenet_lib.models.specs import BASES
+from effspinenet_lib.models.zoo.distributions import Distribution, write_distribution
 from effspinenet_lib.report.search import best_sample
 from effspinenet_lib.results import REFERENCE, ResultsStore
 from effspinenet_lib.search.record import FAILED, equal_betas
 from effspinenet_lib.search.settings import get_search
-from effspinenet_lib.specs import BASES
-from effspinenet_lib.zoo.distributions import Distribution, write_distribution
 
 PAPER = "paper"  # in a method's place: the distribution of Table 1
 # What the record says of a trial that a distribution's file carries on.

@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 
 from effspinenet_lib.choices import ModelCost
-from effspinenet_lib.choices.learned import SEARCH_SPACE, betas_text
 from effspinenet_lib.errors import UserError
+from effspinenet_lib.models.learned import SEARCH_SPACE, betas_text
+from effspinenet_lib.models.specs import MODELS, SCALES
+from effspinenet_lib.models.zoo.registry import COCO_CLASSES
 from effspinenet_lib.results import REFERENCE, ResultsStore
 from effspinenet_lib.search.methods import Choices
 from effspinenet_lib.search.settings import SearchSettings
 from effspinenet_lib.search.space import base_dims, detector_costs
-from effspinenet_lib.specs import MODELS, SCALES
-from effspinenet_lib.zoo.registry import COCO_CLASSES
 
 FINISHED, DUPLICATE, FAILED = "finished", "duplicate", "failed"
 DIMS_JOINT = "-"

@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from effspinenet_lib.choices.learned import betas_text
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.data.heldout import Part
 from effspinenet_lib.data.shapes import CATEGORIES
 from effspinenet_lib.data.source import UNKNOWN_ROOT
 from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.recipes import SEARCH_HELD_OUT_IMAGES, Recipe, get_recipe
-from effspinenet_lib.specs import SCALES
+from effspinenet_lib.models.learned import betas_text
+from effspinenet_lib.models.specs import SCALES
+from effspinenet_lib.models.zoo.registry import COCO_CLASSES
 from effspinenet_lib.training.config import RunConfig
-from effspinenet_lib.zoo.registry import COCO_CLASSES
+from effspinenet_lib.training.recipes import SEARCH_HELD_OUT_IMAGES, Recipe, get_recipe
 
 OWN_FORMAT = "shapescenes"
 HELD_OUT = "search"  # split of ShapeScenes that no training and no table sees

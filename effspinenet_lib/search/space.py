@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effspinenet_lib.choices import LIBRARY, cost
-from effspinenet_lib.choices.learned import SEARCH_SPACE, TABLE_1_MULTIPLE
-from effspinenet_lib.specs import (
+from effspinenet_lib.models.learned import SEARCH_SPACE, TABLE_1_MULTIPLE
+from effspinenet_lib.models.specs import (
     BASES,
     DIM_KEPT_FRACTION,
     DIM_MULTIPLE,

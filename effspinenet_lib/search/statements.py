@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from effspinenet_lib.files import ensure_folder
+from effspinenet_lib.models.specs import SCALES
+from effspinenet_lib.models.zoo.registry import COCO_CLASSES
 from effspinenet_lib.report.search_space import (
     APPROXIMATE,
     EXACT,
@@ -26,8 +28,6 @@ from effspinenet_lib.search.space import (
     reference_dims,
     sample_betas,
 )
-from effspinenet_lib.specs import SCALES
-from effspinenet_lib.zoo.registry import COCO_CLASSES
 
 PERCENT = 100.0
 RANGE = 0.10  # section 5.1.5: within 10 % of the target

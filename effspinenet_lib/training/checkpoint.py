@@ -22,10 +22,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from effspinenet_lib import zoo
 from effspinenet_lib.errors import CheckpointError
 from effspinenet_lib.files import atomic_write
-from effspinenet_lib.tasks.base import TaskModel
+from effspinenet_lib.models import zoo
+from effspinenet_lib.models.base import TaskModel
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from effspinenet_lib.data import DataConfig, Dataset
 from effspinenet_lib.errors import CheckpointError
-from effspinenet_lib.recipes import Recipe, recipe_from_dict
+from effspinenet_lib.models.zoo import known_options, resolve_model
 from effspinenet_lib.results import run_key
-from effspinenet_lib.zoo import known_options, resolve_model
+from effspinenet_lib.training.recipes import Recipe, recipe_from_dict
 
 _BLOCK_BYTES = 1 << 20  # read at once
 

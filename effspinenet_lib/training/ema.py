@@ -8,7 +8,7 @@ from typing import Any
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from effspinenet_lib.recipes import Recipe
+from effspinenet_lib.training.recipes import Recipe
 
 # TensorFlow's rule for a young average, which EfficientNet's code uses: after n steps the share
 # of the old average is at most (1 + n) / (10 + n). It is timm's warmup at these settings, whose

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effspinenet_lib.files import atomic_write
-from effspinenet_lib.tasks.base import TaskModel
+from effspinenet_lib.models.base import TaskModel
 
 
 class _Network(nn.Module):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from effspinenet_lib.kernels import DepthwiseConv2d, PointwiseConv2d
-from effspinenet_lib.layers import (
+from effspinenet_lib.models.layers import (
     MBConv,
     Resample,
     SeparableConv,

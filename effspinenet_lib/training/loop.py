@@ -34,11 +34,11 @@ from torch import Tensor, nn
 
 from effspinenet_lib.data import Batch
 from effspinenet_lib.errors import Preempted, TrainingError, UserError
-from effspinenet_lib.recipes import Recipe
-from effspinenet_lib.tasks.base import Target, TaskModel
+from effspinenet_lib.models.base import Target, TaskModel
 from effspinenet_lib.training.ema import Ema
 from effspinenet_lib.training.norms import synchronise_norms
 from effspinenet_lib.training.optim import learning_rate_at, set_learning_rate
+from effspinenet_lib.training.recipes import Recipe
 from effspinenet_lib.training.stopping import StopRequest
 
 # As torch.cpu names the instructions. Our choice: where a processor has bfloat16 in its vector

@@ -9,8 +9,8 @@ import torch
 from timm.optim.rmsprop_tf import RMSpropTF
 from torch import nn
 
-from effspinenet_lib.recipes import Recipe
 from effspinenet_lib.training.devices import XLA
+from effspinenet_lib.training.recipes import Recipe
 
 # Devices for which torch has no SGD that updates a parameter in one pass.
 UNFUSED_DEVICES = (XLA, "meta")

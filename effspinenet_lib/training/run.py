@@ -23,11 +23,10 @@ import torchvision
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from effspinenet_lib import zoo
 from effspinenet_lib.data import Dataset, classes_of, open_dataset, require_same_categories
 from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.files import ensure_folder, read_json, write_json
-from effspinenet_lib.recipes import EVALUATION_BATCH
+from effspinenet_lib.models import zoo
 from effspinenet_lib.results import current_commit, today
 from effspinenet_lib.training.accelerator import make_accelerator
 from effspinenet_lib.training.checkpoint import KEPT, save_weights
@@ -35,6 +34,7 @@ from effspinenet_lib.training.config import RunConfig, describe_data
 from effspinenet_lib.training.evaluate import evaluate, write_predictions
 from effspinenet_lib.training.inference import inference_copy
 from effspinenet_lib.training.loop import describe_hardware, resolve_precision
+from effspinenet_lib.training.recipes import EVALUATION_BATCH
 from effspinenet_lib.training.stopping import StopRequest, lost_processes, stop_requests
 from effspinenet_lib.training.trainer import Job, Trained, train
 

@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
-from effspinenet_lib import zoo
 from effspinenet_lib.data import Augmentation, Dataset, classes_of, training_loader
 from effspinenet_lib.data.padding import MAX_OBJECTS
 from effspinenet_lib.data.workers import worker_errors
 from effspinenet_lib.errors import TrainingError, UserError
-from effspinenet_lib.tasks.classification import Classifier
+from effspinenet_lib.models import zoo
+from effspinenet_lib.models.classification import Classifier
 from effspinenet_lib.training.checkpoint import (
     Checkpoint,
     load_backbone,

@@ -1,5 +1,0 @@
-"""Networks that turn images into feature pyramids."""
-
-from effspinenet_lib.backbones.scale_permuted import BackboneOptions, ScalePermutedBackbone
-
-__all__ = ["BackboneOptions", "ScalePermutedBackbone"]

@@ -1,0 +1,1 @@
+"""Networks, heads, losses and costs; `zoo` makes every model by name."""

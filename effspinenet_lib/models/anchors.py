@@ -1,0 +1,191 @@
+"""Anchors, their matching to objects, and the coding of boxes.
+
+Boxes are float [.., 4] as x1, y1, x2, y2 in input pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from effspinenet_lib.data.padding import pad_target
+from effspinenet_lib.models.base import Target, crowds
+from effspinenet_lib.models.specs import OUTPUT_LEVELS
+
+NEGATIVE = -1
+IGNORED = -2
+# As in torchvision: an object cannot be decoded to more than 1000/16 times its anchor.
+MAXIMUM_LOG_SCALE = math.log(1000 / 16)
+
+
+@dataclass(frozen=True)
+class AnchorSettings:
+    """Anchors of every location, and when one belongs to an object.
+
+    Attributes:
+        size: side over stride of the smallest square anchor (released SpineNet configs: 3).
+        octave_scales: anchors an octave (released configs: 3).
+        aspect_ratios: width over height (released configs).
+        match_iou: an anchor of at least this IoU is positive, one below negative (released
+            code: both thresholds 0.5, and each object's best anchor is positive regardless).
+        crowd_overlap: an anchor with at least this share of its area in a crowd region is
+            neither (our choice; the released code drops crowds).
+    """
+
+    size: float = 3.0
+    octave_scales: int = 3
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    match_iou: float = 0.5
+    crowd_overlap: float = 0.5
+
+    @property
+    def per_location(self) -> int:
+        """Anchors of one location."""
+        return self.octave_scales * len(self.aspect_ratios)
+
+
+def make_anchors(
+    sides: Sequence[tuple[int, int]], settings: AnchorSettings, device: torch.device
+) -> Tensor:
+    """Make the anchors of P3 to P7.
+
+    Args:
+        sides: (height, width) of each level's features, P3 first.
+        settings: sizes and ratios.
+        device: where the anchors are made.
+
+    Returns:
+        [A, 4]; by level, row, column, scale, ratio. Centres lie in the middle of the cells.
+    """
+    levels = [
+        _level_anchors(2**level, height, width, settings)
+        for level, (height, width) in zip(OUTPUT_LEVELS, sides, strict=True)
+    ]
+    return torch.cat(levels).to(device)
+
+
+def _level_anchors(stride: int, height: int, width: int, settings: AnchorSettings) -> Tensor:
+    scales = 2 ** (torch.arange(settings.octave_scales) / settings.octave_scales)
+    ratios = torch.tensor(settings.aspect_ratios).sqrt()
+    side = stride * settings.size * scales
+    half = torch.stack([side[:, None] * ratios, side[:, None] / ratios], -1).reshape(-1, 2) / 2
+    rows = (torch.arange(height) + 0.5) * stride
+    columns = (torch.arange(width) + 0.5) * stride
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    centres = torch.stack([x, y], -1).reshape(-1, 1, 2)
+    return torch.cat([centres - half, centres + half], -1).reshape(-1, 4)
+
+
+def match_anchors(
+    anchors: Tensor, boxes: Tensor, iscrowd: Tensor, settings: AnchorSettings
+) -> Tensor:
+    """Match each anchor to an object.
+
+    An object's best anchor is its own whatever their overlap; the last of several objects with
+    the same best anchor gets it. The shapes of all that is computed depend on A and M alone.
+
+    Args:
+        anchors: [A, 4].
+        boxes: [M, 4] of one image; a box without extent is never matched.
+        iscrowd: bool [M]; crowd regions are never matched.
+        settings: thresholds.
+
+    Returns:
+        int64 [A]: the object's index, `NEGATIVE`, or `IGNORED`.
+    """
+    matches = torch.full((len(anchors),), NEGATIVE, device=anchors.device)
+    if not len(boxes):
+        return matches
+    shared, areas = _intersections(anchors, boxes), _areas(anchors)
+    covered = (shared * iscrowd[:, None]).amax(0) / areas
+    matches = matches.masked_fill(covered >= settings.crowd_overlap, IGNORED)
+    # next to a crowd's endless area every overlap is 0
+    areas_of_objects = _areas(boxes).masked_fill(iscrowd, torch.inf)
+    iou = shared / (areas + areas_of_objects[:, None] - shared)
+    best, which = iou.max(0)
+    matches = which.where(best >= settings.match_iou, matches)
+    overlap, best_anchors = iou.max(1)
+    # those of objects that overlap no anchor go to a place behind the last anchor
+    places = best_anchors.where(overlap > 0, len(anchors))
+    owners = torch.full((len(anchors) + 1,), NEGATIVE, device=anchors.device)
+    numbers = torch.arange(len(boxes), device=anchors.device)
+    owners = owners.scatter_reduce(0, places, numbers, "amax")[:-1]
+    return owners.where(owners >= 0, matches)
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _intersections(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Area [M, A] that each of M boxes shares with each of A anchors."""
+    # one coordinate at a time: rows of A numbers are read in order
+    left, top, right, bottom = anchors.T.contiguous()
+    x1, y1, x2, y2 = boxes.T[:, :, None]
+    width = (torch.minimum(right, x2) - torch.maximum(left, x1)).clamp(min=0)
+    return width * (torch.minimum(bottom, y2) - torch.maximum(top, y1)).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the anchors of a batch are to find.
+
+    Attributes:
+        positive: bool [N, A]: the anchor belongs to an object.
+        ignored: bool [N, A]: it is neither positive nor negative.
+        labels: int64 [N, A]: the object's label; `NEGATIVE` where there is none.
+        boxes: [N, A, 4]: the object's box; the anchor itself where there is none.
+    """
+
+    positive: Tensor
+    ignored: Tensor
+    labels: Tensor
+    boxes: Tensor
+
+
+def assign_anchors(
+    anchors: Tensor, targets: Sequence[Target], settings: AnchorSettings
+) -> Assignment:
+    """Assign the anchors [A, 4] to the objects of each image.
+
+    Args:
+        anchors: [A, 4].
+        targets: one dict an image, as `tasks.base` describes it for detection; rows that
+            `data.padding` added make no difference.
+        settings: thresholds.
+    """
+    # a row can be read of every target then
+    filled = [target if len(target["labels"]) else pad_target(target, 1) for target in targets]
+    matches = [match_anchors(anchors, t["boxes"], crowds(t), settings) for t in filled]
+    rows = [match.clamp(min=0) for match in matches]
+    matched = torch.stack(matches)
+    positive = matched >= 0
+    labels = torch.stack([t["labels"][row] for t, row in zip(filled, rows, strict=True)])
+    boxes = torch.stack([t["boxes"][row] for t, row in zip(filled, rows, strict=True)])
+    return Assignment(
+        positive=positive,
+        ignored=matched == IGNORED,
+        labels=labels.where(positive, NEGATIVE),
+        boxes=boxes.where(positive[..., None], anchors),
+    )
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Code boxes [.., 4] as offsets to anchors of the same shape: dx, dy, dw, dh."""
+    centre, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+    anchor_centre = (anchors[..., :2] + anchors[..., 2:]) / 2
+    anchor_size = anchors[..., 2:] - anchors[..., :2]
+    return torch.cat([(centre - anchor_centre) / anchor_size, (size / anchor_size).log()], -1)
+
+
+def decode_boxes(codes: Tensor, anchors: Tensor) -> Tensor:
+    """Undo `encode_boxes`; sizes are bounded so that a wild code stays finite."""
+    anchor_centre = (anchors[..., :2] + anchors[..., 2:]) / 2
+    anchor_size = anchors[..., 2:] - anchors[..., :2]
+    centre = anchor_centre + codes[..., :2] * anchor_size
+    half = anchor_size * codes[..., 2:].clamp(max=MAXIMUM_LOG_SCALE).exp() / 2
+    return torch.cat([centre - half, centre + half], -1)

@@ -1,1 +1,0 @@
-"""What a backbone is used for: one module a task."""
