@@ -14,7 +14,7 @@ PREEMPTED_EXIT = 75  # sysexits.h: a temporary failure, try again
 
 
 class UserError(Exception):
-    """Something the user can put right: a wrong option, a missing file, an unwritable folder."""
+    """A problem that the user can solve: a wrong option, a missing file, an unwritable folder."""
 
     exit_code = 2
 
@@ -27,11 +27,10 @@ class UnknownName(UserError):  # noqa: N818 - it says what happened
         near = difflib.get_close_matches(name, known, n=NEAR_NAMES_SHOWN, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
         super().__init__(f"unknown {kind} {name!r}; {hint}")
-        self.kind, self.name, self.near = kind, name, tuple(near)
 
 
 class DataError(UserError):
-    """An input file that cannot be used; the message names the file and the record."""
+    """An invalid input file; the message names the file and the record."""
 
     exit_code = 3
 
@@ -43,17 +42,17 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """Training that cannot go on (a non-finite loss); the state before it is kept on disk."""
+    """Training that cannot continue (a non-finite loss); the last checkpoint is kept."""
 
     exit_code = 5
 
 
 class Preempted(UserError):  # noqa: N818 - it says what happened
-    """A run that was asked to stop; its state is on disk, and the same command goes on."""
+    """A run that was asked to stop; its checkpoint is on disk, and the same command resumes it."""
 
     exit_code = PREEMPTED_EXIT
 
     @classmethod
     def by(cls, name: str) -> Preempted:
         """Stopped by the signal of this name."""
-        return cls(f"stopped by {name}; the same command goes on")
+        return cls(f"stopped by {name}; the same command resumes")

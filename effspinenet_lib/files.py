@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks between processes, the cache's folder."""
+"""Atomic writes, locks between processes, JSON files, the cache folder."""
 
 from __future__ import annotations
 
@@ -44,24 +44,22 @@ def ensure_folder(
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path` that takes its place only when the block succeeds.
+    """Open a temporary file that replaces `path` only when the block succeeds.
 
-    A kill, a full disk or an exception leaves the file that was there before. Text is UTF-8
-    with line feeds on every platform.
+    A kill, a full disk or an exception leaves the previous file. Text is UTF-8 with line feeds on
+    every platform.
 
     Raises:
         UserError: the file cannot be written (no space, no permission); `path` is as it was.
     """
     path = Path(path)
-    text = "b" not in mode
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     temporary: str | None = None
     try:
         descriptor, temporary = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
         )
-        with os.fdopen(
-            descriptor, mode, encoding="utf-8" if text else None, newline="\n" if text else None
-        ) as handle:
+        with os.fdopen(descriptor, mode, encoding=encoding, newline=newline) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
@@ -82,15 +80,14 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
 @contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the lock of `path` (a `.lock` file beside it) against other processes."""
-    path = Path(path)
-    ensure_folder(path.parent)
-    with FileLock(str(path) + ".lock"):
+    """Hold the lock of `path` (the file `path.lock`) against other processes."""
+    ensure_folder(Path(path).parent)
+    with FileLock(f"{path}.lock"):
         yield
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys, whole or not at all."""
+    """Write `value` as indented JSON with sorted keys, atomically."""
     with atomic_write(path) as handle:
         json.dump(value, handle, indent=1, sort_keys=True)
         handle.write("\n")
@@ -99,31 +96,21 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def read_json(
     path: str | os.PathLike[str], hook: Callable[[dict[str, Any]], Any] | None = None
 ) -> Any:
-    """Read a JSON file; `hook` is called on every object in it and gives what stands for it.
+    """Read a JSON file; every object in it is replaced by what `hook` returns for it.
 
     Raises:
         DataError: the file cannot be read or is not JSON; names the file, the line and the column.
     """
     try:
         with open(path, encoding="utf-8") as handle:
-            text = handle.read()
+            return json.load(handle, object_hook=hook)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path}: is a folder, a JSON file was expected") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"{str(path)!r}: is no file's name: {error}") from error
-    try:
-        return json.loads(text, object_hook=hook)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}: is not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
         ) from error
-    except RecursionError as error:
-        raise DataError(f"{path}: is nested too deeply") from error
-    except ValueError as error:  # Python's limit on the digits of a whole number
-        raise DataError(f"{path}: has a number that is too long to read") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, or nested too deeply
+        raise DataError(f"{path}: is not JSON ({error})") from error

@@ -252,7 +252,7 @@ def test_any_command_that_is_told_to_stop_says_that_it_goes_on(run, monkeypatch)
     monkeypatch.setattr(publish, "build_book", told)
     result = run("book")
     assert result.code == PREEMPTED_EXIT
-    assert result.error == "error: stopped by SIGTERM; the same command goes on"
+    assert result.error == "error: stopped by SIGTERM; the same command resumes"
     assert signal.getsignal(signal.SIGTERM) is handler
 
 

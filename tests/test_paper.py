@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 
 from effspinenet_lib.errors import DataError, UnknownName
-from effspinenet_lib.results import MEASUREMENT_COLUMNS
 from effspinenet_lib.results.paper import (
     ITEMS,
     OPERATIONS,
@@ -19,6 +18,7 @@ from effspinenet_lib.results.paper import (
     paper_values,
     paper_values_corrected,
 )
+from effspinenet_lib.results.tables import schema
 
 # Rows and numeric cells of each printed table, counted on the page. Tables 4 and 5 have a row
 # here for each column of the page, table 1 one for each block of three models.
@@ -46,7 +46,7 @@ def cells(item: str, corrected: bool = False) -> pd.Series:
 @pytest.mark.parametrize("number", ROWS)
 def test_every_cell_of_every_table_is_there(number: int) -> None:
     frame = paper_values(f"table-{number:02d}")
-    assert tuple(frame.columns) == MEASUREMENT_COLUMNS
+    assert list(frame.columns) == schema("measurement").columns
     assert set(frame["source"]) == {"paper"}
     assert frame["row"].nunique() == ROWS[number]
     assert frame["value"].notna().sum() == NUMBERS[number]

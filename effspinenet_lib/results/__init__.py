@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from effspinenet_lib.results.keys import current_commit, run_key, today
-from effspinenet_lib.results.package import validate, write_datapackage
-from effspinenet_lib.results.schemas import (
-    MEASUREMENT_COLUMNS,
+from effspinenet_lib.results.store import (
+    CURVE_FILE,
+    FOLDERS,
     REFERENCE,
-    RUN_COLUMNS,
-    RUN_STATES,
-    SOURCES,
+    ResultsStore,
+    config_hash,
+    validate,
+    write_datapackage,
 )
-from effspinenet_lib.results.store import CURVE_FILE, FOLDERS, ResultsStore
+from effspinenet_lib.results.tables import (
+    COST_UNITS,
+    current_commit,
+    read_table,
+    today,
+    upsert,
+    write_table,
+)
+
+run_key = config_hash
 
 __all__ = [
+    "COST_UNITS",
     "CURVE_FILE",
     "FOLDERS",
-    "MEASUREMENT_COLUMNS",
     "REFERENCE",
-    "RUN_COLUMNS",
-    "RUN_STATES",
-    "SOURCES",
     "ResultsStore",
+    "config_hash",
     "current_commit",
+    "read_table",
     "run_key",
     "today",
+    "upsert",
     "validate",
     "write_datapackage",
+    "write_table",
 ]

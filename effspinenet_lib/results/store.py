@@ -1,11 +1,9 @@
-"""The results of one profile on disk: measurements per table or figure, and the runs behind them.
-
-Several processes may write to the same store: each write takes the file's lock, merges its rows
-into what is there and replaces the file in one step.
-"""
+"""The results of one profile, the data package over all of them, and the hash that names a run."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -14,28 +12,55 @@ from typing import Any
 import pandas as pd
 
 from effspinenet_lib.errors import DataError, UnknownName
-from effspinenet_lib.files import locked
-from effspinenet_lib.results.csvfile import Row, key_of, read_rows, to_frame, to_row, write_rows
-from effspinenet_lib.results.keys import current_commit, today
-from effspinenet_lib.results.package import FOLDER_SOURCES, write_datapackage
-from effspinenet_lib.results.schemas import (
-    ITEM_PATTERN,
-    MEASUREMENT,
-    RUN,
-    SEARCH_TRIAL,
-    Schema,
+from effspinenet_lib.files import locked, read_json, write_json
+from effspinenet_lib.results.tables import (
+    Row,
+    drop,
+    read_rows,
+    read_table,
+    schema,
+    schema_of_file,
+    settings,
+    to_frame,
+    upsert,
 )
 
 # Profile -> folder, which is also the source that its measured rows carry.
 FOLDERS = {"smoke": "smoke", "proxy": "proxy", "paper": "paper_scale"}
-RUNS_FILE = "runs.csv"
-TRIALS_FILE = "search_trials.csv"
-RUNS_FOLDER = "runs"  # one folder a run: what is not committed
 CURVE_FILE = "curve.csv"  # in a run's folder
+REFERENCE = "reference"  # in the place of a search method: distributions that no method chose
+PACKAGE_FILE = "datapackage.json"
+HASH_DIGITS = 12  # 48 bits, ample for the few thousand runs of a suite
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Hash a configuration to 12 hex digits.
+
+    Configurations that are equal in Python have equal hashes: the order of keys, tuples against
+    lists and 1 against 1.0 make no difference.
+
+    Raises:
+        TypeError: a value is not representable in JSON.
+        ValueError: a number is NaN or infinite.
+    """
+    text = json.dumps(_canonical(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _canonical(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class ResultsStore:
     """The CSV files of one profile under a results folder.
+
+    Reading raises DataError for a broken row and names the file and the line. Adding raises
+    DataError for a record that breaks the schema and UserError for a file that cannot be written;
+    nothing is changed then.
 
     Args:
         results_dir: the folder that holds `paper/`, `proxy/`, `paper_scale/` and `smoke/`.
@@ -52,137 +77,41 @@ class ResultsStore:
         self.profile = profile
         self.source = FOLDERS[profile]
         self.folder = self.results_dir / self.source
-        self.runs_folder = self.folder / RUNS_FOLDER
+        self.runs_folder = self.folder / "runs"  # one folder a run: what is not committed
 
     def measurements(self, item: str | None = None) -> pd.DataFrame:
-        """Read the measurements of one item, or of all; no rows where nothing was measured.
-
-        Raises:
-            DataError: a file has a broken row; names the file and the line.
-        """
+        """Read the measurements of one item, or of all; no rows where nothing was measured."""
         if item is not None:
-            return to_frame(self._rows(self._item_path(item), MEASUREMENT), MEASUREMENT)
-        return to_frame(self._all_measurements(), MEASUREMENT)
+            return read_table(self._item_path(item), "measurement")
+        return to_frame(self._all_measurements(), "measurement")
 
     def results(self, item: str) -> pd.DataFrame:
-        """Read the measurements of one item, without those of runs that were cut short.
-
-        Raises:
-            DataError: a file has a broken row; names the file and the line.
-        """
-        rows = self.measurements(item)
-        runs = self.runs()
+        """Read the measurements of one item, without those of runs that were cut short."""
+        rows, runs = self.measurements(item), self.runs()
         return rows[~rows["run"].isin(runs.loc[runs["state"] == "partial", "run"])]
 
     def runs(self) -> pd.DataFrame:
-        """Read the runs, one row each; `config` is JSON text.
+        """Read the runs, one row each; `config` is JSON text."""
+        return read_table(self.folder / "runs.csv", "run")
 
-        Raises:
-            DataError: the file has a broken row; names the file and the line.
-        """
-        return to_frame(self._rows(self.folder / RUNS_FILE, RUN), RUN)
-
-    def run(self, run_key: str) -> Row:
+    def run(self, config_hash: str) -> Row:
         """Read one run's row.
 
         Raises:
             KeyError: there is no such run.
         """
-        return {row["run"]: row for row in self._rows(self.folder / RUNS_FILE, RUN)}[run_key]
-
-    def add_measurements(self, item: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add measurements, each replacing the one of the same row, model, metric, source, seed.
-
-        `item` is filled in; `source`, `commit` and `date` are where a row leaves them out. A row
-        that says the same as the one on disk keeps the old commit and date.
-
-        Raises:
-            DataError: a row breaks the schema, or the file on disk is broken; nothing is changed.
-            UserError: the file cannot be written; nothing is changed.
-        """
-        path, what = self._item_path(item), f"measurement of {item}"
-        new = [
-            to_row({"source": self.source, **row, "item": item}, MEASUREMENT, what)
-            for row in _stamped(rows)
-        ]
-        for row in new:
-            if row["source"] not in FOLDER_SOURCES[self.source]:
-                raise DataError(
-                    f"{what}: source {row['source']!r} does not belong in {self.folder}; "
-                    f"use {' or '.join(FOLDER_SOURCES[self.source])}"
-                )
-        self._upsert(path, MEASUREMENT, new)
-
-    def add_run(self, record: Mapping[str, Any]) -> None:
-        """Add a run, replacing the one of the same key; its measurements are added before it.
-
-        `profile`, `commit` and `date` are filled in where the record leaves them out; `config`
-        may be a mapping or JSON text.
-
-        Raises:
-            DataError: the record breaks the schema, or the file on disk is broken; nothing is
-                changed.
-            UserError: the file cannot be written; nothing is changed.
-        """
-        (stamped,) = _stamped([record])
-        what = f"run {record.get('run', '?')}"
-        row = to_row({"profile": self.profile, **stamped}, RUN, what)
-        self._upsert(self.folder / RUNS_FILE, RUN, [row])
+        return self._runs()[config_hash]
 
     def trials(self) -> pd.DataFrame:
-        """Read the trials of the searches, one row each.
+        """Read the trials of the searches, one row each."""
+        return read_table(self.folder / "search_trials.csv", "search_trial")
 
-        Raises:
-            DataError: the file has a broken row; names the file and the line.
-        """
-        return to_frame(self._rows(self.folder / TRIALS_FILE, SEARCH_TRIAL), SEARCH_TRIAL)
-
-    def add_trials(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add trials, each replacing the one of the same method, seed and number.
-
-        Raises:
-            DataError: a record breaks the schema, or the file on disk is broken; nothing is
-                changed.
-            UserError: the file cannot be written; nothing is changed.
-        """
-        rows = [to_row(one, SEARCH_TRIAL, f"trial {one['trial']}") for one in _stamped(records)]
-        self._upsert(self.folder / TRIALS_FILE, SEARCH_TRIAL, rows)
-
-    def drop_trials(self, method: str, seed: int) -> None:
-        """Drop what one search recorded.
-
-        Raises:
-            DataError: the file on disk is broken; nothing is changed.
-            UserError: the file cannot be written; nothing is changed.
-        """
-        path = self.folder / TRIALS_FILE
-        with locked(path):
-            old = self._rows(path, SEARCH_TRIAL)
-            kept = [row for row in old if (row["method"], row["seed"]) != (method, str(seed))]
-            if len(kept) < len(old):
-                write_rows(path, SEARCH_TRIAL, kept)
-
-    def drop_runs(self, item: str, runs: Collection[str]) -> None:
-        """Drop the measurements of an item that these runs made; the runs stay in runs.csv.
-
-        Raises:
-            DataError: the file on disk is broken; nothing is changed.
-            UserError: the file cannot be written; nothing is changed.
-        """
-        if not runs:
-            return
-        path = self._item_path(item)
-        with locked(path):
-            kept = [row for row in self._rows(path, MEASUREMENT) if row["run"] not in runs]
-            write_rows(path, MEASUREMENT, kept)
-
-    def finished(self, run_key: str) -> bool:
+    def finished(self, config_hash: str) -> bool:
         """Tell whether a run ended and its metrics are stored, so that it need not run again."""
-        rows = self._rows(self.folder / RUNS_FILE, RUN)
-        states = {row["run"]: row["state"] for row in rows}
-        return states.get(run_key) == "finished" and bool(self.metrics_of(run_key))
+        run = self._runs().get(config_hash)
+        return run is not None and run["state"] == "finished" and bool(self.metrics_of(config_hash))
 
-    def metrics_of(self, run_key: str) -> dict[str, float]:
+    def metrics_of(self, config_hash: str) -> dict[str, float]:
         """Collect what a run measured, metric -> value, from whichever items hold it.
 
         Empty for an unknown run.
@@ -190,53 +119,141 @@ class ResultsStore:
         return {
             row["metric"]: float(row["value"] or "nan")
             for row in self._all_measurements()
-            if row["run"] == run_key and row["source"] == self.source
+            if row["run"] == config_hash and row["source"] == self.source
         }
 
+    def add_measurements(self, item: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add measurements, each replacing the one of the same row, model, metric, source, seed.
+
+        `item` is filled in; `source`, `commit` and `date` are where a row leaves them out.
+        """
+        path, what = self._item_path(item), f"measurement of {item}"
+        records = [{"source": self.source, **row, "item": item} for row in rows]
+        allowed = settings().folders[self.source]["sources"]
+        for record in records:
+            if record["source"] not in allowed:
+                raise DataError(
+                    f"{what}: source {record['source']!r} does not belong in {self.folder}; "
+                    f"use {' or '.join(allowed)}"
+                )
+        self._add(path, "measurement", records, what)
+
+    def add_run(self, record: Mapping[str, Any]) -> None:
+        """Add a run, replacing the one of the same hash; its measurements are added before it.
+
+        `profile`, `commit` and `date` are filled in where the record leaves them out; `config`
+        may be a mapping or JSON text.
+        """
+        record = {**record, "profile": record.get("profile") or self.profile}
+        self._add(self.folder / "runs.csv", "run", [record], f"run {record.get('run', '?')}")
+
+    def add_trials(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add trials, each replacing the one of the same method, seed and number."""
+        self._add(self.folder / "search_trials.csv", "search_trial", records, "trial")
+
+    def drop_trials(self, method: str, seed: int) -> None:
+        """Drop what one search recorded."""
+        dropped = (method, str(seed))
+        path = self.folder / "search_trials.csv"
+        drop(path, "search_trial", lambda row: (row["method"], row["seed"]) == dropped)
+
+    def drop_runs(self, item: str, runs: Collection[str]) -> None:
+        """Drop the measurements of an item that these runs made; the runs stay in runs.csv."""
+        drop(self._item_path(item), "measurement", lambda row: row["run"] in runs)
+
     def _item_path(self, item: str) -> Path:
-        if not re.fullmatch(ITEM_PATTERN, item):
+        if not re.fullmatch(schema("measurement").file, item):
             raise DataError(f"item {item!r} is no table or figure; it reads like table-08")
         return self.folder / f"{item}.csv"
 
-    def _rows(self, path: Path, schema: Schema) -> list[Row]:
-        return read_rows(path, schema) if path.exists() else []
+    def _runs(self) -> dict[str, Row]:
+        return {row["run"]: row for row in read_rows(self.folder / "runs.csv", "run")}
 
     def _all_measurements(self) -> list[Row]:
         paths = sorted(self.folder.glob("*.csv"))
-        items = [path for path in paths if re.fullmatch(ITEM_PATTERN, path.stem)]
-        return [row for path in items for row in read_rows(path, MEASUREMENT)]
+        items = [path for path in paths if schema_of_file(path) is schema("measurement")]
+        return [row for path in items for row in read_rows(path, "measurement")]
 
-    def _upsert(self, path: Path, schema: Schema, new: list[Row]) -> None:
-        with locked(path):
-            created = not path.exists()
-            old = {key_of(row, schema): row for row in self._rows(path, schema)}
-            merged = dict(old)
-            for row in new:
-                key = key_of(row, schema)
-                if key not in merged or not _says_the_same(merged[key], row):
-                    merged[key] = row
-            if created or merged != old:
-                write_rows(path, schema, [merged[key] for key in sorted(merged, key=_natural)])
-        if created and self.profile != "smoke":
+    def _add(self, path: Path, name: str, records: Iterable[Mapping[str, Any]], what: str) -> None:
+        if upsert(path, name, records, what) and self.profile != "smoke":
             write_datapackage(self.results_dir)
 
 
-def _stamped(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Drop what is None or empty; fill in the commit and the day where they are left out."""
-    given = [{key: v for key, v in one.items() if v is not None and v != ""} for one in records]
-    if all("commit" in record and "date" in record for record in given):
-        return given
-    stamp = {"commit": current_commit(), "date": today()}
-    return [stamp | record for record in given]
+def write_datapackage(results_dir: str | Path) -> None:
+    """Write `datapackage.json` for the CSV files that lie under `results_dir` now.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    path = Path(results_dir) / PACKAGE_FILE
+    with locked(path):
+        write_json(path, _descriptor(Path(results_dir)))
 
 
-def _says_the_same(old: Row, new: Row) -> bool:
-    return all(old[name] == new[name] for name in new if name not in ("commit", "date"))
+def _descriptor(results_dir: Path) -> dict[str, Any]:
+    resources = []
+    for folder, facts in settings().folders.items():
+        for path in sorted((results_dir / folder).glob("*.csv")):
+            of = schema_of_file(path)
+            if of is None or "title" not in facts:  # smoke has none: it is never packaged
+                continue
+            resources.append(
+                {
+                    "name": f"{folder}-{path.stem}".replace("_", "-"),
+                    "title": f"{path.stem}, {facts['title']}",
+                    "path": f"{folder}/{path.name}",
+                    "profile": "tabular-data-resource",
+                    "format": "csv",
+                    "mediatype": "text/csv",
+                    "encoding": "utf-8",
+                    "schema": {
+                        "fields": list(of.fields),
+                        "missingValues": [""],
+                        "primaryKey": list(of.key),
+                    },
+                }
+            )
+    return {**settings().package, "resources": resources}
 
 
-def _natural(key: tuple[str, ...]) -> list[list[str | int]]:
-    """Sort "block 2" before "block 10"."""
-    return [
-        [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", text))]
-        for text in key
-    ]
+def validate(results_dir: str | Path) -> list[str]:
+    """Check every results file against its schema and the data package.
+
+    Returns:
+        The problems, one line each, at most one a file; empty if there are none.
+    """
+    results_dir = Path(results_dir)
+    problems = []
+    try:
+        if read_json(results_dir / PACKAGE_FILE) != _descriptor(results_dir):
+            problems.append(f"{results_dir / PACKAGE_FILE}: differs from the files or the schemas")
+    except DataError as error:
+        problems.append(str(error))
+    remedy = "write it again with effspinenet_lib.results.write_datapackage"
+    problems = [f"{problem}; {remedy}" for problem in problems]
+    for folder, facts in settings().folders.items():
+        for path in sorted((results_dir / folder).glob("*.csv")):
+            of = schema_of_file(path)
+            try:
+                if of is None:
+                    raise DataError(f"{path}: no results file has this name")
+                rows = read_rows(path, of.name)
+                if of.name == "measurement":
+                    _check_measurements(path, rows, facts["sources"])
+            except DataError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _check_measurements(path: Path, rows: Iterable[Row], sources: Collection[str]) -> None:
+    """Check what one row's schema cannot: the item, the source and the run it points to."""
+    runs_file = path.with_name("runs.csv")
+    runs = {row["run"] for row in read_rows(runs_file, "run")}
+    for row in rows:
+        where = f"{path}: row {row['row']!r}, metric {row['metric']}"
+        if row["item"] != path.stem:
+            raise DataError(f"{where}: item {row['item']} is in the wrong file")
+        if row["source"] not in sources:
+            raise DataError(f"{where}: source {row['source']} does not belong here")
+        if row["run"] and row["run"] not in runs:
+            raise DataError(f"{where}: run {row['run']} is not in {runs_file}")
