@@ -1,6 +1,6 @@
 """The book: execute its pages with papermill, then build it with Jupyter Book.
 
-Pages are executed in a copy, so that neither `book/` nor `notebooks/` ever holds outputs.
+Pages are executed in a copy, so that `book/` and `notebooks/` never hold outputs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
-from myst_nb.core.read import (
-    is_myst_markdown_notebook,
-    read_myst_markdown_notebook,
-)
+from myst_nb.core.read import is_myst_markdown_notebook, read_myst_markdown_notebook
 from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
@@ -33,19 +30,16 @@ from effspinenet_lib.report.provenance import BOOK_FILES_VARIABLE, REPOSITORY_VA
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks")
-PAGE_SUFFIXES = (".ipynb", ".md")
-KERNEL = "python3"
 FILES = "files"  # folder of the built book with its copies of notebooks and CSVs
-PAGE_TO_FILES = f"../{FILES}"  # every executed page lies one folder deep
 PAGE_ENVIRONMENT = {
-    BOOK_FILES_VARIABLE: PAGE_TO_FILES,
+    BOOK_FILES_VARIABLE: f"../{FILES}",  # every executed page lies one folder deep
     # The kernel of this Python, should the user's own folder hold one of the same name.
     "JUPYTER_PREFER_ENV_PATH": "1",
-    # A page sends single images through models: a second thread gains nothing there and waits
+    # A page runs single images through models: a second thread gains nothing there and waits
     # ten times as long where the machine is busy. Training processes set their own number.
     "OMP_NUM_THREADS": "1",
 }
-# Kernels report every start and every end on the terminal otherwise; errors of cells are raised.
+# Kernels otherwise report every start and end on the terminal; errors of cells are raised.
 KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=CRITICAL"]
 # The command by way of this Python, whatever the PATH; the package cannot be run with -m.
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
@@ -62,9 +56,9 @@ def build_book(
     seeds: str | None = None,
     progress: bool = True,
 ) -> Path:
-    """Execute every page and build the book; what is not run yet is run by its page.
+    """Execute every page and build the book; a page runs what its results lack.
 
-    The book that was there stays until the new one is complete.
+    The previous book stays until the new one is complete.
 
     Args:
         profile: `smoke`, `proxy` or `paper`.
@@ -96,11 +90,13 @@ def build_book(
             _execute(page, arguments)
     built = _run_jupyter_book(source, folder)
     _copy_files(built / FILES, parameters.results_dir)
-    return _replace(folder / "html", built) / "index.html"
+    shutil.rmtree(folder / "html", ignore_errors=True)
+    shutil.move(built, folder / "html")
+    return folder / "html" / "index.html"
 
 
 def _stage(source: Path) -> Path:
-    """Copy the book's sources to a fresh folder."""
+    """Copy the book's sources to a fresh folder and configure the copy."""
     missing = [name for name in SOURCES if not (CHECKOUT / name).exists()]
     if missing:
         raise UserError(
@@ -110,27 +106,20 @@ def _stage(source: Path) -> Path:
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
     for name in SOURCES:
-        origin = CHECKOUT / name
-        if origin.is_dir():
+        if (CHECKOUT / name).is_dir():
             ignored = shutil.ignore_patterns(".ipynb_checkpoints")
-            shutil.copytree(origin, source / name, ignore=ignored)
+            shutil.copytree(CHECKOUT / name, source / name, ignore=ignored)
         else:
-            shutil.copy2(origin, source / name)
-    _configure(source)
-    return source
-
-
-def _configure(source: Path) -> None:
-    """Put the stylesheet where Jupyter Book looks for it, and the repository's address below."""
+            shutil.copy2(CHECKOUT / name, source / name)
+    # The stylesheet where Jupyter Book looks for it, the repository's address at the foot.
     shutil.copytree(source / "book" / "_static", source / "_static")
     url = escape(os.environ.get(REPOSITORY_VARIABLE, "").rstrip("/"))
-    if not url:
-        return
-    path = source / "_config.yml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config.setdefault("html", {})["extra_footer"] = f'<p><a href="{url}">{url}</a></p>'
-    with atomic_write(path) as handle:
-        yaml.safe_dump(config, handle, sort_keys=False)
+    if url:
+        config = yaml.safe_load((source / "_config.yml").read_text(encoding="utf-8"))
+        config.setdefault("html", {})["extra_footer"] = f'<p><a href="{url}">{url}</a></p>'
+        with atomic_write(source / "_config.yml") as handle:
+            yaml.safe_dump(config, handle, sort_keys=False)
+    return source
 
 
 def _pages(source: Path) -> list[Path]:
@@ -138,24 +127,23 @@ def _pages(source: Path) -> list[Path]:
     contents = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf-8"))
     pages = []
     for name in _entries(contents):
-        found = [source / f"{name}{suffix}" for suffix in PAGE_SUFFIXES]
-        existing = [path for path in found if path.is_file()]
-        if not existing:
+        found = [
+            path for path in (source / f"{name}.ipynb", source / f"{name}.md") if path.exists()
+        ]
+        if not found:
             raise UserError(f"_toc.yml lists {name}, which is neither {name}.ipynb nor {name}.md")
-        pages.append(existing[0])
+        pages.append(found[0])
     return pages
 
 
 def _entries(node: Any) -> Iterator[str]:
+    """Names of pages in a table of contents: the values of `root` and `file` at any depth."""
     if isinstance(node, list):
         for child in node:
             yield from _entries(child)
     elif isinstance(node, dict):
         for key, child in node.items():
-            if key in ("root", "file"):
-                yield child
-            else:
-                yield from _entries(child)
+            yield from [child] if key in ("root", "file") else _entries(child)
 
 
 def _is_notebook(page: Path) -> bool:
@@ -163,9 +151,9 @@ def _is_notebook(page: Path) -> bool:
 
 
 def _execute(page: Path, arguments: Mapping[str, str]) -> None:
-    """Execute a staged page; it takes those of the arguments that it has a parameter for."""
+    """Execute a staged page with those of the arguments that it has a parameter for."""
     target = page.with_suffix(".ipynb")
-    if page.suffix != target.suffix:
+    if page != target:
         notebook = read_myst_markdown_notebook(page.read_text(encoding="utf-8"), path=page)
         notebook.metadata["language_info"] = {"name": "python"}
         nbformat.write(notebook, target)
@@ -176,7 +164,7 @@ def _execute(page: Path, arguments: Mapping[str, str]) -> None:
             target,
             target,
             {name: value for name, value in arguments.items() if name in known},
-            kernel_name=KERNEL,
+            kernel_name="python3",
             progress_bar=False,
             cwd=target.parent,
             extra_arguments=[*KERNEL_ARGUMENTS],
@@ -192,23 +180,17 @@ def _execute(page: Path, arguments: Mapping[str, str]) -> None:
 
 def _run_jupyter_book(source: Path, folder: Path) -> Path:
     """Build the staged book with warnings as errors; the folder of its HTML."""
-    work = folder / "work"
+    work, log = folder / "work", folder / "build.log"
     shutil.rmtree(work, ignore_errors=True)
-    log = folder / "build.log"
     command = [sys.executable, "-c", JUPYTER_BOOK, "build", str(source)]
     command += ["--path-output", str(work), "--warningiserror", "--keep-going"]
     with open(log, "w", encoding="utf-8") as handle:
         status = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT).returncode
     if status:
-        raise UserError(f"the book was not built, see {log}: {_problems(log)}")
+        lines = COLOUR_CODE.sub("", log.read_text(encoding="utf-8")).splitlines()
+        problems = [line.strip() for line in lines if PROBLEM.search(line)][:SHOWN_PROBLEMS]
+        raise UserError(f"the book was not built, see {log}: {'; '.join(problems)}")
     return work / "_build" / "html"
-
-
-def _problems(log: Path) -> str:
-    """The first warnings and errors of a build, without terminal colours."""
-    lines = COLOUR_CODE.sub("", log.read_text(encoding="utf-8")).splitlines()
-    found = [line.strip() for line in lines if PROBLEM.search(line)]
-    return "; ".join(found[:SHOWN_PROBLEMS]) or "it says nothing"
 
 
 def _copy_files(target: Path, results_dir: Path) -> None:
@@ -221,23 +203,13 @@ def _copy_files(target: Path, results_dir: Path) -> None:
             shutil.copy2(path, copy)
 
 
-def _replace(target: Path, built: Path) -> Path:
-    """Put the built book in the place of the one before."""
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.move(built, target)
-    return target
-
-
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables for the kernels that are started in the block."""
-    before = {name: os.environ.get(name) for name in values}
+    before = dict(os.environ)
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)
