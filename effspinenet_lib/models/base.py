@@ -30,10 +30,11 @@ class TaskModel(nn.Module, ABC):
         Args:
             images: [N, 3, H, W], normalised.
             targets: for training, one dictionary an image. Detection: `boxes` [M, 4] (x1 y1 x2
-                y2 in input pixels), `labels` int64 [M] from 0, `iscrowd` bool [M]; rows that
-                `data.padding` added hold no object. Instances: as detection without such rows,
-                and `masks` bool [M, H, W]. Classification: `label` int64 []. Semantic
-                segmentation: `semantic` int64 [H, W], 255 where it does not count.
+                y2 in input pixels), `labels` int64 [M] from 0, `iscrowd` [M] (boolean, or 0 and
+                1; none is a crowd where it is missing); rows that `data.padding` added hold no
+                object. Instances: as detection without such rows, and `masks` bool [M, H, W].
+                Classification: `label` int64 []. Semantic segmentation: `semantic` int64 [H, W],
+                255 where it does not count.
 
         Returns:
             In training scalar losses by name; their sum is minimised. In evaluation one
@@ -106,4 +107,4 @@ def check_finite(*outputs: Tensor) -> None:
 
 def crowds(target: Target) -> Tensor:
     """Which boxes of a target are crowd regions; none where it does not say."""
-    return target.get("iscrowd", torch.zeros_like(target["labels"], dtype=torch.bool))
+    return target.get("iscrowd", torch.zeros_like(target["labels"])).bool()

@@ -1,24 +1,121 @@
-"""Feature pyramids P3 to P7 on the stages C3 to C5 of a feature extractor: FPN and BiFPN."""
+"""Networks of timm as feature extractors, and the pyramids P3 to P7 on them: FPN and BiFPN."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import Any
+
+import timm
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effspinenet_lib.models.extractors import EXTRACTED_LEVELS, ExtractedPyramid, TimmFeatures
 from effspinenet_lib.models.layers import (
+    PyramidBackbone,
     SeparableConv,
     WeightedFusion,
     conv_norm,
     initialise,
     make_activation,
     make_norm,
+    set_norms,
 )
+from effspinenet_lib.models.scale_permuted import check_image_size
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
 
+EXTRACTED_LEVELS = (3, 4, 5)  # C3 to C5, what feature pyramids are built on
 KERNEL = 3
 FINEST, COARSEST = OUTPUT_LEVELS[0], OUTPUT_LEVELS[-1]
 DEEPEST = EXTRACTED_LEVELS[-1]
+BIFPN_EPSILON = 1e-4  # EfficientDet's paper, of its fast normalised fusion
+
+
+class TimmFeatures(nn.Module):
+    """The stages of a network of timm, without its classifier, by level.
+
+    The weights are fresh, initialised as timm does for this network; the norms have this
+    library's epsilon and momentum. A 1x1 convolution that belongs to the classifier, such as
+    EfficientNet's to 1280 channels, is left out.
+
+    Args:
+        name: any model of timm that can be created with `features_only`.
+        levels: levels of the features, ascending; the coarsest should be the network's, or some
+            of its weights are of no use.
+        activation: name of the activation in all blocks (`swish`, `relu`, or any that timm
+            knows); None keeps the network's own.
+        stochastic_depth: drop rate of the last block; it grows linearly with depth. In the
+            EfficientNet family timm, as EfficientNet's own code, stops one block's step short.
+        options: more arguments of `timm.create_model`.
+
+    Attributes:
+        feature_dims: level to channels, finest first.
+
+    Raises:
+        ValueError: the network has no features of a level.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        levels: tuple[int, ...] = EXTRACTED_LEVELS,
+        activation: str | None = None,
+        stochastic_depth: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if stochastic_depth:
+            options["drop_path_rate"] = stochastic_depth
+        if activation is not None:
+            options["act_layer"] = activation
+        indices = _stage_indices(name, levels, options)
+        network: Any = timm.create_model(name, features_only=True, out_indices=indices, **options)
+        self.feature_dims: dict[int, int] = dict(
+            zip(levels, network.feature_info.channels(), strict=True)
+        )
+        self.stages = network
+        set_norms(self)
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """Compute the features of images [N, 3, H, W], normalised.
+
+        Returns:
+            Level to features [N, feature_dims[level], ceil(H / 2**level), ceil(W / 2**level)].
+        """
+        return dict(zip(self.feature_dims, self.stages(images), strict=True))
+
+
+class ExtractedPyramid(PyramidBackbone, ABC):
+    """A pyramid of features of one dimension on the stages that an extractor gives.
+
+    Args:
+        extractor: maps images to stages by level.
+        levels: of the pyramid, ascending.
+        dim: channels of each.
+    """
+
+    def __init__(self, extractor: nn.Module, levels: tuple[int, ...], dim: int) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.feature_dims = dict.fromkeys(levels, dim)
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """Compute the pyramid.
+
+        Args:
+            images: [N, 3, H, W], normalised; any H and W of at least 64.
+
+        Returns:
+            Level to features [N, dim, ceil(H / 2**level), ceil(W / 2**level)].
+
+        Raises:
+            UserError: a side is under 64 pixels.
+        """
+        check_image_size(*images.shape[-2:])
+        return self.pyramid(self.extractor(images))
+
+    @abstractmethod
+    def pyramid(self, stages: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Compute the pyramid of the extractor's stages; both by level."""
 
 
 class FeaturePyramid(ExtractedPyramid):
@@ -154,7 +251,7 @@ class FusionNode(nn.Module):
         self.project = nn.ModuleList(
             nn.Identity() if channels == dim else conv_norm(channels, dim) for channels in inputs
         )
-        self.fuse = WeightedFusion(len(inputs))
+        self.fuse = WeightedFusion(len(inputs), BIFPN_EPSILON)
         self.refine = nn.Sequential(
             make_activation(activation), SeparableConv(dim, dim, bias=False), make_norm(dim)
         )
@@ -181,3 +278,14 @@ def _upsample(features: Tensor, target: Tensor) -> Tensor:
 def _downsample(features: Tensor) -> Tensor:
     """Halve the sides, rounded up, by max pooling."""
     return F.max_pool2d(features, KERNEL, stride=2, padding=KERNEL // 2)
+
+
+def _stage_indices(name: str, levels: tuple[int, ...], options: dict[str, Any]) -> tuple[int, ...]:
+    """Numbers that timm gives the stages of these levels; a network without memory knows them."""
+    with torch.device("meta"):
+        network: Any = timm.create_model(name, features_only=True, **options)
+    strides = [int(stride) for stride in network.feature_info.reduction()]
+    missing = [level for level in levels if 2**level not in strides]
+    if missing:
+        raise ValueError(f"{name} has features of strides {strides}, not of the levels {missing}")
+    return tuple(strides.index(2**level) for level in levels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,19 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from effspinenet_lib.kernels import DepthwiseConv2d, PointwiseConv2d
-from effspinenet_lib.native import norm_activation, scale_channels
-
-# Section 5.1.1: batch normalisation momentum 0.99, which PyTorch counts from the other end.
-# Epsilon: released config.
+# Section 5.1.1: batch normalisation momentum 0.99, which PyTorch counts from the other end. The
+# epsilon is the authors' code's. PyTorch keeps the unbiased variance of a batch, as TensorFlow's
+# fused norm does; the authors' synchronised norm keeps the biased one.
 NORM_MOMENTUM = 1 - 0.99
 NORM_EPSILON = 1e-3
-# Equation 1 prints 0.001 in the denominator.
-FUSION_EPSILON = 1e-3
+FUSION_EPSILON = 1e-3  # Equation 1
 DEPTHWISE_KERNEL = 3
 POOLING_KERNEL = 3
-# The released code multiplies by this rounding of 1/6; with 1/6 its outputs differ by 1e-5.
+PATCH = 2 * 2  # positions that space-to-depth moves into the channels
+# The Model Garden multiplies by this rounding of 1/6; with 1/6 its outputs differ by 1e-5.
 HARD_SIGMOID_SLOPE = 0.16667
+# Standard deviation of a normal distribution cut off at two of its own (TensorFlow divides by it).
+TRUNCATED_STD = 0.87962566103423978
 
 # In place only where the gradient needs the result alone: of the others torch copies the input.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -34,12 +35,12 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def make_activation(name: str) -> nn.Module:
-    """Make an activation: `swish` (the paper's), `relu` (Table 4) or `hard_swish` (released)."""
+    """Make `swish` (the paper's), `relu` (Table 4) or `hard_swish` (the Model Garden's)."""
     return ACTIVATIONS[name]()
 
 
 def hard_sigmoid(values: Tensor) -> Tensor:
-    """The released code's hard sigmoid: relu6(values + 3) * 0.16667."""
+    """The Model Garden's hard sigmoid: relu6(values + 3) * 0.16667."""
     return F.relu6(values + 3) * HARD_SIGMOID_SLOPE
 
 
@@ -54,16 +55,25 @@ def make_norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=NORM_EPSILON, momentum=NORM_MOMENTUM)
 
 
-class ConvNorm(nn.Sequential):
-    """A convolution, its norm and, if there is one, its activation."""
+def set_norms(module: nn.Module) -> None:
+    """Give norms that timm made this library's epsilon and momentum."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eps, layer.momentum = NORM_EPSILON, NORM_MOMENTUM
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution that is safe on one pixel.
+
+    There a stride moves nothing, but torch's weight gradient of a larger stride reads memory that
+    nobody wrote (2.14.1 on CPUs, bfloat16, channels last).
+    """
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map [N, C, H, W] as the layers do one after the other."""
-        layers = list(self)
-        if len(layers) not in (2, 3):  # a slice, or more was appended
-            return super().forward(features)
-        activation = layers[2] if len(layers) > 2 else None
-        return norm_activation(layers[1], activation, layers[0](features))
+        """Map [N, C, H, W] to [N, C, ceil(H / stride), ceil(W / stride)]."""
+        if features.shape[-2:] == (1, 1):
+            return F.conv2d(features, self.weight, None, 1, self.padding, groups=self.groups)
+        return super().forward(features)
 
 
 def conv_norm(
@@ -75,16 +85,14 @@ def conv_norm(
     activation: str | None = None,
     same: bool = False,
 ) -> nn.Sequential:
-    """Make a bias-free convolution with "same" padding, its norm and, if named, its activation.
+    """Make a bias-free padded convolution, its norm and, if named, its activation.
 
-    A stride of 2 gives ceil(side / 2). With `same` it is padded as in TensorFlow: on an even side
-    one pixel less before than after, where PyTorch's padding has as many at both ends.
+    A stride gives ceil(side / stride). The padding is equal on both sides, as in the authors'
+    code; with `same` it is TensorFlow's, on an even side one pixel less before than after.
     """
     make_conv: type[nn.Conv2d] = nn.Conv2d
     if same and stride > 1:
         make_conv = Conv2dSame
-    elif kernel == stride == groups == 1:
-        make_conv = PointwiseConv2d
     elif inputs == outputs == groups:
         make_conv = DepthwiseConv2d
     layers: list[nn.Module] = [
@@ -93,7 +101,7 @@ def conv_norm(
     ]
     if activation is not None:
         layers.append(make_activation(activation))
-    return ConvNorm(*layers)
+    return nn.Sequential(*layers)
 
 
 def max_pool(same: bool = False) -> nn.Module:
@@ -104,11 +112,9 @@ def max_pool(same: bool = False) -> nn.Module:
 
 
 class SqueezeExcitation(nn.Module):
-    """Scale channels by a gate computed from their global mean (sigmoid, EfficientNet)."""
+    """Scale channels by a gate computed from their global mean."""
 
-    def __init__(
-        self, channels: int, squeezed: int, activation: str, gate: str = "sigmoid"
-    ) -> None:
+    def __init__(self, channels: int, squeezed: int, activation: str, gate: str) -> None:
         super().__init__()
         self.reduce = nn.Conv2d(channels, squeezed, 1)
         self.activation = make_activation(activation)
@@ -117,13 +123,8 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [N, C, H, W] to the same shape."""
-        return scale_channels(features, self.gates(features))
-
-    def gates(self, features: Tensor) -> Tensor:
-        """What the features [N, C, H, W] are scaled by: [N, C, 1, 1]."""
-        # Not mean(): its gradient divides every pixel, this one a pixel for each channel.
-        mean = features.sum((2, 3), keepdim=True) / features[0, 0].numel()
-        return self.gate(self.expand(self.activation(self.reduce(mean))))
+        mean = features.mean((2, 3), keepdim=True)
+        return features * self.gate(self.expand(self.activation(self.reduce(mean))))
 
 
 class MBConv(nn.Module):
@@ -138,8 +139,9 @@ class MBConv(nn.Module):
         squeeze_ratio: squeezed channels over *input* channels; None leaves the layer out.
         activation: `swish` or `relu`.
         drop_rate: probability of dropping the residual branch for a sample.
-        released: compute as the released code does: padding as in TensorFlow, and in
-            squeeze-and-excitation ReLU and a hard sigmoid.
+        gating: activation and gate of squeeze-and-excitation. The authors' code has swish there
+            whatever the model's activation; the Model Garden has ReLU and a hard sigmoid.
+        same: padding as TensorFlow's, see `conv_norm`.
 
     The input is added where shape and stride allow.
     """
@@ -154,15 +156,13 @@ class MBConv(nn.Module):
         squeeze_ratio: float | None,
         activation: str,
         drop_rate: float,
-        released: bool = False,
+        gating: tuple[str, str] = ("swish", "sigmoid"),
+        same: bool = False,
     ) -> None:
         super().__init__()
         expanded = inputs * expansion_ratio
         self.expand = conv_norm(inputs, expanded, activation=activation)
-        self.depthwise = conv_norm(
-            expanded, expanded, kernel, stride, expanded, activation, same=released
-        )
-        gating = ("relu", "hard_sigmoid") if released else (activation, "sigmoid")
+        self.depthwise = conv_norm(expanded, expanded, kernel, stride, expanded, activation, same)
         self.excite = (
             nn.Identity()
             if squeeze_ratio is None
@@ -181,13 +181,12 @@ class MBConv(nn.Module):
 class SeparableConv(nn.Module):
     """A 3x3 depthwise convolution and a 1x1 pointwise one, without norm or activation."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, kernel: int = 3) -> None:
         super().__init__()
-        padding = DEPTHWISE_KERNEL // 2
-        self.depthwise = DepthwiseConv2d(
-            inputs, inputs, DEPTHWISE_KERNEL, padding=padding, groups=inputs, bias=False
+        self.depthwise = nn.Conv2d(
+            inputs, inputs, kernel, padding=kernel // 2, groups=inputs, bias=False
         )
-        self.pointwise = PointwiseConv2d(inputs, outputs, 1, bias=bias)
+        self.pointwise = nn.Conv2d(inputs, outputs, 1, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [N, inputs, H, W] to [N, outputs, H, W]."""
@@ -199,35 +198,28 @@ def dense_conv(inputs: int, outputs: int, bias: bool) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
 
 
-def pad_to_even(features: Tensor) -> Tensor:
-    """Pad [N, C, H, W] with zeros at the bottom and right to even sides."""
-    height, width = features.shape[-2:]
-    if height % 2 == 0 and width % 2 == 0:
-        return features
-    return F.pad(features, (0, width % 2, 0, height % 2))
-
-
 class SpaceToDepth(nn.Module):
-    """Move each 2x2 patch into channels: [N, C, H, W] to [N, 4C, ceil(H/2), ceil(W/2)]."""
+    """Move each 2x2 patch into channels: [N, C, H, W] to [N, 4C, ceil(H/2), ceil(W/2)].
+
+    PyTorch's order of channels (channel * 4 + offset); TensorFlow's is offset * C + channel.
+    """
 
     def forward(self, features: Tensor) -> Tensor:
-        """Rearrange; an odd side is padded with zeros first."""
-        return F.pixel_unshuffle(pad_to_even(features), 2)
+        """Rearrange; an odd side is padded with zeros at its end first."""
+        height, width = features.shape[-2:]
+        if height % 2 or width % 2:
+            features = F.pad(features, (0, width % 2, 0, height % 2))
+        return F.pixel_unshuffle(features, 2)
 
 
 class Resample(nn.Module):
-    """Bring features from one level and dimension to another (Figure 2).
+    """Bring features from one level and dimension to another (Figure 2, and the authors' code).
 
-    Down, with `space_to_depth`: space-to-depth by 2, stride-2 max pooling for what remains,
-    then a 1x1 convolution. Down, without: a 3x3 stride-2 depthwise convolution a level, then
-    the 1x1. Up: nearest-neighbour to the target's exact sides, then the 1x1. At the same level
-    the 1x1 alone, or nothing where the dimension is the same too. The split between
-    space-to-depth and pooling is recovered from the cost columns; max pooling is our choice
-    (SpineNet's).
-
-    With `released`, the name of an activation, the released code's way without space-to-depth:
-    the activation follows each depthwise convolution, padded as in TensorFlow, and the 1x1 is
-    there even between blocks of one level and dimension.
+    Down, with `space_to_depth`: space-to-depth by 2, norm, activation; for a factor above 2 one
+    depthwise convolution of stride factor / 2 (kernel 3 for a factor of 4, else 5), norm,
+    activation. Down, without: for each halving a 3x3 stride-2 depthwise convolution, norm,
+    activation. Up: nearest neighbour to the target's exact sides. Then, at equal levels too, a 1x1
+    convolution and a norm without activation.
     """
 
     def __init__(
@@ -237,24 +229,25 @@ class Resample(nn.Module):
         outputs: int,
         output_level: int,
         space_to_depth: bool,
-        released: str | None = None,
+        activation: str,
+        same: bool = False,
     ) -> None:
         super().__init__()
         self.upsample = output_level < input_level
         steps = max(0, output_level - input_level)
         layers: list[nn.Module] = []
         if steps and space_to_depth:
-            layers.append(SpaceToDepth())
-            layers += [max_pool() for _ in range(steps - 1)]
-            inputs *= 4
+            inputs *= PATCH
+            layers += [SpaceToDepth(), make_norm(inputs), make_activation(activation)]
+            if steps > 1:
+                kernel, stride = (3 if steps == 2 else 5), 2 ** (steps - 1)
+                layers.append(conv_norm(inputs, inputs, kernel, stride, inputs, activation))
         else:
-            same = released is not None
             layers += [
-                conv_norm(inputs, inputs, DEPTHWISE_KERNEL, 2, inputs, released, same)
+                conv_norm(inputs, inputs, DEPTHWISE_KERNEL, 2, inputs, activation, same)
                 for _ in range(steps)
             ]
-        if input_level != output_level or inputs != outputs or released is not None:
-            layers.append(conv_norm(inputs, outputs))
+        layers.append(conv_norm(inputs, outputs))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
@@ -267,17 +260,19 @@ class Resample(nn.Module):
 class WeightedFusion(nn.Module):
     """Fast normalised fusion of Equation 1: sum(w_i B_i) / (sum(w_j) + 0.001).
 
-    The weights start at 1 and are kept non-negative by a ReLU, as in EfficientDet.
+    The weights start at 1 and are kept non-negative by a ReLU (EfficientDet's, and the Model
+    Garden's `weighted_fusion`, which cites this paper).
     """
 
-    def __init__(self, inputs: int) -> None:
+    def __init__(self, inputs: int, epsilon: float = FUSION_EPSILON) -> None:
         super().__init__()
         self.weights = nn.Parameter(torch.ones(inputs))
+        self.epsilon = epsilon
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Fuse tensors of one shape [N, C, H, W] into one."""
         weights = self.weights.relu()
-        weights = (weights / (weights.sum() + FUSION_EPSILON)).to(features[0].dtype)
+        weights = (weights / (weights.sum() + self.epsilon)).to(features[0].dtype)
         fused = features[0] * weights[0]
         for weight, feature in zip(weights[1:], features[1:], strict=True):
             fused = fused + feature * weight
@@ -285,7 +280,7 @@ class WeightedFusion(nn.Module):
 
 
 class SumFusion(nn.Module):
-    """Plain sum of the inputs (Table 9 without weighted fusion)."""
+    """Plain sum of the inputs (Table 9 without weighted fusion; the authors' code)."""
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Add tensors of one shape [N, C, H, W]."""
@@ -302,9 +297,30 @@ class PyramidBackbone(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Initialise convolutions by variance scaling (released config: VarianceScaling, fan in)."""
+    """Initialise convolutions and linear layers as the authors' backbone does.
+
+    Variance scaling by fan in, a normal distribution cut off at two deviations; depthwise
+    kernels by Glorot's uniform distribution with Keras' fans, 9C and 9 for a kernel of 3; biases 0.
+    """
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.trunc_normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            continue
+        if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels:
+            glorot_uniform(layer)
+        else:
+            std = layer.weight[0].numel() ** -0.5 / TRUNCATED_STD
+            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def glorot_uniform(conv: nn.Conv2d) -> None:
+    """Initialise a kernel by Glorot's uniform distribution, with Keras' fans.
+
+    Of a depthwise kernel they are area * channels and area.
+    """
+    area = conv.weight[0, 0].numel()
+    depthwise = 1 < conv.groups == conv.in_channels
+    fans = area * (conv.in_channels + (1 if depthwise else conv.out_channels))
+    limit = math.sqrt(6 / fans)
+    nn.init.uniform_(conv.weight, -limit, limit)

@@ -9,21 +9,23 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from timm.layers import make_divisible
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import retrieve_out_channels
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet
 from torchvision.ops import Conv2dNormActivation
 
-from effspinenet_lib.models.extractors import ExtractedPyramid, TimmFeatures, set_norms
+from effspinenet_lib.models.fpn import ExtractedPyramid, TimmFeatures
 from effspinenet_lib.models.layers import (
     PyramidBackbone,
     SeparableConv,
     conv_norm,
     initialise,
     make_norm,
+    set_norms,
 )
-from effspinenet_lib.models.specs import MINIMUM_IMAGE_SIZE, OUTPUT_LEVELS, round_dim
+from effspinenet_lib.models.specs import MINIMUM_IMAGE_SIZE, OUTPUT_LEVELS
 
 SSD_LEVELS = (4, 5, 6, 7, 8, 9)
 POOLING_KERNEL = 3
@@ -210,7 +212,7 @@ class MnasFPN(ExtractedPyramid):
 
     def __init__(self, width: float) -> None:
         extractor = MobileNetV2Features(width)
-        dim = round_dim(MNAS_FPN_DIM * width, MOBILENET_MULTIPLE)
+        dim = make_divisible(MNAS_FPN_DIM * width, MOBILENET_MULTIPLE)
         super().__init__(extractor, MNAS_FPN_LEVELS, dim)
         stages = extractor.feature_dims
         self.coarser = conv_norm(stages[COARSEST_STAGE], dim)
@@ -246,7 +248,7 @@ class MnasFPNCell(nn.Module):
         dims = [*inputs, *(dim for _ in MNAS_FPN_CELL)]
         self.expand, self.project = nn.ModuleList(), nn.ModuleList()  # two and one a block
         for block in MNAS_FPN_CELL:
-            wide, kernel = round_dim(block.expansion * width, MOBILENET_MULTIPLE), block.kernel
+            wide, kernel = make_divisible(block.expansion * width, MOBILENET_MULTIPLE), block.kernel
             self.expand.extend(conv_norm(dims[number], wide) for number in block.inputs)
             depthwise = nn.Conv2d(wide, wide, kernel, 1, kernel // 2, groups=wide, bias=False)
             self.project.append(

@@ -7,9 +7,16 @@ MODEL_GARDEN.md. This module needs no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from effspinenet_lib.models.specs import BASES, SPINENET_49, BackboneSpec, SpineNetSpec
+from effspinenet_lib.models.specs import (
+    KERNEL,
+    SPINENET_49,
+    TOPOLOGY,
+    BackboneSpec,
+    BlockSpec,
+    SpineNetSpec,
+)
 
 # Feature dimension of a level in Mobile SpineNet-49; level 0 is the stem convolution.
 MOBILE_DIMS = {0: 8, 1: 16, 2: 24, 3: 40, 4: 80, 5: 112, 6: 112, 7: 112}
@@ -66,14 +73,20 @@ class ReleasedSpec:
     metrics: dict[str, float]
 
 
-def _mobile(name: str, multiplier: float) -> BackboneSpec:
-    """Table 1's topology with the released dimensions, which are cut to whole numbers."""
-    base = BASES["eff_spinenet"]
+def _mobile(multiplier: float) -> BackboneSpec:
+    """Table 1's topology with block 3 fused, and the released dimensions cut to whole numbers."""
     blocks = tuple(
-        replace(block, feature_dim=int(MOBILE_DIMS[block.level] * multiplier))
-        for block in base.blocks
+        BlockSpec(
+            index,
+            level,
+            KERNEL,
+            int(MOBILE_DIMS[level] * multiplier),
+            (1, 2) if index == 3 else inputs,
+            is_output,
+        )
+        for index, (level, inputs, is_output) in enumerate(TOPOLOGY, start=1)
     )
-    return replace(base, name=name, blocks=blocks, stem_dim=int(MOBILE_DIMS[0] * multiplier))
+    return BackboneSpec(blocks, stem_dim=int(MOBILE_DIMS[0] * multiplier))
 
 
 _MOBILE = "retinanet_mobile_coco"
@@ -82,7 +95,7 @@ RELEASED: dict[str, ReleasedSpec] = {
     for spec in (
         ReleasedSpec(
             "mobile_spinenet_49",
-            _mobile("mobile_spinenet_49", 1.0),
+            _mobile(1.0),
             image_size=384,
             activation="hard_swish",
             head_dim=48,
@@ -93,7 +106,7 @@ RELEASED: dict[str, ReleasedSpec] = {
         ),
         ReleasedSpec(
             "mobile_spinenet_49s",
-            _mobile("mobile_spinenet_49s", 0.65),
+            _mobile(0.65),
             image_size=384,
             activation="hard_swish",
             head_dim=40,
@@ -104,7 +117,7 @@ RELEASED: dict[str, ReleasedSpec] = {
         ),
         ReleasedSpec(
             "mobile_spinenet_49xs",
-            _mobile("mobile_spinenet_49xs", 0.6),
+            _mobile(0.6),
             image_size=256,
             activation="swish",
             head_dim=24,

@@ -1,15 +1,22 @@
-"""The scale-permuted backbone, built from a specification."""
+"""Scale-permuted backbones: Eff-SpineNet, and the authors' Mobile SpineNet and SpineNet.
+
+All three are a stem, blocks wired as a specification says, and the outputs P3 to P7. A block fuses
+its resampled inputs (`BlockFusion`), then runs its layers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
+from timm.layers.create_act import get_act_layer
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
 
-from effspinenet_lib.errors import UnknownName, UserError
+from effspinenet_lib.errors import UserError
 from effspinenet_lib.models.layers import (
-    ACTIVATIONS,
+    DEPTHWISE_KERNEL,
     MBConv,
     PyramidBackbone,
     Resample,
@@ -18,65 +25,64 @@ from effspinenet_lib.models.layers import (
     conv_norm,
     initialise,
     make_activation,
+    max_pool,
+    set_norms,
 )
 from effspinenet_lib.models.specs import (
     MINIMUM_IMAGE_SIZE,
-    STEM_BLOCKS,
     BackboneSpec,
     BlockSpec,
+    ResidualBlockSpec,
+    SpineNetSpec,
     Wiring,
     level_side,
 )
 
 IMAGE_CHANNELS = 3
 STEM_KERNEL = 3
+RESNET_STEM_KERNEL = 7
 STEM_LEVEL = 1
-RELEASED_BLOCKS = 16  # behind the stem, in the released code's lists of blocks
+MOBILE_GATING = ("relu", "hard_sigmoid")  # Model Garden's squeeze-and-excitation
+# The Model Garden counts 16 blocks behind the stem: one more than is used, at level 2.
+MODEL_GARDEN_BLOCKS = 16
 
 
-@dataclass(frozen=True)
-class BackboneOptions:
-    """What Tables 4 and 9 switch.
+class BlockFusion(nn.Module):
+    """Resample a block's inputs to its level and dimension, fuse them, activate.
 
-    Attributes:
-        space_to_depth: resample down by space-to-depth (Figure 2) or by depthwise convolutions;
-            None is what fits the task's cost columns: true, but false for classification.
-        weighted_fusion: Equation 1, or a plain sum.
-        squeeze_excitation: in every MBConv, or in none.
-        activation: `swish` or `relu`.
-        stochastic_depth: drop rate of the last block; it grows linearly with depth. 0.2 is the
-            released config's; the paper names the method only.
+    Args:
+        resample: for the number of each input block a module that maps its features and the
+            target's (height, width) to what is fused.
+        idle: numbers of the idle blocks that are taken in as they are.
+        weighted: by Equation 1, or a plain sum.
+        activation: of the result.
     """
 
-    space_to_depth: bool | None = None
-    weighted_fusion: bool = True
-    squeeze_excitation: bool = True
-    activation: str = "swish"
-    stochastic_depth: float = 0.2
+    def __init__(
+        self,
+        resample: Mapping[int, nn.Module],
+        idle: tuple[int, ...],
+        weighted: bool,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({str(index): layer for index, layer in resample.items()})
+        self.idle = idle
+        self.fuse = WeightedFusion(len(resample) + len(idle)) if weighted else SumFusion()
+        self.activation = make_activation(activation)
 
-    def __post_init__(self) -> None:
-        """Refuse values that would build another network than was meant.
-
-        Raises:
-            UserError: a switch is neither true nor false, or a drop rate is out of range.
-            UnknownName: the activation is not known.
-        """
-        for name in ("space_to_depth", "weighted_fusion", "squeeze_excitation"):
-            value = getattr(self, name)
-            unset = name == "space_to_depth" and value is None
-            if not unset and not isinstance(value, bool):
-                raise UserError(f"model option {name} is {value!r}; it must be true or false")
-        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
-            raise UnknownName("activation", str(self.activation), ACTIVATIONS)
-        rate = self.stochastic_depth
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-            raise UserError(
-                f"model option stochastic_depth is {rate!r}; it must be a number from 0 to below 1"
-            )
+    def forward(self, features: Mapping[int, Tensor], size: tuple[int, int]) -> Tensor:
+        """Fuse the inputs among `features`, by block number, into [N, feature_dim, *size]."""
+        resampled = [layer(features[int(index)], size) for index, layer in self.resample.items()]
+        idle = [features[index] for index in self.idle]
+        return self.activation(self.fuse([*resampled, *idle]))
 
 
 class ScalePermutedNetwork(PyramidBackbone):
-    """Stem, blocks wired as a specification says, outputs P3 to P7: what SpineNets share.
+    """Stem, blocks wired as a specification says, outputs P3 to P7.
+
+    A block that no other takes in is computed and counted, as in the authors' code, but not
+    trained: it has no gradient.
 
     Args:
         spec: levels, wiring and feature dimensions.
@@ -97,9 +103,15 @@ class ScalePermutedNetwork(PyramidBackbone):
         self.feature_dims = {level: block.feature_dim for level, block in spec.outputs.items()}
         self.stem = stem
         self.groups = nn.ModuleList(groups)
-        fused = (str(block.index) for block in spec.blocks[STEM_BLOCKS:])
+        fused = (str(block.index) for block in spec.blocks[spec.stem_blocks :])
         self.fusions = nn.ModuleDict(dict(zip(fused, fusions, strict=True)))
         initialise(self)
+        used = {index for block in spec.blocks for index in block.inputs}
+        used.update(*spec.extra_inputs.values())
+        for block in spec.blocks:
+            if block.index not in used and not block.is_output:
+                self.groups[block.index - 1].requires_grad_(False)
+                self.fusions[str(block.index)].requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """Compute the feature pyramid.
@@ -115,124 +127,241 @@ class ScalePermutedNetwork(PyramidBackbone):
         """
         height, width = images.shape[-2:]
         check_image_size(height, width)
-        features = [self.stem(images)]
+        features = {0: self.stem(images)}
         for block, group in zip(self.spec.blocks, self.groups, strict=True):
-            if block.index <= STEM_BLOCKS:
-                features.append(group(features[block.index - 1]))
-                continue
-            size = (level_side(height, block.level), level_side(width, block.level))
-            fused = self.fusions[str(block.index)](
-                {index: features[index] for index in all_inputs(self.spec, block)}, size
-            )
-            features.append(group(fused))
+            if block.index <= self.spec.stem_blocks:
+                fused = features[block.index - 1]
+            else:
+                size = (level_side(height, block.level), level_side(width, block.level))
+                fused = self.fusions[str(block.index)](features, size)
+            features[block.index] = group(fused)
         return {level: features[block.index] for level, block in self.spec.outputs.items()}
 
 
-class ScalePermutedBackbone(ScalePermutedNetwork):
-    """The network of MBConv blocks: 18 groups wired as Table 1's topology.
+class EffSpineNet(ScalePermutedNetwork):
+    """The authors' network of MBConv blocks, with Equation 1.
 
     Args:
         spec: levels, wiring, feature dimensions and repeats.
-        options: the switches of the ablation tables.
+        space_to_depth: resample down by space-to-depth (Figure 2), or by strided depthwise
+            convolutions alone (Table 9, and classification).
+        weighted_fusion: Equation 1, or a plain sum (Table 9).
+        squeeze_excitation: in every MBConv, or in none (Table 4).
+        activation: `swish`, or `relu` (Table 4).
+        stochastic_depth: drop rate of the last block; it grows linearly over the blocks behind the
+            stem, which has none. The paper names the method, the authors' configs have 0.2.
     """
 
-    def __init__(self, spec: BackboneSpec, options: BackboneOptions | None = None) -> None:
-        options = options or BackboneOptions()
-        super().__init__(
-            spec,
-            conv_norm(
-                IMAGE_CHANNELS, spec.stem_dim, STEM_KERNEL, stride=2, activation=options.activation
-            ),
-            [_mbconv_group(spec, block, options) for block in spec.blocks],
-            [_mbconv_fusion(spec, block, options) for block in spec.blocks[STEM_BLOCKS:]],
-        )
-        self.options = options
-
-
-def entry(spec: BackboneSpec, block: BlockSpec) -> tuple[int, int]:
-    """Input channels and stride of a block; only the stem blocks change level or dimension."""
-    if block.index > STEM_BLOCKS:
-        return block.feature_dim, 1
-    before = spec.blocks[block.index - 2] if block.index > 1 else None
-    stride = 2 ** (block.level - (before.level if before else STEM_LEVEL))
-    return before.feature_dim if before else spec.stem_dim, stride
-
-
-def _mbconv_group(spec: BackboneSpec, block: BlockSpec, options: BackboneOptions) -> nn.Sequential:
-    """Make the MBConv layers of a block."""
-    inputs, stride = entry(spec, block)
-    return nn.Sequential(
-        *(
-            MBConv(
-                inputs if repeat == 0 else block.feature_dim,
-                block.feature_dim,
-                block.kernel,
-                stride if repeat == 0 else 1,
-                spec.expansion_ratio,
-                spec.squeeze_ratio if options.squeeze_excitation else None,
-                options.activation,
-                drop_rate(spec, block, options.stochastic_depth),
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        space_to_depth: bool = True,
+        weighted_fusion: bool = True,
+        squeeze_excitation: bool = True,
+        activation: str = "swish",
+        stochastic_depth: float = 0.2,
+    ) -> None:
+        squeeze = spec.squeeze_ratio if squeeze_excitation else None
+        behind = len(spec.blocks) - spec.stem_blocks
+        groups, fusions = [], []
+        for block in spec.blocks:
+            inputs, stride = _entry(spec, block)
+            settings = (spec.expansion_ratio, squeeze, activation)
+            rate = _drop_rate(spec, block, stochastic_depth, behind)
+            groups.append(
+                nn.Sequential(
+                    MBConv(inputs, block.feature_dim, block.kernel, stride, *settings, rate),
+                    *(
+                        MBConv(
+                            block.feature_dim, block.feature_dim, block.kernel, 1, *settings, rate
+                        )
+                        for _ in range(block.repeats - 1)
+                    ),
+                )
             )
-            for repeat in range(block.repeats)
+        for block in spec.blocks[spec.stem_blocks :]:
+            resample = {
+                index: Resample(*_ends(spec, index, block), space_to_depth, activation)
+                for index in block.inputs
+            }
+            idle = spec.extra_inputs.get(block.index, ())
+            fusions.append(BlockFusion(resample, idle, weighted_fusion, activation))
+        stem = conv_norm(
+            IMAGE_CHANNELS, spec.stem_dim, STEM_KERNEL, stride=2, activation=activation
         )
+        super().__init__(spec, stem, groups, fusions)
+
+
+class MobileSpineNet(ScalePermutedNetwork):
+    """Mobile SpineNet as the Model Garden has it: a relative of the paper's network.
+
+    Block 3 is fused, resampling is plain, inputs are summed, paddings are TensorFlow's.
+
+    Args:
+        spec: levels, wiring and feature dimensions; one layer a block.
+        activation: `hard_swish` or `swish`.
+        stochastic_depth: drop rate of the last block; it grows linearly with depth.
+    """
+
+    def __init__(self, spec: BackboneSpec, activation: str, stochastic_depth: float) -> None:
+        groups, fusions = [], []
+        for block in spec.blocks:
+            inputs, stride = _entry(spec, block)
+            groups.append(
+                MBConv(
+                    inputs,
+                    block.feature_dim,
+                    block.kernel,
+                    stride,
+                    spec.expansion_ratio,
+                    spec.squeeze_ratio,
+                    activation,
+                    _drop_rate(spec, block, stochastic_depth, MODEL_GARDEN_BLOCKS),
+                    MOBILE_GATING,
+                    same=True,
+                )
+            )
+        for block in spec.blocks[spec.stem_blocks :]:
+            resample = {
+                index: Resample(*_ends(spec, index, block), False, activation, same=True)
+                for index in block.inputs
+            }
+            idle = spec.extra_inputs.get(block.index, ())
+            fusions.append(BlockFusion(resample, idle, False, activation))
+        stem = conv_norm(
+            IMAGE_CHANNELS, spec.stem_dim, STEM_KERNEL, 2, activation=activation, same=True
+        )
+        super().__init__(spec, stem, groups, fusions)
+
+
+class SpineNet(ScalePermutedNetwork):
+    """SpineNet (arXiv 1912.05027): ResNet's stem, residual and bottleneck blocks.
+
+    Args:
+        spec: levels, wiring, kinds and dimensions of the blocks.
+        activation: `swish` (the Model Garden's config and section 5.1.1) or `relu`.
+        stochastic_depth: drop rate of the last block; it grows linearly with depth.
+        released: compute as the Model Garden does: TensorFlow's padding, its count of blocks.
+    """
+
+    def __init__(
+        self,
+        spec: SpineNetSpec,
+        activation: str,
+        stochastic_depth: float,
+        released: bool = False,
+    ) -> None:
+        behind = MODEL_GARDEN_BLOCKS if released else len(spec.blocks) - spec.stem_blocks
+        groups, fusions = [], []
+        for block in spec.blocks:
+            rate = _drop_rate(spec, block, stochastic_depth, behind)
+            inputs = spec.stem_dim if block.index == 1 else block.feature_dim
+            groups.append(_residual_block(block, inputs, activation, rate))
+        for block in spec.blocks[spec.stem_blocks :]:
+            resample = {
+                index: AlphaResample(
+                    *_ends(spec, index, block),
+                    int(spec.blocks[index - 1].filters * spec.resample_alpha),
+                    activation,
+                    released,
+                )
+                for index in block.inputs
+            }
+            idle = spec.extra_inputs.get(block.index, ())
+            fusions.append(BlockFusion(resample, idle, False, activation))
+        conv = conv_norm(
+            IMAGE_CHANNELS,
+            spec.stem_dim,
+            RESNET_STEM_KERNEL,
+            stride=2,
+            activation=activation,
+            same=released,
+        )
+        super().__init__(spec, nn.Sequential(conv, max_pool(released)), groups, fusions)
+        set_norms(self)
+
+
+class AlphaResample(nn.Module):
+    """SpineNet's resampling: reduce the channels, change the resolution, expand the channels.
+
+    A 1x1 convolution to `reduced` channels; down by a 3x3 convolution of stride 2, then max
+    pooling for what remains, or up by nearest-neighbour to the target's exact sides; a 1x1
+    convolution to the target's channels. Norm and activation follow each convolution, but the
+    last has no activation. Blocks of one level and dimension are resampled too (released code).
+
+    Args:
+        inputs: input channels.
+        input_level: of the features.
+        outputs: output channels.
+        output_level: of the result.
+        reduced: channels between the 1x1 convolutions.
+        activation: `swish` or `relu`.
+        same: pad as TensorFlow does, see `layers.conv_norm`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        input_level: int,
+        outputs: int,
+        output_level: int,
+        reduced: int,
+        activation: str,
+        same: bool = False,
+    ) -> None:
+        super().__init__()
+        self.reduce = conv_norm(inputs, reduced, activation=activation)
+        down: list[nn.Module] = []
+        if output_level > input_level:
+            down.append(
+                conv_norm(reduced, reduced, DEPTHWISE_KERNEL, 2, activation=activation, same=same)
+            )
+            down += [max_pool(same) for _ in range(output_level - input_level - 1)]
+        self.down = nn.Sequential(*down)
+        self.upsample = output_level < input_level
+        self.expand = conv_norm(reduced, outputs)
+
+    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """Map features [N, inputs, h, w] to [N, outputs, *size]; `size` is the target's."""
+        features = self.down(self.reduce(features))
+        if self.upsample:
+            features = F.interpolate(features, size=size, mode="nearest")
+        return self.expand(features)
+
+
+def _residual_block(
+    block: ResidualBlockSpec, inputs: int, activation: str, rate: float
+) -> nn.Module:
+    """ResNet's block; where its input has another dimension, a 1x1 convolution is the shortcut."""
+    make = Bottleneck if block.bottleneck else BasicBlock
+    return make(
+        inputs,
+        block.filters,
+        downsample=None if inputs == block.feature_dim else conv_norm(inputs, block.feature_dim),
+        act_layer=get_act_layer(activation),
+        drop_path=StochasticDepth(rate, mode="row"),
     )
 
 
-def _mbconv_fusion(spec: BackboneSpec, block: BlockSpec, options: BackboneOptions) -> BlockFusion:
-    sources = [spec.blocks[index - 1] for index in all_inputs(spec, block)]
-    resample = {
-        source.index: Resample(
-            source.feature_dim,
-            source.level,
-            block.feature_dim,
-            block.level,
-            options.space_to_depth is not False,
-        )
-        for source in sources
-    }
-    return BlockFusion(resample, options.weighted_fusion, options.activation)
+def _ends(spec: Wiring, source: int, block: BlockSpec) -> tuple[int, int, int, int]:
+    """Input channels and level, output channels and level of a resampling."""
+    before = spec.blocks[source - 1]
+    return before.feature_dim, before.level, block.feature_dim, block.level
 
 
-class BlockFusion(nn.Module):
-    """Resample a block's inputs to its level and dimension, fuse them, activate.
-
-    Args:
-        resample: for the number of each input block a module that maps its features and the
-            target's (height, width) to what is fused.
-        weighted: by Equation 1, or a plain sum.
-        activation: `swish` or `relu`.
-    """
-
-    def __init__(self, resample: Mapping[int, nn.Module], weighted: bool, activation: str) -> None:
-        super().__init__()
-        self.resample = nn.ModuleDict({str(index): layer for index, layer in resample.items()})
-        self.fuse = WeightedFusion(len(resample)) if weighted else SumFusion()
-        self.activation = make_activation(activation)
-
-    def forward(self, features: dict[int, Tensor], size: tuple[int, int]) -> Tensor:
-        """Fuse input features, keyed by block number, into [N, feature_dim, *size]."""
-        return self.activation(
-            self.fuse([self.resample[str(index)](f, size) for index, f in features.items()])
-        )
+def _entry(spec: BackboneSpec, block: BlockSpec) -> tuple[int, int]:
+    """Input channels and stride of a block; only the stem blocks change level or dimension."""
+    if block.index > spec.stem_blocks:
+        return block.feature_dim, 1
+    if block.index == 1:
+        return spec.stem_dim, 2 ** (block.level - STEM_LEVEL)
+    before = spec.blocks[block.index - 2]
+    return before.feature_dim, 2 ** (block.level - before.level)
 
 
-def all_inputs(spec: Wiring, block: BlockSpec) -> tuple[int, ...]:
-    """Numbers of the blocks that a block fuses: its inputs, then the idle blocks it takes up."""
-    return block.inputs + spec.extra_inputs.get(block.index, ())
-
-
-def drop_rate(spec: Wiring, block: BlockSpec, last: float) -> float:
-    """Stochastic depth of a block: linear in its number, `last` at the last block."""
-    return last * block.index / len(spec.blocks)
-
-
-def released_drop_rate(block: BlockSpec, last: float) -> float:
-    """Stochastic depth in the released code: none in the stem blocks, `last` at the 16th behind.
-
-    SpineNet-49 has 15 blocks behind its stem here. The released code counts one more, whose
-    output at level 2 nothing uses.
-    """
-    return last * max(0, block.index - STEM_BLOCKS) / RELEASED_BLOCKS
+def _drop_rate(spec: Wiring, block: BlockSpec, last: float, behind: int) -> float:
+    """Stochastic depth of a block: none in the stem, then linear, `last` at the `behind`-th."""
+    return last * max(0, block.index - spec.stem_blocks) / behind
 
 
 def check_image_size(height: int, width: int) -> None:

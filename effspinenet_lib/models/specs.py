@@ -1,30 +1,33 @@
-"""Tables 1 and 2 of the paper as data, and the compound scaling that connects them.
+"""Tables 1 and 2 of the paper as data, learned resource distributions, and compound scaling.
 
-This module needs no torch. Block numbers are 1-based, as in Table 1; input 0 is the stem
-convolution. A level L has features of ceil(image side / 2**L).
+The network is the authors' own, as their public code has it (tensorflow/tpu at commit 1021ed8,
+models/official/detection/modeling/architecture/spinenetv2.py). This module needs no torch. Block
+numbers are 1-based, as in Table 1; input 0 is the stem convolution. A level L has features of
+ceil(image side / 2**L).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from effspinenet_lib.errors import UserError
 
 STEM_INPUT = 0
-STEM_BLOCKS = 2  # blocks 1 and 2 follow the stem convolution in a chain (SpineNet's stem)
 OUTPUT_LEVELS = (3, 4, 5, 6, 7)
 MINIMUM_IMAGE_SIZE = 64  # our choice: below it P7 would be a fraction of one pixel wide
 
 SEGMENTATION_SIZE = 512  # section 5.3: the crop size of every model
 CLASSIFICATION_DIM = 256  # section 4.2: the feature dimension of every model
 
-# Recovered by fitting the cost columns (book/recovered.md); not stated in the paper.
-STEM_DIM = 16
-EXPANSION_RATIO = 6
-SQUEEZE_RATIO = 0.2
-DIM_MULTIPLE = 4
-DIM_KEPT_FRACTION = 0.9
+# The authors' code.
+STEM_DIM = 8  # before the multiplier
+EXPANSION_RATIO = 6  # of every block, block 1 included
+SQUEEZE_RATIO = 0.2  # of the block's input channels
+DIM_MULTIPLE = 8
 
 BOTTLENECK_EXPANSION = 4  # ResNet: a bottleneck block's output channels over its filters
 
@@ -76,21 +79,26 @@ class BlockSpec:
 class Wiring:
     """What every scale-permuted backbone has: blocks in order, each naming its inputs."""
 
-    name: str
     blocks: tuple[BlockSpec, ...]
 
     @property
     def outputs(self) -> dict[int, BlockSpec]:
         """Output blocks by level, P3 first."""
-        return {block.level: block for block in sorted(self.blocks, key=_level) if block.is_output}
+        outputs = {block.level: block for block in self.blocks if block.is_output}
+        return dict(sorted(outputs.items()))
+
+    @property
+    def stem_blocks(self) -> int:
+        """How many blocks follow the stem convolution in a chain: the leading ones of one input."""
+        return len(list(takewhile(lambda block: len(block.inputs) == 1, self.blocks)))
 
     @property
     def extra_inputs(self) -> dict[int, tuple[int, ...]]:
-        """Blocks that nothing consumes, by the output block of their level that adds them.
+        """Blocks that nothing consumes, by the output block that takes them in as they are.
 
-        The rule is the released code's: when an output block is built, each earlier block of
-        its level that has no consumer so far is added to it. In Table 1 it is block 13 alone,
-        added to block 16.
+        The authors' rule: an output block takes in each earlier block without a consumer that has
+        its level and its channels. In Table 1 it is block 13 alone, taken in by block 16. Where a
+        learned distribution gives the two other channels, nothing is taken in.
         """
         extra: dict[int, tuple[int, ...]] = {}
         consumed: set[int] = set()
@@ -101,7 +109,7 @@ class Wiring:
             idle = tuple(
                 earlier.index
                 for earlier in self.blocks[: block.index - 1]
-                if earlier.level == block.level
+                if (earlier.level, earlier.feature_dim) == (block.level, block.feature_dim)
                 and earlier.index not in consumed
                 and not earlier.is_output
             )
@@ -185,28 +193,32 @@ class Scale:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A scale-permuted model by name: a base distribution at a scale."""
+    """A scale-permuted model by name: a resource distribution at a scale.
+
+    Attributes:
+        name: of the model.
+        betas: of the 18 blocks (Equation 4).
+        scale: id of a row of Table 2.
+        tables: items of the paper that it stands in.
+    """
 
     name: str
-    base: str
+    betas: tuple[int, ...]
     scale: str
     tables: tuple[str, ...] = field(default=())
 
     @property
     def backbone(self) -> BackboneSpec:
-        """The scaled backbone."""
-        return scale_backbone(BASES[self.base], SCALES[self.scale])
+        """The backbone at its scale."""
+        return backbone_spec(self.betas, SCALES[self.scale])
 
 
-def _level(block: BlockSpec) -> int:
-    return block.level
-
-
-# Wiring of SpineNet-49 (released code; facts in book/recovered.md): level, inputs, output?
-_TOPOLOGY: tuple[tuple[int, tuple[int, ...], bool], ...] = (
+# Level, inputs, output? of the 18 blocks (Table 1; the wiring is SpineNet-49's, from the authors'
+# code). Blocks 1 to 3 follow the stem convolution in a chain.
+TOPOLOGY: tuple[tuple[int, tuple[int, ...], bool], ...] = (
     (1, (STEM_INPUT,), False),
     (2, (1,), False),
-    (2, (1, 2), False),
+    (2, (2,), False),
     (2, (2, 3), False),
     (4, (2, 3), False),
     (3, (4, 5), False),
@@ -223,32 +235,24 @@ _TOPOLOGY: tuple[tuple[int, tuple[int, ...], bool], ...] = (
     (7, (7, 16), True),
     (6, (14, 16), True),
 )
-_KERNEL = 3  # Table 1: every block of the scale-permuted models
-# Section 3.1 and Table 1: one feature dimension a level.
-_SP_EFFICIENTNET_DIMS = {1: 16, 2: 24, 3: 40, 4: 96, 5: 152, 6: 152, 7: 152}
-# Table 1, the learned distribution.
-_EFF_SPINENET_DIMS = (
-    *(16, 24, 16, 16, 104, 48, 120, 40, 120),
-    *(168, 96, 192, 136, 104, 40, 136, 136, 40),
-)
+KERNEL = 3  # Table 1: every block of the scale-permuted models
+# Section 3.1 and Table 1: one feature dimension a level in SP-EfficientNet-B0.
+_SP_DIMS = {1: 16, 2: 24, 3: 40, 4: 96, 5: 152, 6: 152, 7: 152}
+SP_DIMS = tuple(_SP_DIMS[level] for level, _, _ in TOPOLOGY)
 
+SEARCH_SPACE = (1, 5, 10, 15, 20)  # section 5.1.1
+EQUAL_BETAS = (1,) * len(TOPOLOGY)  # SP-EfficientNet-B0
+# Eff-SpineNet, blocks 1 to 18. Recovered from Table 1's dimensions, which these betas and the rule
+# of `feature_dims` give to the digit, and from the costs of the scaled models.
+LEARNED_BETAS = (10, 10, 5, 5, 15, 20, 20, 1, 20, 15, 5, 20, 10, 15, 15, 10, 10, 1)
+# alpha over beta of the learned distribution. From 0.07813 to 0.07824 the dimensions of M0 to D2
+# come out the same, and their printed costs are met. Equation 4 gives 0.07802 with the approximated
+# Equation 2, 0.07943 with the whole one; `UNIT_FACTOR` makes up for it in every distribution.
+LEARNED_UNIT = 0.0782
 
-def _base(name: str, dims: Iterable[int]) -> BackboneSpec:
-    blocks = tuple(
-        BlockSpec(index, level, _KERNEL, dim, inputs, is_output)
-        for index, ((level, inputs, is_output), dim) in enumerate(
-            zip(_TOPOLOGY, dims, strict=True), start=1
-        )
-    )
-    return BackboneSpec(name, blocks)
-
-
-BASES: dict[str, BackboneSpec] = {
-    "sp_efficientnet": _base(
-        "sp_efficientnet", (_SP_EFFICIENTNET_DIMS[level] for level, _, _ in _TOPOLOGY)
-    ),
-    "eff_spinenet": _base("eff_spinenet", _EFF_SPINENET_DIMS),
-}
+LARGEST_BETA = 10_000  # our choice: shares of the computation in hundredths of a percent
+SHOWN_CHARACTERS = 100  # our choice: longest invalid beta string shown in an error
+BETAS_JOINT = "-"
 
 # SpineNet-49 as published (arXiv 1912.05027, and the released code): level, bottleneck block or
 # else residual, inputs, output? Its blocks 3 to 17 are wired as blocks 4 to 18 of Table 1.
@@ -273,12 +277,11 @@ _SPINENET_49: tuple[tuple[int, bool, tuple[int, ...], bool], ...] = (
 )
 _SPINENET_FILTERS = {2: 64, 3: 128, 4: 256, 5: 256, 6: 256, 7: 256}
 SPINENET_49 = SpineNetSpec(
-    "spinenet_49",
     tuple(
         ResidualBlockSpec(
             index,
             level,
-            _KERNEL,
+            KERNEL,
             _SPINENET_FILTERS[level] * (BOTTLENECK_EXPANSION if bottleneck else 1),
             inputs,
             is_output,
@@ -290,7 +293,10 @@ SPINENET_49 = SpineNetSpec(
     resample_alpha=0.5,
 )
 
-# Table 2. The depth coefficients are EfficientNet's (B1: 1.1, B2: 1.2).
+# Table 2. The depth coefficients are EfficientNet's (B1 to B4: 1.1, 1.2, 1.4, 1.8). The paper has
+# no D3 and D4: multipliers and head dimensions are the authors' code's, the repeats follow from the
+# same rule; image sizes are EfficientDet's, classification sizes EfficientNet's in multiples of 16
+# (section 5.2), box_fc_dim is D2's.
 SCALES: dict[str, Scale] = {
     scale.id: scale
     for scale in (
@@ -300,32 +306,33 @@ SCALES: dict[str, Scale] = {
         Scale("D0", 512, 1.0, 1.0, head_dim=64),
         Scale("D1", 640, 1.0, 1.1, head_dim=88, classification_size=240),
         Scale("D2", 768, 1.1, 1.2, head_dim=112, box_fc_dim=512, classification_size=256),
+        Scale("D3", 896, 1.2, 1.4, head_dim=160, box_fc_dim=512, classification_size=304),
+        Scale("D4", 1024, 1.4, 1.8, head_dim=224, box_fc_dim=512, classification_size=384),
     )
 }
 
-_DETECTION_TABLES = ("table-01", "table-02", "table-03", "table-06", "table-10")
+_TABLES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("M0", "M1", "M2"), ("table-02", "table-07")),
+    "D0": (
+        *("table-01", "table-02", "table-03", "table-06", "table-08", "table-09"),
+        *("table-10", "table-11"),
+    ),
+    "D1": ("table-02", "table-03", "table-06", "table-10"),
+    "D2": (
+        *("table-02", "table-03", "table-04", "table-05", "table-06"),
+        *("table-10", "table-11"),
+    ),
+}
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        ModelSpec("eff_spinenet_m0", "eff_spinenet", "M0", ("table-02", "table-07")),
-        ModelSpec("eff_spinenet_m1", "eff_spinenet", "M1", ("table-02", "table-07")),
-        ModelSpec("eff_spinenet_m2", "eff_spinenet", "M2", ("table-02", "table-07")),
-        ModelSpec(
-            "eff_spinenet_d0",
-            "eff_spinenet",
-            "D0",
-            (*_DETECTION_TABLES, "table-08", "table-09", "table-11"),
+        *(
+            ModelSpec(f"eff_spinenet_{scale.lower()}", LEARNED_BETAS, scale, _TABLES.get(scale, ()))
+            for scale in SCALES
         ),
-        ModelSpec("eff_spinenet_d1", "eff_spinenet", "D1", _DETECTION_TABLES[1:]),
-        ModelSpec(
-            "eff_spinenet_d2",
-            "eff_spinenet",
-            "D2",
-            (*_DETECTION_TABLES[1:], "table-04", "table-05", "table-11"),
-        ),
-        ModelSpec("sp_efficientnet_b0", "sp_efficientnet", "D0", ("table-01", "table-08")),
+        ModelSpec("sp_efficientnet_b0", EQUAL_BETAS, "D0", ("table-01", "table-08")),
         # Not in the paper: SP-EfficientNet-B0 at the scale M0, its counterpart in proxy runs.
-        ModelSpec("sp_efficientnet_m0", "sp_efficientnet", "M0"),
+        ModelSpec("sp_efficientnet_m0", EQUAL_BETAS, "M0"),
     )
 }
 
@@ -335,14 +342,56 @@ def level_side(image_side: int, level: int) -> int:
     return -(-image_side // 2**level)
 
 
-def round_dim(value: float, multiple: int = DIM_MULTIPLE) -> int:
-    """Round channels to the nearest multiple of `multiple`, at least one multiple.
+def round_dim(value: float) -> int:
+    """The nearest multiple of 8, ties up, at least 8."""
+    return max(DIM_MULTIPLE, int(value + DIM_MULTIPLE / 2) // DIM_MULTIPLE * DIM_MULTIPLE)
 
-    Never below 90 % of `value` (the rounding of the EfficientNet family; the multiple of 4 is
-    recovered from the cost columns).
+
+def resource_unit(betas: Sequence[float]) -> float:
+    """The constant of Equation 4, alpha over beta, with the approximated Equation 2.
+
+    sum(F) / sum(beta F) over the 18 blocks of SP-EfficientNet-B0; the image size cancels out.
     """
-    rounded = max(multiple, int(value + multiple / 2) // multiple * multiple)
-    return rounded if rounded >= DIM_KEPT_FRACTION * value else rounded + multiple
+    costs = [dim**2 / 4**level for dim, (level, _, _) in zip(SP_DIMS, TOPOLOGY, strict=True)]
+    return sum(costs) / sum(beta * cost for beta, cost in zip(betas, costs, strict=True))
+
+
+UNIT_FACTOR = LEARNED_UNIT / resource_unit(LEARNED_BETAS)
+
+
+def feature_dims(betas: Sequence[int], multiplier: float = 1.0) -> tuple[int, ...]:
+    """Feature dimensions of the 18 blocks (Equations 2 to 4, then Table 2's multiplier).
+
+    `multiplier * sqrt(alpha_i) * c_i`, rounded once. With a multiplier of 1 the learned betas give
+    Table 1's Eff-SpineNet-D0, equal betas SP-EfficientNet-B0. The scaled models come from the
+    learned dimensions before Table 1 rounded them: so their printed costs are met.
+
+    Args:
+        betas: of the 18 blocks, positive.
+        multiplier: a scale's factor on the feature dimensions.
+    """
+    unit = UNIT_FACTOR * resource_unit(betas)
+    return tuple(
+        round_dim(multiplier * math.sqrt(unit * beta) * dim)
+        for beta, dim in zip(betas, SP_DIMS, strict=True)
+    )
+
+
+def backbone_spec(betas: Sequence[int], scale: Scale = SCALES["D0"]) -> BackboneSpec:
+    """The backbone of a resource distribution at a scale.
+
+    Args:
+        betas: of the 18 blocks, positive.
+        scale: a row of Table 2.
+    """
+    dims = feature_dims(betas, scale.feature_multiplier)
+    blocks = tuple(
+        BlockSpec(index, level, KERNEL, dim, inputs, is_output, repeats)
+        for index, ((level, inputs, is_output), dim, repeats) in enumerate(
+            zip(TOPOLOGY, dims, scale.repeats, strict=True), start=1
+        )
+    )
+    return BackboneSpec(blocks, stem_dim=round_dim(scale.feature_multiplier * STEM_DIM))
 
 
 def block_repeats(depth_multiplier: float) -> tuple[int, ...]:
@@ -350,50 +399,77 @@ def block_repeats(depth_multiplier: float) -> tuple[int, ...]:
 
     A level gains as many blocks as the EfficientNet-B0 stages of that level gain, each stage
     scaled to ceil(blocks * depth_multiplier); the gained blocks go one by one to the level's
-    blocks, bottom up. Levels 6 and 7 have no stage and gain none. For 1.1 and 1.2 this gives
-    the repeats that Table 2 prints; the paper states the rule in part, the count per stage is
-    recovered from the table.
+    blocks, bottom up. Levels 6 and 7 have no stage and gain none. This gives what Table 2 prints
+    and what the authors' code has for D1 to D4.
     """
     gained: Counter[int] = Counter()
     for (level, _, _), blocks in Counter(EFFICIENTNET_B0).items():
         gained[level] += math.ceil(blocks * depth_multiplier) - blocks
     repeats = []
     order: Counter[int] = Counter()
-    width = Counter(level for level, _, _ in _TOPOLOGY)
-    for level, _, _ in _TOPOLOGY:
+    width = Counter(level for level, _, _ in TOPOLOGY)
+    for level, _, _ in TOPOLOGY:
         rounds, remainder = divmod(gained[level], width[level])
         repeats.append(1 + rounds + (order[level] < remainder))
         order[level] += 1
     return tuple(repeats)
 
 
-def scale_backbone(base: BackboneSpec, scale: Scale) -> BackboneSpec:
-    """Apply a row of Table 2 to a base distribution: feature multiplier, rounding, repeats."""
-    multiplier = scale.feature_multiplier
-    blocks = tuple(
-        replace(block, feature_dim=round_dim(block.feature_dim * multiplier), repeats=repeats)
-        for block, repeats in zip(base.blocks, scale.repeats, strict=True)
-    )
-    return replace(
-        base,
-        name=f"{base.name}_{scale.id.lower()}",
-        blocks=blocks,
-        stem_dim=round_dim(base.stem_dim * multiplier),
-    )
-
-
 def block_multi_adds(spec: BackboneSpec, input_size: int) -> tuple[float, ...]:
-    """Multi-Adds of each block by Equation 2, repeats included, for a square image.
+    """Multiply-adds of each block by Equation 2, repeats included, for a square image.
 
     Two 1x1 convolutions and the depthwise one at the block's resolution; squeeze-and-excitation
     and resampling are outside Equation 2.
     """
-    ratio = spec.expansion_ratio
     return tuple(
         float(
             block.repeats
             * level_side(input_size, block.level) ** 2
-            * (2 * block.feature_dim**2 * ratio + block.kernel**2 * block.feature_dim * ratio)
+            * EXPANSION_RATIO
+            * (2 * block.feature_dim**2 + block.kernel**2 * block.feature_dim)
         )
         for block in spec.blocks
+    )
+
+
+def check_betas(betas: Sequence[int]) -> tuple[int, ...]:
+    """The betas, if they are valid.
+
+    Raises:
+        UserError: another number of betas than blocks, or one that is no whole number from 1 to
+            `LARGEST_BETA`.
+    """
+    whole = all(type(beta) is int and 1 <= beta <= LARGEST_BETA for beta in betas)
+    if len(betas) != len(TOPOLOGY) or not whole:
+        raise _invalid_betas(BETAS_JOINT.join(map(_shown, betas)))
+    return tuple(betas)
+
+
+def betas_text(betas: Sequence[int]) -> str:
+    """Betas as one word, such as 10-10-5, for options and CSV files."""
+    return BETAS_JOINT.join(map(str, betas))
+
+
+def parse_betas(text: str) -> tuple[int, ...]:
+    """The betas that `betas_text` made `text` of.
+
+    Raises:
+        UserError: the text does not hold 18 valid betas.
+    """
+    parts = text.split(BETAS_JOINT)
+    digits = len(str(LARGEST_BETA))
+    if not all(part.isdecimal() and len(part) <= digits for part in parts):
+        raise _invalid_betas(text)
+    return check_betas([int(part) for part in parts])
+
+
+def _shown(beta: object) -> str:
+    """A beta in a message; Python itself refuses to print very long numbers."""
+    return "(too large)" if isinstance(beta, int) and abs(beta) > LARGEST_BETA else str(beta)
+
+
+def _invalid_betas(text: str) -> UserError:
+    return UserError(
+        f"betas are {text[:SHOWN_CHARACTERS]!r}; they must be {len(TOPOLOGY)} whole numbers "
+        f"from 1 to {LARGEST_BETA}, written as {betas_text(LEARNED_BETAS)}"
     )

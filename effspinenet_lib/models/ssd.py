@@ -21,8 +21,7 @@ from effspinenet_lib.models.anchors import (
 )
 from effspinenet_lib.models.base import Target, crowds
 from effspinenet_lib.models.layers import PyramidBackbone, SeparableConv, initialise, make_norm
-from effspinenet_lib.models.one_stage import OneStageDetector
-from effspinenet_lib.models.retinanet import RetinaNet
+from effspinenet_lib.models.retinanet import OneStageDetector, RetinaNet
 from effspinenet_lib.models.specs import OUTPUT_LEVELS, level_side
 
 BACKGROUND = 0  # its column of the predictions; the classes follow

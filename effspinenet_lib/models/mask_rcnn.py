@@ -1,8 +1,8 @@
-"""The parts of Mask R-CNN: proposals, and what is computed from each region.
+"""Mask R-CNN with separable branches on any backbone with outputs P3 to P7 (section 4.1).
 
-torchvision has the algorithm. Here are the branches of section 4.1, and what torchvision lacks:
-crowd regions that are ignored, batches in which nothing is sampled, and numbers in float32 where
-the layers run in a lower precision.
+The branches are those of the authors' code. The algorithm is torchvision's, and here is what it
+lacks: crowd regions that are ignored, batches in which nothing is sampled, exact strides, and
+float32 where the layers run in a lower precision.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from torchvision.models.detection.roi_heads import (
     maskrcnn_inference,
     maskrcnn_loss,
 )
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from effspinenet_lib.models.anchors import IGNORED, AnchorSettings, make_anchors, match_anchors
-from effspinenet_lib.models.base import Target, check_finite
+from effspinenet_lib.models.base import Target, TaskModel, check_batch, check_finite, crowds
 from effspinenet_lib.models.layers import (
     NORM_EPSILON,
     NORM_MOMENTUM,
+    PyramidBackbone,
     SeparableConv,
+    conv_norm,
     initialise,
     make_activation,
     make_norm,
 )
-from effspinenet_lib.models.retinanet import BOX_CODE, RetinaHead
+from effspinenet_lib.models.retinanet import BOX_CODE
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
 
 # Labels inside this module, as torchvision has them: objects from 1.
@@ -104,19 +106,27 @@ class InstanceSettings:
 
 
 class ProposalHead(nn.Module):
-    """RetinaNet's branch with 5 numbers an anchor: objectness and box code."""
+    """A separable convolution shared over the levels, a norm for each, separable 1x1 predictions.
 
-    def __init__(self, dim: int, layers: int, levels: int, anchors: int, activation: str) -> None:
+    One convolution whatever the scale (the authors' code; its setting of two has no effect).
+    """
+
+    def __init__(self, dim: int, levels: int, anchors: int, activation: str) -> None:
         super().__init__()
-        self.anchors = anchors
-        self.branch = RetinaHead(dim, layers, anchors * (1 + BOX_CODE), levels, activation)
+        self.conv = SeparableConv(dim, dim, bias=True)
+        self.norms = nn.ModuleList(make_norm(dim) for _ in range(levels))
+        self.activation = make_activation(activation)
+        self.objectness = SeparableConv(dim, anchors, bias=True, kernel=1)
+        self.codes = SeparableConv(dim, BOX_CODE * anchors, bias=True, kernel=1)
+        initialise(self)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Map [N, dim, H, W] of each level to [N, anchors, H, W] and [N, 4 anchors, H, W]."""
-        predictions = [self.branch(f, level).float() for level, f in enumerate(features)]
-        widths = [self.anchors, BOX_CODE * self.anchors]
-        objectness, codes = zip(*(p.split(widths, 1) for p in predictions), strict=True)
-        return list(objectness), list(codes)
+        shared = [
+            self.activation(norm(self.conv(f)))
+            for norm, f in zip(self.norms, features, strict=True)
+        ]
+        return [self.objectness(f).float() for f in shared], [self.codes(f).float() for f in shared]
 
 
 class _Anchors(nn.Module):
@@ -242,14 +252,14 @@ class RegionBranches(RoIHeads):
         box_head = nn.Sequential(
             *_separable_convs(dim, layers, activation),
             nn.Flatten(),
-            nn.Linear(dim * settings.box_side**2, fc_dim, bias=False),
+            nn.Linear(dim * settings.box_side**2, fc_dim),
             nn.Unflatten(1, (fc_dim, 1, 1)),
             _RegionNorm(fc_dim, eps=NORM_EPSILON, momentum=NORM_MOMENTUM),
             make_activation(activation),
         )
         mask_head = nn.Sequential(
             *_separable_convs(dim, layers, activation),
-            nn.ConvTranspose2d(dim, dim, UPSAMPLING, UPSAMPLING, bias=False),
+            nn.ConvTranspose2d(dim, dim, UPSAMPLING, UPSAMPLING),
             make_norm(dim),
             make_activation(activation),
         )
@@ -274,10 +284,11 @@ class RegionBranches(RoIHeads):
             settings.detections,
             _PyramidAlign(settings.mask_side, settings),
             mask_head,
-            nn.Conv2d(dim, classes + 1, 1),
+            SeparableConv(dim, classes + 1, bias=True, kernel=1),
         )
         self.settings = settings.anchors
-        initialise(self)
+        for branch in (self.box_head, self.mask_head, self.mask_predictor):
+            initialise(branch)
 
     def boxes(self, features: dict[str, Tensor], regions: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits [R, C + 1] and box codes [R, 4 (C + 1)] of regions [.., 4] by image."""
@@ -358,7 +369,7 @@ def _separable_convs(dim: int, layers: int, activation: str) -> list[nn.Module]:
         module
         for _ in range(layers)
         for module in (
-            SeparableConv(dim, dim, bias=False),
+            SeparableConv(dim, dim, bias=True),
             make_norm(dim),
             make_activation(activation),
         )
@@ -369,3 +380,125 @@ def _in_crowd(boxes: Tensor, crowds: Tensor, settings: AnchorSettings) -> Tensor
     """Which boxes [B, 4] lie in crowd regions [M, 4], by the rule of the detection task."""
     everything = torch.ones(len(crowds), dtype=torch.bool, device=crowds.device)
     return match_anchors(boxes, crowds, everything, settings) == IGNORED
+
+
+class MaskRCNN(TaskModel):
+    """A two-stage detector with masks.
+
+    The shapes of a training step depend on the data (torchvision's proposals and samples), so a
+    compiler that builds a program for every shape builds one at every step: not for a TPU.
+
+    Args:
+        backbone: computes the outputs P3 to P7.
+        num_classes: classes, without background.
+        head_dim: channels of the branches (Table 2).
+        head_layers: separable convolutions a branch (Table 2).
+        fc_dim: width of the fully connected layer of the box branch (section 4.1).
+        activation: `swish` or `relu`.
+        settings: anchors, sampling, pooling and post-processing.
+    """
+
+    def __init__(
+        self,
+        backbone: PyramidBackbone,
+        num_classes: int,
+        head_dim: int,
+        head_layers: int,
+        fc_dim: int,
+        activation: str = "swish",
+        settings: InstanceSettings | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.settings = settings or InstanceSettings()
+        self.lateral = nn.ModuleDict(
+            {
+                str(level): conv_norm(dim, head_dim, activation=activation)
+                for level, dim in backbone.feature_dims.items()
+            }
+        )
+        initialise(self.lateral)
+        anchors = self.settings.anchors.per_location
+        head = ProposalHead(head_dim, len(self.lateral), anchors, activation)
+        self.proposals = ProposalNetwork(head, self.settings)
+        self.regions = RegionBranches(
+            num_classes, head_dim, head_layers, fc_dim, activation, self.settings
+        )
+
+    def forward(
+        self, images: Tensor, targets: list[Target] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Compute losses in training, detections with masks in evaluation.
+
+        Args:
+            images: [N, 3, H, W], normalised.
+            targets: for training, one dict an image: `boxes` [M, 4] in input pixels, `labels`
+                int64 [M] from 0, `masks` bool [M, H, W] and, if any is, `iscrowd` bool [M].
+
+        Returns:
+            In training `objectness` and `proposal`, the losses of the proposal network, and
+            `classification`, `box` and `mask`. In evaluation one dict an image: `boxes` [K, 4]
+            in input pixels, `scores` [K] falling, `labels` int64 [K], `masks` [K, 28, 28], the
+            probability of the object over its box.
+
+        Raises:
+            ValueError: training without targets.
+            UserError: training on a single image so small that P7 has one position.
+            TrainingError: the outputs are not finite.
+        """
+        size = (images.shape[-2], images.shape[-1])
+        shifted = None
+        if self.training:
+            if targets is None:
+                raise ValueError("targets are needed in training")
+            check_batch(images, max(self.backbone.feature_dims))
+            shifted = [_shift_labels(target) for target in targets]
+        features = self.features(images)
+        listed = ImageList(images, [size] * len(images))
+        proposals, losses = self.proposals(listed, features, shifted)
+        if shifted is None:
+            return self.regions.detections(features, proposals, size)
+        return {
+            "objectness": losses["loss_objectness"],
+            "proposal": losses["loss_rpn_box_reg"],
+            **self.regions.losses(features, proposals, shifted),
+        }
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """The backbone's outputs at the dimension of the branches, by level."""
+        outputs = self.backbone(images)
+        return {level: lateral(outputs[int(level)]) for level, lateral in self.lateral.items()}
+
+    def network(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Run every layer on a fixed number of regions, each the whole image on P3.
+
+        Those are 1000 proposals and 100 detections an image, P and K below (the authors' code).
+
+        Args:
+            images: [N, 3, H, W], normalised.
+
+        Returns:
+            Objectness [N A, 1] and box codes [N A, 4] of the anchors, class logits [N P, C + 1],
+            box codes [N P, 4 (C + 1)], mask logits [N K, C + 1, 28, 28].
+        """
+        features = self.features(images)
+        level = str(min(OUTPUT_LEVELS))
+        finest = {level: features[level]}  # one level: no choice that depends on data
+        objectness, codes = self.proposals.head(list(features.values()))
+        whole = images.new_tensor([[0, 0, images.shape[-1], images.shape[-2]]])
+        boxes, masks = (
+            [whole.expand(count, -1)] * len(images)
+            for count in (self.settings.proposals[1], self.settings.detections)
+        )
+        return (
+            *concat_box_prediction_layers(objectness, codes),
+            *self.regions.boxes(finest, boxes),
+            self.regions.masks(finest, masks),
+        )
+
+
+def _shift_labels(target: Target) -> Target:
+    """A target as torchvision has it: labels from 1, and -1 for crowd regions."""
+    labels = torch.where(crowds(target), NOT_SAMPLED, target["labels"] + 1)
+    return {"boxes": target["boxes"], "labels": labels, "masks": target["masks"]}

@@ -1,0 +1,227 @@
+"""Image classification (section 4.2) and semantic segmentation (section 4.3)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effspinenet_lib.data.masks import SEMANTIC_IGNORE
+from effspinenet_lib.errors import UserError
+from effspinenet_lib.models.base import Target, TaskModel, check_finite
+from effspinenet_lib.models.layers import (
+    SeparableConv,
+    conv_norm,
+    initialise,
+    make_activation,
+    make_norm,
+)
+from effspinenet_lib.models.specs import CLASSIFICATION_DIM
+
+# EfficientNet's rate before the classifier for B0 and B1 (its released code). Section 5.2 follows
+# EfficientNet's training and names no rate for Eff-SpineNet; one for all is our choice.
+DROPOUT = 0.2
+# What torch says of a batch that leaves a norm one value a channel.
+_TOO_FEW_VALUES = "more than 1 value per channel"
+
+
+class LogitsModel(TaskModel):
+    """A backbone under a head that gives logits, trained by cross-entropy.
+
+    Args:
+        backbone: maps images [N, 3, H, W] to what the head takes.
+        head: gives the logits [N, C, ..].
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(
+        self, images: Tensor, targets: list[Target] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Compute the loss `cross_entropy` in training, predictions in evaluation.
+
+        Raises:
+            ValueError: training without targets.
+            UserError: training on so little that a norm has one value a channel.
+            TrainingError: the outputs are not finite.
+        """
+        if self.training:
+            if targets is None:
+                raise ValueError("targets are needed in training")
+            return {"cross_entropy": self.loss(self._training_logits(images).float(), targets)}
+        logits = self.network(images).float()
+        check_finite(logits)
+        return self.predictions(logits, (images.shape[-2], images.shape[-1]))
+
+    def network(self, images: Tensor) -> Tensor:
+        """Run the network: logits [N, C, ..]."""
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
+
+    @abstractmethod
+    def loss(self, logits: Tensor, targets: list[Target]) -> Tensor:
+        """The scalar loss of the network's logits."""
+
+    @abstractmethod
+    def predictions(self, logits: Tensor, size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """The predictions of images of this height and width, from the network's logits."""
+
+    def _training_logits(self, images: Tensor) -> Tensor:
+        try:
+            return self.network(images)
+        except ValueError as error:
+            if _TOO_FEW_VALUES not in str(error):
+                raise
+            count, _, height, width = images.shape
+            raise UserError(
+                f"a batch of {count} image of {height}x{width} is too little for batch "
+                "normalisation; train on 2 images a batch or more"
+            ) from error
+
+
+class PyramidMean(nn.Module):
+    """Bring P3 to P7 to one dimension, upsample them to P3 by nearest neighbour, average them.
+
+    The dimension is made before the upsampling, by a 1x1 convolution, norm and activation a level
+    (the endpoints of the authors' code).
+    """
+
+    def __init__(self, feature_dims: Mapping[int, int], dim: int, activation: str) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(
+            conv_norm(inputs, dim, activation=activation) for inputs in feature_dims.values()
+        )
+        initialise(self)
+
+    def forward(self, features: dict[int, Tensor]) -> Tensor:
+        """Map the features of P3 to P7 to [N, dim, H, W] of P3's height and width."""
+        pairs = zip(self.lateral, features.values(), strict=True)
+        finest, *coarser = (lateral(feature) for lateral, feature in pairs)
+        upsampled: list[Tensor] = [
+            F.interpolate(f, finest.shape[-2:], mode="nearest") for f in coarser
+        ]
+        return torch.stack([finest, *upsampled]).mean(0)
+
+
+class Classifier(LogitsModel):
+    """A network that gives one of many classes to an image.
+
+    Args:
+        backbone: maps images [N, 3, H, W] to what the head takes.
+        head: gives the logits [N, C].
+        label_smoothing: share of the target spread over all classes (the paper names none).
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, label_smoothing: float = 0.0) -> None:
+        super().__init__(backbone, head)
+        self.label_smoothing = label_smoothing
+
+    def loss(self, logits: Tensor, targets: list[Target]) -> Tensor:
+        """Softmax cross-entropy with each target's `label`, the mean over the images."""
+        labels = torch.stack([target["label"] for target in targets])
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def predictions(self, logits: Tensor, size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """`scores` [C] of each image, which sum to 1."""
+        del size
+        return [{"scores": scores} for scores in logits.softmax(1)]
+
+
+def pyramid_classification_head(
+    feature_dims: Mapping[int, int], num_classes: int, activation: str, dropout: float
+) -> nn.Sequential:
+    """Make the head of section 4.2: all levels at P3, their mean, its global mean, a linear layer.
+
+    It maps the features of P3 to P7 to logits [N, num_classes]; `dropout` is the rate before the
+    linear layer.
+    """
+    return nn.Sequential(
+        PyramidMean(feature_dims, CLASSIFICATION_DIM, activation),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(CLASSIFICATION_DIM, num_classes),
+    )
+
+
+class Segmenter(LogitsModel):
+    """A network that gives a class to every pixel.
+
+    Its logits are brought to the image's size by bilinear interpolation, for the loss and for
+    the predictions.
+    """
+
+    def loss(self, logits: Tensor, targets: list[Target]) -> Tensor:
+        """Cross-entropy with each target's `semantic` [H, W], the mean over the pixels that count.
+
+        0 where none counts.
+        """
+        labels = torch.stack([target["semantic"] for target in targets])
+        size = (labels.shape[-2], labels.shape[-1])
+        summed = F.cross_entropy(
+            upsample(logits, size), labels, ignore_index=SEMANTIC_IGNORE, reduction="sum"
+        )
+        return summed / (labels != SEMANTIC_IGNORE).sum().clamp(min=1)
+
+    def loss_count(self, images: Tensor, targets: list[Target]) -> Tensor:
+        """Pixels that count."""
+        del images
+        return torch.stack([(t["semantic"] != SEMANTIC_IGNORE).sum() for t in targets]).sum()
+
+    def loss_divisor(self, count: Tensor) -> Tensor:
+        """The pixels, or one."""
+        return count.clamp(min=1)
+
+    def predictions(self, logits: Tensor, size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """`logits` [C, H, W] of each image."""
+        return [{"logits": image} for image in upsample(logits, size)]
+
+
+class PyramidSegmentationHead(nn.Module):
+    """The head of section 4.3: mean of all levels at P3, separable convolutions, 1x1 prediction.
+
+    The separable convolutions are those of a detection subnet; the prediction is plain (the
+    authors' code, and the cost of Table 11).
+
+    Args:
+        feature_dims: level to channels of the backbone's outputs.
+        num_classes: classes, the background among them.
+        dim: channels of the convolutions (Table 2).
+        layers: separable convolutions before the prediction (Table 2).
+        activation: `swish` or `relu`.
+    """
+
+    def __init__(
+        self,
+        feature_dims: Mapping[int, int],
+        num_classes: int,
+        dim: int,
+        layers: int,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        self.merge = PyramidMean(feature_dims, dim, activation)
+        convs = [
+            nn.Sequential(
+                SeparableConv(dim, dim, bias=True), make_norm(dim), make_activation(activation)
+            )
+            for _ in range(layers)
+        ]
+        self.subnet = nn.Sequential(*convs, nn.Conv2d(dim, num_classes, 1))
+        initialise(self.subnet)
+
+    def forward(self, features: dict[int, Tensor]) -> Tensor:
+        """Map the features of P3 to P7 to logits [N, num_classes, H, W] at P3's resolution."""
+        logits: Tensor = self.subnet(self.merge(features))
+        return logits
+
+
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring logits [N, C, h, w] to [N, C, *size], bilinear."""
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
