@@ -8,11 +8,11 @@ squeeze-and-excitation, torchvision's focal loss, memory given back to the syste
 from __future__ import annotations
 
 import torch
+from effspinenet_lib.kernels import DepthwiseConv2d, PointwiseConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from effspinenet_lib.kernels import DepthwiseConv2d, PointwiseConv2d
 from effspinenet_lib.models.anchors import encode_boxes, match_anchors
 from effspinenet_lib.models.layers import ConvNorm, SqueezeExcitation
 from effspinenet_lib.models.retinanet import BOX_CODE, RetinaHead, RetinaNet

@@ -7,11 +7,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from effspinenet_lib.native import functions
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from effspinenet_lib.native import functions
 
 # Operations that write their first argument without having read it.
 OVERWRITING = ("copy_", "_foreach_copy_", "fill_", "zero_", "bernoulli_", "normal_", "uniform_")

@@ -14,7 +14,7 @@ from effspinenet_lib.models.layers import (
     StochasticDepth,
     WeightedFusion,
 )
-from effspinenet_lib.models.scale_permuted import BackboneOptions, ScalePermutedBackbone
+from effspinenet_lib.models.scale_permuted import BackboneOptions, EffSpineNet
 from effspinenet_lib.models.specs import MODELS
 
 SPEC = MODELS["eff_spinenet_m0"].backbone
@@ -23,7 +23,7 @@ SPEC = MODELS["eff_spinenet_m0"].backbone
 @pytest.fixture(scope="module")
 def backbone():
     torch.manual_seed(0)
-    return ScalePermutedBackbone(SPEC).eval()
+    return EffSpineNet(SPEC).eval()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 192), (224, 224), (240, 240), (97, 131)])
@@ -61,7 +61,7 @@ def test_small_images_are_refused_with_the_reason(backbone, size):
 )
 def test_each_option_changes_the_network_alone(options):
     torch.manual_seed(0)
-    model = ScalePermutedBackbone(SPEC, BackboneOptions(**options))
+    model = EffSpineNet(SPEC, BackboneOptions(**options))
     model.train()
     features = model(torch.randn(2, 3, 128, 128))
     sum(feature.square().mean() for feature in features.values()).backward()
@@ -92,7 +92,7 @@ def test_values_that_mean_no_network_are_refused(options, message):
 
 
 def test_stochastic_depth_grows_linearly_to_the_last_block():
-    model = ScalePermutedBackbone(SPEC, BackboneOptions(stochastic_depth=0.36))
+    model = EffSpineNet(SPEC, BackboneOptions(stochastic_depth=0.36))
     rates = [
         next(layer.p for layer in group.modules() if isinstance(layer, StochasticDepth))
         for group in model.groups

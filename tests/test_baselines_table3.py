@@ -13,10 +13,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.models.cost import measure_cost
-from effspinenet_lib.models.extractors import TimmFeatures
-from effspinenet_lib.models.fpn import BiFPN, BiFPNCell, FeaturePyramid
+from effspinenet_lib.models.fpn import BiFPN, BiFPNCell, FeaturePyramid, TimmFeatures
+from effspinenet_lib.models.scale_permuted import AlphaResample, SpineNet
 from effspinenet_lib.models.specs import MODELS, SPINENET_49
-from effspinenet_lib.models.spinenet import AlphaResample, SpineNet
 from effspinenet_lib.models.zoo import check_model, create_model, default_image_size, model_entry
 
 # Table 3: billions of Multi-Adds and millions of parameters.

@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 
 from effspinenet_lib import create_model, list_models, measure_cost
 from effspinenet_lib.errors import TrainingError, UserError
-from effspinenet_lib.models.extractors import TimmFeatures, set_norms
+from effspinenet_lib.models.fpn import TimmFeatures, set_norms
 from effspinenet_lib.models.mobile_fpn import (
     NAS_FPN_CELLS,
     MnasFPN,
@@ -25,7 +25,7 @@ from effspinenet_lib.models.mobile_fpn import (
     mobilenetv3_features,
 )
 from effspinenet_lib.models.ssd import PriorBoxes, SharedTower, ShortRetinaNet, SSDSettings
-from effspinenet_lib.models.zoo.mobile import NOTES
+from effspinenet_lib.models.zoo import NOTES
 
 # facts of the paper: Table 7 (billions of Multi-Adds, millions of parameters).
 PAPER = {

@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from effspinenet_lib import create_model, measure_cost
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import TrainingError, UserError
+from effspinenet_lib.models.dense import PyramidMean
 from effspinenet_lib.models.layers import SpaceToDepth
-from effspinenet_lib.models.logits import PyramidMean
-from effspinenet_lib.models.scale_permuted import BackboneOptions, ScalePermutedBackbone
+from effspinenet_lib.models.scale_permuted import BackboneOptions, EffSpineNet
 from effspinenet_lib.models.specs import MODELS
-from effspinenet_lib.models.zoo import default_image_size
-from effspinenet_lib.models.zoo.image_models import NOTES
+from effspinenet_lib.models.zoo import NOTES, default_image_size
 from effspinenet_lib.training.config import RunConfig
 from effspinenet_lib.training.recipes import get_recipe
 
@@ -78,7 +77,7 @@ def test_space_to_depth_is_the_tasks_own_unless_it_is_said(task, options, expect
 
 def test_a_backbone_without_a_task_has_space_to_depth():
     with torch.device("meta"):
-        backbone = ScalePermutedBackbone(MODELS["eff_spinenet_m0"].backbone, BackboneOptions())
+        backbone = EffSpineNet(MODELS["eff_spinenet_m0"].backbone, BackboneOptions())
     assert any(isinstance(layer, SpaceToDepth) for layer in backbone.modules())
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from effspinenet_lib.experiments import default_results_dir
-from effspinenet_lib.experiments.costs import read_cost_table
+from effspinenet_lib.experiments.cost_table import read_cost_table
 from effspinenet_lib.models.cost import measure_cost
 from effspinenet_lib.models.zoo import create_model, list_models, model_entry
 from effspinenet_lib.report import costs as report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from effspinenet_lib.native import functions
 from torch import Tensor, nn
 
 from effspinenet_lib.errors import UnknownName, UserError
@@ -17,7 +18,6 @@ from effspinenet_lib.experiments.plan import (
     totals,
 )
 from effspinenet_lib.models.zoo import create_model
-from effspinenet_lib.native import functions
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.training.recipes import get_recipe
 

@@ -15,8 +15,8 @@ import torch
 
 from effspinenet_lib.data import DataConfig, open_dataset
 from effspinenet_lib.models.layers import MBConv, Resample
-from effspinenet_lib.models.scale_permuted import ScalePermutedBackbone
-from effspinenet_lib.models.specs import BASES, MODELS, block_multi_adds, level_side
+from effspinenet_lib.models.scale_permuted import EffSpineNet
+from effspinenet_lib.models.specs import MODELS, block_multi_adds, level_side
 from effspinenet_lib.report import (
     browser,
     checks,
@@ -290,7 +290,7 @@ def trace(source: int, target: int) -> list[tuple[int, int]]:
 
 
 def test_drawn_connections_are_those_of_the_backbone() -> None:
-    backbone = ScalePermutedBackbone(MODELS["eff_spinenet_m0"].backbone)
+    backbone = EffSpineNet(MODELS["eff_spinenet_m0"].backbone)
     built = {
         (int(source), int(target))
         for target, fusion in backbone.fusions.items()
@@ -300,7 +300,7 @@ def test_drawn_connections_are_those_of_the_backbone() -> None:
 
 
 def test_wiring_describes_every_block_in_words() -> None:
-    picture = diagrams.wiring(BASES["eff_spinenet"])
+    picture = diagrams.wiring(MODELS["eff_spinenet_d0"].backbone)
     assert "Block 1 at level 1 takes the stem." in picture.alt
     assert "Block 16 at level 5 takes 9, 14 and 13, output P5." in picture.alt
     assert picture.alt.count("output P") == 5

@@ -21,14 +21,14 @@ from test_report import COLOUR_BLINDNESS, lab, linear
 
 from effspinenet_lib import create_model, experiments, measure_cost
 from effspinenet_lib.errors import DataError
-from effspinenet_lib.models.learned import (
-    BETAS,
+from effspinenet_lib.models.specs import (
+    LEARNED_BETAS,
+    MODELS,
     SEARCH_SPACE,
     betas_text,
     parse_betas,
 )
-from effspinenet_lib.models.specs import BASES
-from effspinenet_lib.models.zoo.distributions import (
+from effspinenet_lib.models.zoo import (
     Distribution,
     read_distribution,
     write_distribution,
@@ -50,7 +50,7 @@ from effspinenet_lib.search.settings import get_search
 from effspinenet_lib.search.statements import space_statements, write_statements
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LEVELS = np.array([block.level for block in BASES["sp_efficientnet"].blocks])
+LEVELS = np.array([block.level for block in MODELS["sp_efficientnet_b0"].backbone.blocks])
 SAMPLES = 20  # of each method
 METHODS = ("ppo", "random")
 
@@ -77,7 +77,7 @@ def sampled(generator: np.random.Generator, slope: float, noise: float) -> list[
     """Random betas of two methods; the AP grows with the share of the betas at L3 to L5."""
     found = []
     for method in METHODS:
-        betas = generator.choice(SEARCH_SPACE, (SAMPLES, len(BETAS)))
+        betas = generator.choice(SEARCH_SPACE, (SAMPLES, len(LEARNED_BETAS)))
         middle = betas[:, np.isin(LEVELS, (3, 4, 5))].mean(axis=1) / betas.mean(axis=1)
         aps = 20 + slope * (middle - 1) + noise * generator.standard_normal(SAMPLES)
         found += rows(method, 0, [tuple(map(int, b)) for b in betas], aps.round(2).tolist())
@@ -99,7 +99,7 @@ SAMPLED = sampled(np.random.default_rng(0), slope=20, noise=0.1)
 FOUND = parse_betas(max(SAMPLED, key=lambda row: row["AP"])["betas"])
 REFERENCES = [
     *again(equal_betas(), {0: 20.0, 1: 21.0, 2: 22.0}, 0),
-    *again(BETAS, {0: 20.0, 1: 22.0, 2: 24.0}, 1),
+    *again(LEARNED_BETAS, {0: 20.0, 1: 22.0, 2: 24.0}, 1),
     # the seed that the search chose it by, then others
     *again(FOUND, {0: max(row["AP"] for row in SAMPLED), 1: 24.0, 2: 25.0, 3: 26.0}, 2),
 ]
@@ -190,7 +190,7 @@ def test_the_best_sample_has_the_highest_reward_and_then_the_fewest_parameters()
         rank = list(zip(chosen["reward"], -chosen["parameters"], -chosen["trial"], strict=True))
         expected = chosen.iloc[rank.index(max(rank))]
         assert (best["method"], best["trial"]) == (expected["method"], expected["trial"])
-    higher = frame(SAMPLED, again(BETAS, {0: 99.0}, 0))
+    higher = frame(SAMPLED, again(LEARNED_BETAS, {0: 99.0}, 0))
     assert search.best_sample(higher)["method"] != "reference"
     assert search.best_sample(NOTHING) is None
 
@@ -288,7 +288,7 @@ def test_costs_of_chosen_distributions_are_those_of_the_record() -> None:
 
 
 def test_a_given_distribution_has_a_row_with_its_cost_and_what_the_record_knows_of_it() -> None:
-    betas = tuple(reversed(BETAS))
+    betas = tuple(reversed(LEARNED_BETAS))
     given = Distribution("mine", "eff_spinenet_m0", betas)
     with torch.device("meta"):
         cost = measure_cost(create_model("eff_spinenet_d0", betas=betas_text(betas)), 512)
@@ -577,7 +577,7 @@ def test_figure_5_draws_every_sample_and_marks_what_was_chosen() -> None:
 
 def test_blocks_outside_the_interval_are_named() -> None:
     generator = np.random.default_rng(3)
-    betas = generator.choice(SEARCH_SPACE, (40, len(BETAS)))
+    betas = generator.choice(SEARCH_SPACE, (40, len(LEARNED_BETAS)))
     betas[:4, 4], betas[4:, 4] = 20, 1  # block 5 makes the best tenth
     aps = np.r_[np.full(4, 30.0), generator.uniform(10, 20, 36)].round(2)
     trials = frame(rows("random", 0, [tuple(map(int, b)) for b in betas], aps.tolist()))

@@ -17,16 +17,19 @@ from effspinenet_lib.cli import app
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import DataError, UnknownName, UserError
 from effspinenet_lib.files import read_json
-from effspinenet_lib.models.learned import (
-    BETAS,
+from effspinenet_lib.models.specs import (
     LARGEST_BETA,
+    LEARNED_BETAS,
+    MODELS,
+    SCALES,
     SEARCH_SPACE,
+    backbone_spec,
     betas_text,
+    block_multi_adds,
     check_betas,
-    distributed,
     parse_betas,
+    round_dim,
 )
-from effspinenet_lib.models.specs import BASES, SCALES, block_multi_adds, round_dim
 from effspinenet_lib.report.search_space import read_statements
 from effspinenet_lib.results import ResultsStore, validate
 from effspinenet_lib.search.export import best_trial, export_distribution
@@ -42,23 +45,30 @@ PROXY = get_search("proxy")
 
 
 def dims_of(name: str) -> list[int]:
-    return [block.feature_dim for block in BASES[name].blocks]
+    return [
+        block.feature_dim
+        for block in MODELS[
+            {"eff_spinenet": "eff_spinenet_d0", "sp_efficientnet": "sp_efficientnet_b0"}[name]
+        ].backbone.blocks
+    ]
 
 
 def test_the_papers_betas_give_table_1_and_equal_ones_sp_efficientnet():
-    assert base_dims(np.array([BETAS])).tolist() == [dims_of("eff_spinenet")]
+    assert base_dims(np.array([LEARNED_BETAS])).tolist() == [dims_of("eff_spinenet_d0")]
     for beta in SEARCH_SPACE:
-        assert base_dims(np.full((1, 18), beta)).tolist() == [dims_of("sp_efficientnet")]
-    assert [block.feature_dim for block in distributed(BETAS).blocks] == dims_of("eff_spinenet")
+        assert base_dims(np.full((1, 18), beta)).tolist() == [dims_of("sp_efficientnet_b0")]
+    assert [block.feature_dim for block in backbone_spec(LEARNED_BETAS).blocks] == dims_of(
+        "eff_spinenet"
+    )
 
 
 @pytest.mark.parametrize("approximate", [False, True])
 def test_equation_4_keeps_the_computation_of_the_blocks(approximate: bool):
     """Before rounding; Equation 2 written out here, with and without its depthwise part."""
     betas = sample_betas(50, seed=1)
-    base = BASES["sp_efficientnet"]
+    base = MODELS["sp_efficientnet_b0"].backbone
     sides = np.array([math.ceil(512 / 2**block.level) for block in base.blocks])
-    dims = np.array(dims_of("sp_efficientnet"), float)
+    dims = np.array(dims_of("sp_efficientnet_b0"), float)
     depthwise = 0 if approximate else 9 * dims * 6
     costs = sides**2 * (2 * dims**2 * 6 + depthwise)
     alphas = costs.sum() / (betas @ costs)[:, None] * betas
@@ -78,7 +88,7 @@ def test_rounding_is_the_models():
 
 @pytest.mark.parametrize(("scale", "size", "classes"), [("D0", 512, 90), ("M0", 96, 12)])
 def test_costs_are_those_of_the_built_model(scale: str, size: int, classes: int):
-    betas = np.concatenate([sample_betas(10, seed=2), [BETAS], [equal_betas()]])
+    betas = np.concatenate([sample_betas(10, seed=2), [LEARNED_BETAS], [equal_betas()]])
     multi_adds, parameters = detector_costs(base_dims(betas), SCALES[scale], classes, size)
     for row, adds, count in zip(betas.tolist(), multi_adds, parameters, strict=True):
         with torch.device("meta"):
@@ -123,10 +133,10 @@ def test_betas_that_are_none_are_refused(betas: str):
 def test_betas_are_bounded_and_the_message_says_by_what():
     extreme = (LARGEST_BETA, *[1] * 17)
     assert check_betas(extreme) == extreme
-    assert len(distributed(extreme).blocks) == 18
+    assert len(backbone_spec(extreme).blocks) == 18
     for huge in (LARGEST_BETA + 1, 10**400, 10**5000):
         with pytest.raises(UserError, match=f"from 1 to {LARGEST_BETA}") as refused:
-            distributed((huge, *[1] * 17))
+            backbone_spec((huge, *[1] * 17))
         assert len(str(refused.value)) < 300
 
 
@@ -223,7 +233,7 @@ def test_a_distribution_that_is_missing_or_has_betas_beside_it(found: Path, tmp_
     with pytest.raises(DataError, match="no such file"):
         esn.create_model(str(tmp_path / "none.json"))
     with pytest.raises(UserError, match="betas of its own"):
-        esn.create_model(str(found), betas=betas_text(BETAS))
+        esn.create_model(str(found), betas=betas_text(LEARNED_BETAS))
 
 
 def test_the_best_trial_is_of_the_highest_reward_and_no_reference(tmp_path: Path):
@@ -245,8 +255,8 @@ def test_the_papers_distribution_is_exported_with_what_remains(tmp_path: Path):
     )
     assert result.exit_code == 0, result.output
     written = json.loads(path.read_text())
-    assert written["betas"] == list(BETAS)
-    assert written["feature_dims"] == dims_of("eff_spinenet")
+    assert written["betas"] == list(LEARNED_BETAS)
+    assert written["feature_dims"] == dims_of("eff_spinenet_d0")
     assert written["origin"]["largest_difference_channels"] == 0
     with torch.device("meta"):
         given = esn.measure_cost(esn.create_model(str(path)), 256)
@@ -278,12 +288,12 @@ def test_the_penalty_is_mnasnets():
 
 def test_held_out_images_are_in_no_split_that_a_table_uses():
     assert PROXY.data.eval_split not in (PROXY.data.train_split, "train", "val")
-    assert PROXY.config(BETAS, 0).to_dict()["data"]["eval_split"] == "search"
+    assert PROXY.config(LEARNED_BETAS, 0).to_dict()["data"]["eval_split"] == "search"
 
 
 def test_the_papers_search_is_section_5_1_1s_on_the_users_folder(tmp_path: Path):
     found = get_search("paper").on(tmp_path)
-    config = found.config(BETAS, seed=0)
+    config = found.config(LEARNED_BETAS, seed=0)
     assert (found.trials, found.model, found.image_size) == (5_000, "eff_spinenet_d0", 512)
     assert (config.data.train_split, config.data.eval_split) == (
         "train2017-rest-7392",
@@ -292,8 +302,8 @@ def test_the_papers_search_is_section_5_1_1s_on_the_users_folder(tmp_path: Path)
     assert (config.recipe.batch_size, config.recipe.steps) == (256, 4_500)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    assert get_search("paper").on(elsewhere).config(BETAS, 0).key == config.key
-    scaled = get_search("paper").on(tmp_path, batch_size=64).config(BETAS, 0).recipe
+    assert get_search("paper").on(elsewhere).config(LEARNED_BETAS, 0).key == config.key
+    scaled = get_search("paper").on(tmp_path, batch_size=64).config(LEARNED_BETAS, 0).recipe
     assert (scaled.batch_size, scaled.steps) == (64, 4 * 4_500)
     assert scaled.learning_rate == pytest.approx(0.28 / 4)
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from effspinenet_lib.models.learned import SEARCH_SPACE, betas_text
+from effspinenet_lib.models.specs import SEARCH_SPACE, betas_text
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.search.methods import Choices, Evolution, Method, population_size
 from effspinenet_lib.search.policy import PPO, PolicySearch

@@ -11,9 +11,8 @@ from torchvision.models.segmentation import DeepLabV3
 
 from effspinenet_lib import create_model, measure_cost
 from effspinenet_lib.errors import UserError
-from effspinenet_lib.models.segmentation import upsample
-from effspinenet_lib.models.zoo import default_image_size
-from effspinenet_lib.models.zoo.image_models import NOTES, DeepLabOptions
+from effspinenet_lib.models.dense import upsample
+from effspinenet_lib.models.zoo import NOTES, DeepLabOptions, default_image_size
 
 CLASSES = 5
 DEEPLABS = ("mobilenetv2_deeplabv3", "resnet101_deeplabv3")

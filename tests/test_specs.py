@@ -18,7 +18,7 @@ def test_compound_scaling_gives_the_printed_repeats():
 
 
 def test_every_level_has_the_blocks_of_table_1():
-    levels = [block.level for block in specs.BASES["eff_spinenet"].blocks]
+    levels = [block.level for block in specs.MODELS["eff_spinenet_d0"].backbone.blocks]
     assert levels == [1, 2, 2, 2, 4, 3, 4, 6, 4, 5, 7, 5, 5, 4, 3, 5, 7, 6]
 
 
@@ -42,7 +42,7 @@ def test_the_one_block_without_a_consumer_is_added_to_its_level():
 
 
 def test_every_block_is_used():
-    base = specs.BASES["eff_spinenet"]
+    base = specs.MODELS["eff_spinenet_d0"].backbone
     used = {source for block in base.blocks for source in block.inputs}
     used |= {source for extra in base.extra_inputs.values() for source in extra}
     unused = {block.index for block in base.blocks if not block.is_output} - used
@@ -85,7 +85,7 @@ def test_level_sides_are_ceilings():
 
 
 def test_equation_2_for_one_block_by_hand():
-    base = specs.BASES["eff_spinenet"]
+    base = specs.MODELS["eff_spinenet_d0"].backbone
     # Block 5: level 4, 104 channels, at 512 pixels 32x32; expansion 6, kernel 3.
     by_hand = 32 * 32 * (2 * 104**2 * 6 + 3**2 * 104 * 6)
     assert specs.block_multi_adds(base, 512)[4] == by_hand

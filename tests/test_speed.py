@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from effspinenet_lib.kernels import DepthwiseConv2d
+from effspinenet_lib.native import norm_activation
+from effspinenet_lib.native.library import load_library
 
 from benchmarks.pairs import compare, fastest, time_in_turn
 from benchmarks.plain import make_plain
@@ -16,9 +19,6 @@ from benchmarks.record import Figure, ratio_figure, to_rows, write
 from benchmarks.traffic import Traffic
 from effspinenet_lib import create_model
 from effspinenet_lib.errors import DataError
-from effspinenet_lib.kernels import DepthwiseConv2d
-from effspinenet_lib.native import norm_activation
-from effspinenet_lib.native.library import load_library
 from effspinenet_lib.report.speed import (
     format_sentence,
     goal_sentence,

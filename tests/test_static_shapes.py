@@ -23,7 +23,7 @@ from effspinenet_lib.models.anchors import (
     make_anchors,
     match_anchors,
 )
-from effspinenet_lib.models.focal import CACHED, focal_loss_sum
+from effspinenet_lib.models.retinanet import CACHED, focal_loss_sum
 
 SIDE = 64
 # Operations whose result's shape, or whose program, depends on values.

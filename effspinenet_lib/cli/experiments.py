@@ -172,34 +172,16 @@ def results(context: typer.Context, results_dir: ResultsDir = None) -> None:
 def costs(results_dir: ResultsDir = None) -> None:
     """Count every model for every task; write `cost/costs.csv`, print the cells of the paper."""
     from effspinenet_lib.experiments import default_results_dir
-    from effspinenet_lib.experiments.costs import read_cost_table, write_cost_table
+    from effspinenet_lib.experiments.cost_table import read_cost_table, write_cost_table
     from effspinenet_lib.results import write_datapackage
 
     folder = results_dir or default_results_dir()
     path = write_cost_table(folder)
     write_datapackage(folder)
-    shown = ("item", "row", "metric", "measured", "printed", "difference_percent")
+    shown = ("item", "row", "metric", "measured", "authors_count", "printed", "as_printed")
     printed = read_cost_table(folder).dropna(subset="printed")
     table = printed[list(shown)].round(3).astype(str)
     print_table("Costs", shown, table.to_numpy().tolist())
-    typer.echo(f"Wrote {path}")
-
-
-@results_app.command()
-def choices(results_dir: ResultsDir = None) -> None:
-    """Hold each choice that the paper leaves open against its costs; write `cost/choices.csv`."""
-    from effspinenet_lib.choices import read_scan, write_scan
-    from effspinenet_lib.choices.scan import CHOICES_FILE
-    from effspinenet_lib.experiments import default_results_dir
-    from effspinenet_lib.results import write_datapackage
-
-    folder = results_dir or default_results_dir()
-    path = write_scan(folder / CHOICES_FILE)
-    write_datapackage(folder)
-    sets = read_scan(path).query("scan == 'set'")
-    columns = ("around", "cells_within_3_percent", "cells_as_printed", "mean_deviation_percent")
-    headings = ("set of answers", "cells within 3 %", "as printed", "mean deviation, %")
-    print_table("Choices", headings, sets[list(columns)].astype(str).to_numpy().tolist())
     typer.echo(f"Wrote {path}")
 
 

@@ -85,7 +85,7 @@ def wiring(
     Example: `effspinenet wiring eff_spinenet_d0 wiring.svg`
     """
     from effspinenet_lib.files import atomic_write, ensure_folder
-    from effspinenet_lib.models.zoo.distributions import is_distribution, read_distribution
+    from effspinenet_lib.models.zoo import is_distribution, read_distribution
     from effspinenet_lib.report.diagrams import wiring_figure, wirings
 
     known = wirings()

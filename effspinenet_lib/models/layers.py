@@ -72,7 +72,7 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, features: Tensor) -> Tensor:
         """Map [N, C, H, W] to [N, C, ceil(H / stride), ceil(W / stride)]."""
         if features.shape[-2:] == (1, 1):
-            return F.conv2d(features, self.weight, None, 1, self.padding, groups=self.groups)
+            return F.conv2d(features, self.weight, self.bias, 1, self.padding, groups=self.groups)
         return super().forward(features)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from timm.layers import make_divisible
+from timm.layers.helpers import make_divisible
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import retrieve_out_channels

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from effspinenet_lib.models.specs import (
-    BASES,
     EFFICIENTNET_B0,
+    MODELS,
     SCALES,
     BackboneSpec,
     block_multi_adds,
@@ -32,8 +32,8 @@ def table_01_cells() -> dict[tuple[str, str], float]:
     """Table 1 by the library's specifications: (row, metric) to value."""
     columns = {
         "EfficientNet-B0": EFFICIENTNET_B0,
-        "SP-EfficientNet-B0": _block_rows(BASES["sp_efficientnet"]),
-        "Eff-SpineNet-D0": _block_rows(BASES["eff_spinenet"]),
+        "SP-EfficientNet-B0": _block_rows(MODELS["sp_efficientnet_b0"].backbone),
+        "Eff-SpineNet-D0": _block_rows(MODELS["eff_spinenet_d0"].backbone),
     }
     metrics = ("level", "kernel", "feature_dim")
     return {
@@ -149,7 +149,9 @@ def level_averages() -> pd.DataFrame:
         Index: level. Columns: the blocks averaged, their mean, the dimension in Table 1 and
         whether the statement holds.
     """
-    printed = {block.level: block.feature_dim for block in BASES["sp_efficientnet"].blocks}
+    printed = {
+        block.level: block.feature_dim for block in MODELS["sp_efficientnet_b0"].backbone.blocks
+    }
     rows = {}
     for level, dim in sorted(printed.items()):
         dims = [own for own_level, _, own in EFFICIENTNET_B0 if own_level == level]

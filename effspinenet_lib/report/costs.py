@@ -87,7 +87,6 @@ def note_table(costs: pd.DataFrame) -> Table:
     frame = pd.DataFrame(
         {
             "task": list(rows["task"]),
-            "rests on": [Text(text) for text in rows["rests_on"]],
             "note": [Text(text) for text in rows["note"]],
         },
         index=pd.Index(rows["model"], name="model"),

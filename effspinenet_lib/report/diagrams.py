@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from effspinenet_lib.models.specs import (
     MODELS,
     SPINENET_49,
-    STEM_BLOCKS,
     STEM_INPUT,
     BackboneSpec,
     BlockSpec,
@@ -123,7 +122,7 @@ def connections(spec: BackboneSpec) -> list[tuple[int, int]]:
     """Every (source, target) pair of blocks that is resampled, in the order of the targets."""
     return [
         (source, block.index)
-        for block in spec.blocks[STEM_BLOCKS:]
+        for block in spec.blocks[spec.stem_blocks :]
         for source in (*block.inputs, *spec.extra_inputs.get(block.index, ()))
     ]
 
@@ -187,7 +186,7 @@ def _arrow(axes: Axes, position: float) -> None:
 def wirings() -> dict[str, Wiring]:
     """The wiring of every scale-permuted model, by its name."""
     scaled = {name: spec.backbone for name, spec in MODELS.items()}
-    return {**scaled, SPINENET_49.name: SPINENET_49}
+    return {**scaled, "spinenet_49": SPINENET_49}
 
 
 def wiring(spec: Wiring) -> Picture:

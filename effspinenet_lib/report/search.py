@@ -7,13 +7,18 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pandas as pd
 
-from effspinenet_lib.choices import LIBRARY, ModelCost, cost
-from effspinenet_lib.models.learned import BETAS, betas_text, distributed, parse_betas
-from effspinenet_lib.models.specs import BASES, SCALES, BackboneSpec
+from effspinenet_lib.models.specs import (
+    LEARNED_BETAS,
+    MODELS,
+    BackboneSpec,
+    backbone_spec,
+    betas_text,
+    parse_betas,
+)
 from effspinenet_lib.report.provenance import Provenance, ResultFiles
 from effspinenet_lib.report.tables import (
     NOT_PRINTED,
@@ -25,6 +30,8 @@ from effspinenet_lib.report.tables import (
     spreads,
 )
 from effspinenet_lib.results import FOLDERS, REFERENCE, ResultsStore
+from effspinenet_lib.results.paper import RESULTS_DIR
+from effspinenet_lib.results.tables import read_table
 
 METHOD_NAMES = {
     "ppo": "PPO",
@@ -171,7 +178,7 @@ def best_sample(trials: pd.DataFrame) -> Any | None:
 def found_spec(trials: pd.DataFrame) -> BackboneSpec | None:
     """The distribution of the best sample at the scale D0; None without samples."""
     best = best_sample(trials)
-    return None if best is None else distributed(parse_betas(best["betas"]))
+    return None if best is None else backbone_spec(parse_betas(best["betas"]))
 
 
 def shown_distribution(trials: pd.DataFrame, given: Given | None = None) -> dict[str, BackboneSpec]:
@@ -180,7 +187,7 @@ def shown_distribution(trials: pd.DataFrame, given: Given | None = None) -> dict
     Empty where none is given and no sample is on record.
     """
     if given is not None:
-        return {GIVEN: distributed(given.betas)}
+        return {GIVEN: backbone_spec(given.betas)}
     found = found_spec(trials)
     return {} if found is None else {FOUND: found}
 
@@ -199,7 +206,7 @@ def shown_sentence(trials: pd.DataFrame, given: Given | None = None) -> str:
 
 
 def _described(betas: Sequence[int]) -> str:
-    dims = ", ".join(str(block.feature_dim) for block in distributed(betas).blocks)
+    dims = ", ".join(str(block.feature_dim) for block in backbone_spec(betas).blocks)
     return f"β {', '.join(map(str, betas))}; feature dimensions at D0 {dims}."
 
 
@@ -258,10 +265,19 @@ def two_digits(value: float) -> str:
     return NOT_PRINTED if math.isnan(value) else f"{value:.2f}"
 
 
-def cost_at_d0(spec: BackboneSpec) -> ModelCost:
-    """What the detector of a base distribution costs at the scale D0."""
-    scale = SCALES["D0"]
-    return cost(spec, scale, "detection", LIBRARY, scale.input_size)
+class ModelCost(NamedTuple):
+    """Multiply-adds and parameters of a detector."""
+
+    multi_adds: int
+    parameters: int
+
+
+def cost_at_d0(name: str) -> ModelCost:
+    """What the detector of a distribution costs at the scale D0, from `cost/costs.csv`."""
+    costs = read_table(RESULTS_DIR / "cost" / "costs.csv", "cost")
+    rows = costs[(costs["model"] == name) & (costs["task"] == "detection")]
+    of = rows.drop_duplicates("metric").set_index("metric")["measured"]
+    return ModelCost(round(of["multi_adds"] * 1e9), round(of["parameters"] * 1e6))
 
 
 # Distributions that were trained with several seeds
@@ -296,7 +312,7 @@ def _name(text: str, found: Mapping[str, str]) -> str:
     betas = parse_betas(text)
     if len(set(betas)) == 1:
         return SP
-    return D0 if betas == BETAS else found.get(text, f"β {text}")
+    return D0 if betas == LEARNED_BETAS else found.get(text, f"β {text}")
 
 
 def reference_measurements(trials: pd.DataFrame) -> pd.DataFrame:
@@ -321,13 +337,13 @@ def reference_table(trials: pd.DataFrame, given: Given | None = None) -> Table:
     known, again, found = reference_spreads(trials), references(trials), _names(trials)
     named = {name: betas for betas, name in found.items()}
     named |= dict(again[["row", "betas"]].itertuples(index=False, name=None))
-    specs = {name: distributed(parse_betas(betas)) for name, betas in named.items()}
-    specs |= {SP: BASES["sp_efficientnet"], D0: BASES["eff_spinenet"]}
+    specs = {name: backbone_spec(parse_betas(betas)) for name, betas in named.items()}
+    specs |= {SP: MODELS["sp_efficientnet_b0"].backbone, D0: MODELS["eff_spinenet_d0"].backbone}
     picked = {name: best_sample(_with_betas(trials, betas)) for betas, name in found.items()}
     names = reference_names(trials)
     if given is not None:
         text = betas_text(given.betas)
-        names, specs[GIVEN] = [*names, GIVEN], distributed(given.betas)
+        names, specs[GIVEN] = [*names, GIVEN], backbone_spec(given.betas)
         picked[GIVEN] = best_sample(_with_betas(trials, text))
         same = _with_betas(again, text)
         if len(same):
@@ -346,7 +362,7 @@ def _with_betas(trials: pd.DataFrame, betas: str) -> pd.DataFrame:
 def _reference_row(
     spread: Spread | None, picked: Any | None, spec: BackboneSpec | None
 ) -> dict[str, str]:
-    costs = None if spec is None else cost_at_d0(spec)
+    costs: ModelCost | None = None
     return {
         "AP (%), mean ± sd (seeds)": _spread(spread),
         "AP (%) it was chosen for": NOT_PRINTED if picked is None else f"{picked['AP']:.2f}",

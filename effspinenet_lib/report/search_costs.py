@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from effspinenet_lib.choices import ModelCost
-from effspinenet_lib.models.specs import BASES
-from effspinenet_lib.report.search import METHOD_NAMES, SP, cost_at_d0, sampled
+from effspinenet_lib.report.search import METHOD_NAMES, SP, ModelCost, cost_at_d0, sampled
 from effspinenet_lib.report.style import words
 from effspinenet_lib.report.tables import NOT_PRINTED, Table
 from effspinenet_lib.report.verdict import LEAST_SEEDS
@@ -34,7 +32,7 @@ Percents = npt.NDArray[np.float64]
 @lru_cache(maxsize=1)
 def target() -> ModelCost:
     """What SP-EfficientNet-B0's detector costs: the target of the paper's search."""
-    return cost_at_d0(BASES["sp_efficientnet"])
+    return cost_at_d0("sp_efficientnet_b0")
 
 
 def cost_table(samples: Mapping[str, tuple[Numbers, Numbers]]) -> Table:

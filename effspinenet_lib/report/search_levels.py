@@ -9,15 +9,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effspinenet_lib.models.learned import BETAS, distributed, parse_betas
-from effspinenet_lib.models.specs import BASES, BackboneSpec
+from effspinenet_lib.models.specs import (
+    LEARNED_BETAS,
+    MODELS,
+    BackboneSpec,
+    backbone_spec,
+    parse_betas,
+)
 from effspinenet_lib.report.checks import LEVEL_GROUPS, block_parameters
 from effspinenet_lib.report.search import SP, absent, bullets, nothing, sampled
 from effspinenet_lib.report.style import words
 from effspinenet_lib.report.tables import NOT_PRINTED, Table
 from effspinenet_lib.report.verdict import LEAST_SEEDS, Difference, difference
 
-BEFORE = BASES["sp_efficientnet"]
+BEFORE = MODELS["sp_efficientnet_b0"].backbone
 BEST_SHARE = 0.1  # our choice: the best tenth of the samples
 THOUSAND = 1e3
 # Section 5.1.4: which groups of levels lose and gain by the learned distribution.
@@ -26,7 +31,7 @@ CLAIMED_SIGNS = {"L2": -1, "L3 to L5": 1, "L6 and L7": -1}
 
 def beta_frame(trials: pd.DataFrame) -> pd.DataFrame:
     """The betas of the samples: a row a sample, columns 1 to 18."""
-    blocks = range(1, len(BETAS) + 1)
+    blocks = range(1, len(LEARNED_BETAS) + 1)
     betas = [parse_betas(text) for text in sampled(trials)["betas"]]
     return pd.DataFrame(betas, columns=list(blocks), dtype=float)
 
@@ -49,8 +54,8 @@ def group_betas(trials: pd.DataFrame) -> pd.DataFrame:
 
 def group_parameters(specs: Sequence[BackboneSpec]) -> pd.DataFrame:
     """Parameters of the blocks of each group of levels, thousands: a row a distribution."""
-    totals = np.array([block_parameters(spec) for spec in specs]).reshape(-1, len(BETAS))
-    frame = pd.DataFrame(totals / THOUSAND, columns=range(1, len(BETAS) + 1))
+    totals = np.array([block_parameters(spec) for spec in specs]).reshape(-1, len(LEARNED_BETAS))
+    frame = pd.DataFrame(totals / THOUSAND, columns=range(1, len(LEARNED_BETAS) + 1))
     return pd.DataFrame(
         {group: frame[_blocks(levels)].sum(axis=1) for group, levels in level_groups().items()}
     )
@@ -58,7 +63,7 @@ def group_parameters(specs: Sequence[BackboneSpec]) -> pd.DataFrame:
 
 def sample_parameters(trials: pd.DataFrame) -> pd.DataFrame:
     """`group_parameters` of the rows of `sampled`."""
-    return group_parameters([distributed(parse_betas(t)) for t in sampled(trials)["betas"]])
+    return group_parameters([backbone_spec(parse_betas(t)) for t in sampled(trials)["betas"]])
 
 
 def level_groups() -> Mapping[str, tuple[int, ...]]:

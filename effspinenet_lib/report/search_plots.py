@@ -9,8 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from effspinenet_lib.models.learned import BETAS, SEARCH_SPACE
-from effspinenet_lib.models.specs import BASES
+from effspinenet_lib.models.specs import LEARNED_BETAS, MODELS, SEARCH_SPACE
 from effspinenet_lib.report.plots import seed_dots
 from effspinenet_lib.report.search import (
     BILLION,
@@ -165,8 +164,8 @@ def block_preference(trials: pd.DataFrame) -> Picture:
     if best.all():
         reason = TOO_FEW if len(best) else absent(trials)
         return _nothing("Which blocks gain", reason)
-    blocks = range(1, len(BETAS) + 1)
-    levels = [block.level for block in BASES["sp_efficientnet"].blocks]
+    blocks = range(1, len(LEARNED_BETAS) + 1)
+    levels = [block.level for block in MODELS["sp_efficientnet_b0"].backbone.blocks]
     found = [difference(betas.loc[best, block], betas.loc[~best, block]) for block in blocks]
     means, rest = betas[best].mean(), betas[~best].mean()
     with drawing():

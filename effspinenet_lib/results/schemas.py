@@ -2,7 +2,7 @@
 
 from effspinenet_lib.results.tables import COST_UNITS
 
-MEASUREMENT, RUN, COST, CHOICE = "measurement", "run", "cost", "choice"
+MEASUREMENT, RUN, COST = "measurement", "run", "cost"
 SPACE, PARITY, EVALUATION = "space", "parity", "evaluation"
 
-__all__ = ["CHOICE", "COST", "COST_UNITS", "EVALUATION", "MEASUREMENT", "PARITY", "RUN", "SPACE"]
+__all__ = ["COST", "COST_UNITS", "EVALUATION", "MEASUREMENT", "PARITY", "RUN", "SPACE"]

@@ -9,9 +9,8 @@ from typing import Any
 import pandas as pd
 
 from effspinenet_lib.errors import UserError
-from effspinenet_lib.models.learned import BETAS, SEARCH_SPACE, parse_betas
-from effspinenet_lib.models.specs import BASES
-from effspinenet_lib.models.zoo.distributions import Distribution, write_distribution
+from effspinenet_lib.models.specs import LEARNED_BETAS, MODELS, SEARCH_SPACE, parse_betas
+from effspinenet_lib.models.zoo import Distribution, write_distribution
 from effspinenet_lib.report.search import best_sample
 from effspinenet_lib.results import REFERENCE, ResultsStore
 from effspinenet_lib.search.record import FAILED, equal_betas
@@ -61,15 +60,15 @@ def paper_distribution(model: str = "eff_spinenet_d0") -> Distribution:
 
     Its `origin` says how far the dimensions that the betas give are from the printed ones.
     """
-    distribution = Distribution("Eff-SpineNet, Table 1", model, BETAS)
-    printed = [block.feature_dim for block in BASES["eff_spinenet"].blocks]
+    distribution = Distribution("Eff-SpineNet, Table 1", model, LEARNED_BETAS)
+    printed = [block.feature_dim for block in MODELS["eff_spinenet_d0"].backbone.blocks]
     pairs = zip(distribution.feature_dims, printed, strict=True)
     origin = {
         "source": "paper, Table 1; betas recovered from it (choices/learned.py)",
-        "in_search_space": all(beta in SEARCH_SPACE for beta in BETAS),
+        "in_search_space": all(beta in SEARCH_SPACE for beta in LEARNED_BETAS),
         "largest_difference_channels": max(abs(given - wanted) for given, wanted in pairs),
     }
-    return Distribution(distribution.name, model, BETAS, origin)
+    return Distribution(distribution.name, model, LEARNED_BETAS, origin)
 
 
 def export_distribution(
@@ -91,7 +90,7 @@ def compared_betas(record: pd.DataFrame) -> dict[str, tuple[int, ...]]:
     Args:
         record: `ResultsStore.trials()`.
     """
-    named = {"SP-EfficientNet-B0": equal_betas(), "Eff-SpineNet-D0": BETAS}
+    named = {"SP-EfficientNet-B0": equal_betas(), "Eff-SpineNet-D0": LEARNED_BETAS}
     worked = record[record["state"] != FAILED]
     for method in sorted(set(worked["method"]) - {REFERENCE}):
         named[f"best of {method}"] = parse_betas(best_trial(record, method)["betas"])

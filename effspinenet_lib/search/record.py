@@ -5,21 +5,21 @@ One file holds trials of one kind: the same setting, and rewards with the same p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from effspinenet_lib.choices import ModelCost
 from effspinenet_lib.errors import UserError
-from effspinenet_lib.models.learned import SEARCH_SPACE, betas_text
-from effspinenet_lib.models.specs import MODELS, SCALES
-from effspinenet_lib.models.zoo.registry import COCO_CLASSES
+from effspinenet_lib.models.cost import Cost
+from effspinenet_lib.models.specs import MODELS, SCALES, SEARCH_SPACE, betas_text
+from effspinenet_lib.models.zoo import COCO_CLASSES
 from effspinenet_lib.results import REFERENCE, ResultsStore
 from effspinenet_lib.search.methods import Choices
 from effspinenet_lib.search.settings import SearchSettings
-from effspinenet_lib.search.space import base_dims, detector_costs
+from effspinenet_lib.search.space import detector_costs, feature_dims
 
 FINISHED, DUPLICATE, FAILED = "finished", "duplicate", "failed"
 DIMS_JOINT = "-"
@@ -57,10 +57,11 @@ def plan_betas(
     first: int,
 ) -> list[dict[str, Any]]:
     """`plan_trials` for betas that need not be of the space."""
-    dims = base_dims(np.array(betas))
-    full = detector_costs(dims, SCALES["D0"], COCO_CLASSES, SCALES["D0"].input_size)
+    drawn = np.array(betas)
+    dims = feature_dims(drawn)
+    full = detector_costs(drawn, SCALES["D0"], COCO_CLASSES, SCALES["D0"].input_size)
     scale = SCALES[MODELS[settings.model].scale]
-    own = detector_costs(dims, scale, settings.classes, settings.image_size)
+    own = detector_costs(drawn, scale, settings.classes, settings.image_size)
     return [
         {
             "method": method,
@@ -69,10 +70,10 @@ def plan_betas(
             "step": step,
             "betas": betas_text(sample),
             "feature_dims": DIMS_JOINT.join(map(str, dims[number].tolist())),
-            "multi_adds_d0": int(full[0][number]),
-            "parameters_d0": int(full[1][number]),
-            "multi_adds": int(own[0][number]),
-            "parameters": int(own[1][number]),
+            "multi_adds_d0": int(full.multi_adds[number]),
+            "parameters_d0": int(full.parameters[number]),
+            "multi_adds": int(own.multi_adds[number]),
+            "parameters": int(own.parameters[number]),
             "run": settings.config(sample, seed).key,
             "setting": settings.description,
         }
@@ -80,10 +81,10 @@ def plan_betas(
     ]
 
 
-def reference_costs(settings: SearchSettings) -> ModelCost:
+def reference_costs(settings: SearchSettings) -> Cost:
     """What SP-EfficientNet costs as a trial: equal betas."""
     (row,) = plan_betas(settings, [equal_betas()], REFERENCE, 0, 0, 0)
-    return ModelCost(row["multi_adds"], row["parameters"])
+    return Cost(row["multi_adds"], math.nan, row["parameters"])
 
 
 def equal_betas() -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
 from effspinenet_lib.files import atomic_write, ensure_folder
-from effspinenet_lib.models.learned import SEARCH_SPACE, parse_betas
+from effspinenet_lib.models.specs import SEARCH_SPACE, parse_betas
 from effspinenet_lib.results import REFERENCE, ResultsStore
 from effspinenet_lib.search.engines import Engine
 from effspinenet_lib.search.methods import (

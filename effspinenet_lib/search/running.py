@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from effspinenet_lib.errors import UserError
-from effspinenet_lib.models.learned import parse_betas
+from effspinenet_lib.models.specs import parse_betas
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.search.engines import Engine
 from effspinenet_lib.search.record import (

@@ -11,9 +11,8 @@ from effspinenet_lib.data.heldout import Part
 from effspinenet_lib.data.shapes import CATEGORIES
 from effspinenet_lib.data.source import UNKNOWN_ROOT
 from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.models.learned import betas_text
-from effspinenet_lib.models.specs import SCALES
-from effspinenet_lib.models.zoo.registry import COCO_CLASSES
+from effspinenet_lib.models.specs import SCALES, betas_text
+from effspinenet_lib.models.zoo import COCO_CLASSES
 from effspinenet_lib.training.config import RunConfig
 from effspinenet_lib.training.recipes import SEARCH_HELD_OUT_IMAGES, Recipe, get_recipe
 

@@ -1,39 +1,48 @@
-"""The search space, vectorised: betas to dimensions, Multi-Adds and parameters of the detector.
+"""The search space, vectorised: betas to dimensions and to the costs of the detector.
 
-Equal to `cost.measure_cost` on the built module to the last digit.
+Equal to `measure_cost` on the built module to the last digit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from effspinenet_lib.choices import LIBRARY, cost
-from effspinenet_lib.models.learned import SEARCH_SPACE, TABLE_1_MULTIPLE
+from effspinenet_lib.models.cost import (
+    INITIALISER_OPERATIONS,
+    NORM_OPERATIONS,
+    Cost,
+    measure_cost,
+)
+from effspinenet_lib.models.layers import PATCH
 from effspinenet_lib.models.specs import (
-    BASES,
-    DIM_KEPT_FRACTION,
     DIM_MULTIPLE,
+    EQUAL_BETAS,
     EXPANSION_RATIO,
     SCALES,
-    STEM_BLOCKS,
-    BackboneSpec,
+    SEARCH_SPACE,
+    SP_DIMS,
+    SQUEEZE_RATIO,
+    TOPOLOGY,
+    UNIT_FACTOR,
     Scale,
-    block_multi_adds,
+    backbone_spec,
+    betas_text,
     level_side,
-    scale_backbone,
 )
+from effspinenet_lib.models.zoo import create_model
 
-BASE = BASES["sp_efficientnet"]
-BLOCKS = len(BASE.blocks)
-PATCH = 2 * 2  # space-to-depth: positions that become channels
+BLOCKS = len(TOPOLOGY)
 NORM = 2  # parameters of a norm's channel
-CHUNK = 8192  # models counted at a time: what fits into a processor's cache
+CHUNK = 8192  # models counted at a time: what fits into a CPU's cache
+IDLE, TAKES_IN = 13, 16  # the one block without a consumer, and the output block of its level
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 def sample_betas(count: int, seed: int) -> Ints:
@@ -44,147 +53,156 @@ def sample_betas(count: int, seed: int) -> Ints:
     ]
 
 
-def base_dims(betas: Ints, approximate: bool = False) -> Ints:
-    """Feature dimensions at the scale D0 that betas give (Equations 2 to 4): [N, 18] of both.
-
-    Args:
-        betas: [N, 18], positive.
-        approximate: take Equation 2 without the depthwise convolution, as the paper's second line.
-    """
-    size = SCALES["D0"].input_size
-    dims = np.array([block.feature_dim for block in BASE.blocks], np.float64)
-    costs = np.array(block_multi_adds(BASE, size))
-    if approximate:
-        sides = [level_side(size, block.level) for block in BASE.blocks]
-        costs = np.square(sides) * 2 * EXPANSION_RATIO * np.square(dims)
-    unit = costs.sum() / (betas * costs).sum(axis=1)
-    # Each row as `choices.learned` computes it: numpy and math round alike.
-    return round_dims(dims * np.sqrt(unit[:, None] * betas), TABLE_1_MULTIPLE)
+def feature_dims(betas: Ints, multiplier: float = 1.0) -> Ints:
+    """`specs.feature_dims` of many betas at once: [N, 18] of both."""
+    dims = np.asarray(SP_DIMS, np.float64)
+    levels = np.array([level for level, _, _ in TOPOLOGY])
+    costs = dims**2 / 4.0**levels
+    unit = UNIT_FACTOR * costs.sum() / (betas * costs).sum(axis=1)
+    values = multiplier * np.sqrt(unit[:, None] * betas) * dims
+    rounded = (values + DIM_MULTIPLE / 2).astype(np.int64) // DIM_MULTIPLE * DIM_MULTIPLE
+    return np.maximum(DIM_MULTIPLE, rounded)
 
 
-def reference_dims() -> Ints:
-    """SP-EfficientNet-B0's dimensions at the scale D0, [1, 18]."""
-    return np.array([[block.feature_dim for block in BASE.blocks]], np.int64)
+@dataclass(frozen=True)
+class Costs:
+    """Costs of many models, each [N]: as `models.cost.Cost`."""
+
+    multi_adds: Ints
+    authors_count: Floats
+    parameters: Ints
 
 
-def scaled_dims(dims: Ints, scale: Scale) -> Ints:
-    """Dimensions of the built model at a scale, as `specs.scale_backbone` gives them."""
-    return round_dims(dims * scale.feature_multiplier, DIM_MULTIPLE)
-
-
-def round_dims(values: NDArray[np.floating[Any]], multiple: int) -> Ints:
-    """`specs.round_dim` for arrays."""
-    rounded = np.maximum(multiple, (values + multiple / 2).astype(np.int64) // multiple * multiple)
-    return np.where(rounded >= DIM_KEPT_FRACTION * values, rounded, rounded + multiple)
-
-
-_ONE = np.int64(1)
-
-
-@dataclass
-class _Sum:
-    """Multi-Adds and parameters of many models at once."""
-
-    count: int
-    multi_adds: Ints = field(init=False)
-    parameters: Ints = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.multi_adds = np.zeros(self.count, np.int64)
-        self.parameters = np.zeros(self.count, np.int64)
-
-    def weights(self, count: Ints, area: int) -> None:
-        self.parameters += count
-        self.multi_adds += count * area
-
-    def conv(self, inputs: Ints, outputs: Ints, area: int, there: Ints | np.int64 = _ONE) -> None:
-        """A 1x1 convolution and its norm; `there` is 0 for the models that lack it."""
-        self.weights(inputs * outputs * there, area)
-        self.parameters += NORM * outputs * there
-
-
-def detector_costs(dims: Ints, scale: Scale, num_classes: int, size: int) -> tuple[Ints, Ints]:
-    """Multi-Adds and parameters of RetinaNet on scale-permuted backbones.
+def detector_costs(betas: Ints, scale: Scale, num_classes: int, size: int) -> Costs:
+    """Costs of RetinaNet on the scale-permuted backbones of many betas.
 
     What depends on the dimensions is counted here; the rest, one number for all, is what
-    `choices.cost` has beside it for SP-EfficientNet.
+    SP-EfficientNet's module has beside it.
 
     Args:
-        dims: [N, 18] at the scale D0, from `base_dims`; N is at least 1.
+        betas: [N, 18]; N is at least 1.
         scale: a row of Table 2.
         num_classes: of the head.
         size: side of the square image in pixels.
-
-    Returns:
-        Multi-Adds [N] and parameters [N].
     """
-    known = cost(BASE, scale, "detection", replace(LIBRARY, classes=num_classes), size)
-    part = _dims_part(scaled_dims(reference_dims(), scale), scale, size)
+    known, part = _known(scale, num_classes, size), _count(np.array([EQUAL_BETAS]), scale, size)
     counted = [
-        _dims_part(scaled_dims(dims[first : first + CHUNK], scale), scale, size)
-        for first in range(0, len(dims), CHUNK)
+        _count(betas[first : first + CHUNK], scale, size) for first in range(0, len(betas), CHUNK)
     ]
     multi_adds = np.concatenate([found.multi_adds for found in counted])
+    operations = np.concatenate([found.operations for found in counted])
     parameters = np.concatenate([found.parameters for found in counted])
-    return (
-        multi_adds + (known.multi_adds - part.multi_adds[0]),
+    rest = 2 * (known.authors_count - known.multi_adds) - part.operations[0]
+    multi_adds = multi_adds + (known.multi_adds - part.multi_adds[0])
+    return Costs(
+        multi_adds,
+        multi_adds + (operations + rest) / 2,
         parameters + (known.parameters - part.parameters[0]),
     )
 
 
-def _dims_part(dims: Ints, scale: Scale, size: int) -> _Sum:
-    """Count the layers whose channels are feature dimensions: [N, 18] of the built models."""
-    spec = scale_backbone(BASE, scale)
-    total = _Sum(len(dims))
-    columns = {0: np.full(len(dims), spec.stem_dim, np.int64)}
-    by_block = np.ascontiguousarray(dims.T)
-    columns |= {block.index: by_block[block.index - 1] for block in spec.blocks}
-    areas = {0: level_side(size, 1) ** 2}
-    areas |= {block.index: level_side(size, block.level) ** 2 for block in spec.blocks}
+@cache
+def _known(scale: Scale, num_classes: int, size: int) -> Cost:
+    name = f"eff_spinenet_{scale.id.lower()}"
+    model = create_model(name, num_classes=num_classes, betas=betas_text(EQUAL_BETAS))
+    return measure_cost(model, size)
+
+
+@dataclass
+class _Sum:
+    """Multiply-adds, other operations and parameters of many models at once."""
+
+    count: int
+    multi_adds: Ints = field(init=False)
+    operations: Ints = field(init=False)
+    parameters: Ints = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.multi_adds = np.zeros(self.count, np.int64)
+        self.operations = np.zeros(self.count, np.int64)
+        self.parameters = np.zeros(self.count, np.int64)
+
+    def weights(self, count: Ints, area: int) -> None:
+        """Weights that are each used once a position."""
+        self.parameters += count
+        self.multi_adds += count * area
+        self.operations += INITIALISER_OPERATIONS * count
+
+    def norm(self, channels: Ints, area: int, active: bool) -> None:
+        """A norm, and swish behind it."""
+        self.parameters += NORM * channels
+        self.operations += channels * (area * (2 if active else 1) + NORM_OPERATIONS)
+
+    def conv(self, inputs: Ints, outputs: Ints, area: int, active: bool = False) -> None:
+        """A 1x1 convolution, its norm and, if active, swish."""
+        self.weights(inputs * outputs, area)
+        self.norm(outputs, area, active)
+
+    def depthwise(self, channels: Ints, area: int, kernel: int) -> None:
+        """A depthwise convolution, its norm and swish."""
+        self.weights(channels * kernel**2, area)
+        self.norm(channels, area, active=True)
+
+
+def _count(betas: Ints, scale: Scale, size: int) -> _Sum:
+    """Count the layers whose channels are feature dimensions."""
+    spec = backbone_spec(EQUAL_BETAS, scale)
+    total = _Sum(len(betas))
+    by_block = np.ascontiguousarray(feature_dims(betas, scale.feature_multiplier).T)
+    dims = {0: np.full(len(betas), spec.stem_dim, np.int64)}
+    dims |= {block.index: by_block[block.index - 1] for block in spec.blocks}
+    levels = {0: 1} | {block.index: block.level for block in spec.blocks}
+    area = {level: level_side(size, level) ** 2 for level in levels.values()}
     for block in spec.blocks:
-        here, before = areas[block.index], areas[block.index]
-        own = inputs = columns[block.index]
-        if block.index <= STEM_BLOCKS:
-            inputs, before = columns[block.index - 1], areas[block.index - 1]
+        own, here = dims[block.index], area[block.level]
+        inputs, before = own, here
+        if block.index <= spec.stem_blocks:
+            inputs, before = dims[block.index - 1], area[levels[block.index - 1]]
         else:
-            for source in (*block.inputs, *spec.extra_inputs.get(block.index, ())):
-                _resample(total, spec, source, block.index, columns, areas)
+            for source in block.inputs:
+                _resample(total, dims[source], levels[source], own, block.level, area)
+            taken = (own == dims[IDLE]).astype(np.int64) if block.index == TAKES_IN else 0
+            total.parameters += len(block.inputs) + taken  # Equation 1's weights
+            total.operations += own * here * (len(block.inputs) + taken + 1)  # products, swish
         for repeat in range(block.repeats):
             entry = (inputs, before) if repeat == 0 else (own, here)
-            _mbconv(total, block.kernel, *entry, own, here, spec.squeeze_ratio)
+            _mbconv(total, block.kernel, *entry, own, here)
     for block in spec.outputs.values():  # the 1x1 convolutions in front of the head
-        head = np.int64(scale.head_dim)
-        total.conv(columns[block.index], np.asarray(head), areas[block.index])
+        total.weights(dims[block.index] * scale.head_dim, area[block.level])
     return total
 
 
-def _mbconv(
-    total: _Sum, kernel: int, inputs: Ints, before: int, outputs: Ints, after: int, ratio: float
-) -> None:
+def _mbconv(total: _Sum, kernel: int, inputs: Ints, before: int, outputs: Ints, after: int) -> None:
     expanded = inputs * EXPANSION_RATIO
-    squeezed = np.maximum(1, (inputs * ratio).astype(np.int64))
-    total.conv(inputs, expanded, before)
-    total.weights(expanded * kernel**2, after)
-    total.parameters += NORM * expanded
+    squeezed = np.maximum(1, (inputs * SQUEEZE_RATIO).astype(np.int64))
+    total.conv(inputs, expanded, before, active=True)
+    total.depthwise(expanded, after, kernel)
     total.weights(2 * expanded * squeezed, 1)
     total.parameters += squeezed + expanded
+    total.operations += 2 * expanded * after + 2 * squeezed + expanded  # mean, gate, biases, swish
     total.conv(expanded, outputs, after)
+    if before == after:
+        total.operations += outputs * after * (inputs == outputs)  # the residual sum
 
 
 def _resample(
-    total: _Sum,
-    spec: BackboneSpec,
-    source: int,
-    target: int,
-    dims: dict[int, Ints],
-    areas: dict[int, int],
+    total: _Sum, inputs: Ints, source: int, outputs: Ints, target: int, area: dict[int, int]
 ) -> None:
-    """Count the 1x1 convolution of one input; at equal level and dimension there is none."""
-    levels = [spec.blocks[index - 1].level for index in (source, target)]
-    inputs, outputs = dims[source], dims[target]
-    there: Ints | np.int64 = _ONE
-    if levels[0] < levels[1]:
+    """Count the way from a level and dimension to another (`layers.Resample`)."""
+    if target > source:
         inputs = inputs * PATCH
-    elif levels[0] == levels[1]:
-        there = (inputs != outputs).astype(np.int64)
-    total.conv(inputs, outputs, areas[target], there)
+        total.norm(inputs, area[source + 1], active=True)
+        if target > source + 1:
+            total.depthwise(inputs, area[target], 3 if target == source + 2 else 5)
+    total.conv(inputs, outputs, area[target])
+
+
+def reference_costs(num_classes: int, scale: str = "D0") -> dict[str, Any]:
+    """SP-EfficientNet-B0's costs at a scale, by name."""
+    chosen = SCALES[scale]
+    known = _known(chosen, num_classes, chosen.input_size)
+    return {
+        "multi_adds": known.multi_adds,
+        "authors_count": known.authors_count,
+        "parameters": known.parameters,
+    }

@@ -20,7 +20,7 @@ from effspinenet_lib.data.padding import MAX_OBJECTS
 from effspinenet_lib.data.workers import worker_errors
 from effspinenet_lib.errors import TrainingError, UserError
 from effspinenet_lib.models import zoo
-from effspinenet_lib.models.classification import Classifier
+from effspinenet_lib.models.dense import Classifier
 from effspinenet_lib.training.checkpoint import (
     Checkpoint,
     load_backbone,

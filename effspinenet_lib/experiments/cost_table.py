@@ -9,9 +9,8 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from effspinenet_lib.experiments.cost_notes import cost_note, rests_on
 from effspinenet_lib.experiments.items import ITEMS
-from effspinenet_lib.files import ensure_folder, locked
+from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.models.cost import Cost, measure_cost
 from effspinenet_lib.models.zoo import (
     TASKS,
@@ -21,12 +20,16 @@ from effspinenet_lib.models.zoo import (
     model_entry,
 )
 from effspinenet_lib.results import current_commit, today
-from effspinenet_lib.results.csvfile import read_rows, to_frame, to_row, write_rows
 from effspinenet_lib.results.paper import ITEMS as TABLES
 from effspinenet_lib.results.paper import paper_values
-from effspinenet_lib.results.schemas import COST, COST_UNITS
+from effspinenet_lib.results.tables import COST_UNITS, read_table, write_table
 
+COST = "cost"
 COST_FOLDER, COST_FILE = "cost", "costs.csv"
+# Digits behind the point that a table prints of its costs; MnasNet-A1's row of Table 7 has one.
+PRINTED_DECIMALS = {"table-07": 2, "table-10": 2}
+OTHER_DECIMALS = 1
+FEWER_DECIMALS = ("mnasnet_a1_ssdlite",)
 
 
 def cost_table(progress: bool = True) -> list[dict[str, Any]]:
@@ -51,6 +54,9 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
             known[key] = measure_cost(create_model(name, task, **options), size)
         scale, unit = COST_UNITS[cell["metric"]]
         measured = getattr(known[key], cell["metric"]) / scale
+        counted = measured
+        if cell["metric"] == "multi_adds":
+            counted = known[key].authors_count / scale
         records.append(
             {
                 **{column: cell[column] for column in ("item", "row", "model", "task", "metric")},
@@ -58,15 +64,27 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
                 "image_size": size,
                 "num_classes": TASKS[task],
                 "measured": round(measured, 6),
+                "authors_count": round(counted, 6),
                 "printed": printed,
                 "unit": unit,
                 "difference_percent": round(100 * (measured / printed - 1), 2),
-                "rests_on": rests_on(name, task),
-                "note": cost_note(name),
+                "authors_difference_percent": round(100 * (counted / printed - 1), 2),
+                "as_printed": _as_printed(cell["item"], name, counted, printed),
+                "note": model_entry(name).note,
                 **stamp,
             }
         )
     return records
+
+
+def _as_printed(item: str, model: str, counted: float, printed: float) -> str:
+    """Whether a count rounds to the printed digits; empty where none are printed."""
+    if math.isnan(printed):
+        return ""
+    decimals = PRINTED_DECIMALS.get(item, OTHER_DECIMALS)
+    if model in FEWER_DECIMALS:
+        decimals = OTHER_DECIMALS
+    return "yes" if math.isclose(round(counted, decimals), printed) else "no"
 
 
 def _cells() -> list[dict[str, Any]]:
@@ -97,15 +115,13 @@ def _options(item: str, label: str) -> dict[str, Any]:
 
 
 def write_cost_table(results_dir: str | Path, progress: bool = True) -> Path:
-    """Count every model and write `cost/costs.csv` under a results folder, whole or not at all.
+    """Count every model and write `cost/costs.csv` under a results folder, atomically.
 
     Raises:
         UserError: the file cannot be written.
     """
-    records = cost_table(progress)
     path = ensure_folder(Path(results_dir) / COST_FOLDER) / COST_FILE
-    with locked(path):
-        write_rows(path, COST, [to_row(record, COST, "cost") for record in records])
+    write_table(path, COST, cost_table(progress))
     return path
 
 
@@ -113,6 +129,6 @@ def read_cost_table(results_dir: str | Path) -> pd.DataFrame:
     """The rows of `cost/costs.csv`.
 
     Raises:
-        DataError: the file is missing or broken.
+        DataError: the file is missing or invalid.
     """
-    return to_frame(read_rows(Path(results_dir) / COST_FOLDER / COST_FILE, COST), COST)
+    return read_table(Path(results_dir) / COST_FOLDER / COST_FILE, COST)
