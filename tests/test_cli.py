@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from pycocotools.coco import COCO
 
 from effspinenet_lib import __version__, cli, experiments, publish
-from effspinenet_lib.cli.detect import detections
-from effspinenet_lib.cli.drawing import COLOURS, draw_boxes, sheet
-from effspinenet_lib.cli.train import _changed
+from effspinenet_lib.cli.console import draw, sheet
+from effspinenet_lib.cli.train import adjust_recipe, detections
 from effspinenet_lib.errors import (
     PREEMPTED_EXIT,
     CheckpointError,
@@ -28,18 +28,11 @@ from effspinenet_lib.errors import (
 )
 from effspinenet_lib.training.recipes import get_recipe
 
-COMMANDS = (
-    "models",
-    "cost",
-    "wiring",
-    "export",
-    "train",
-    "evaluate",
-    "detect",
-    "reproduce",
-    "book",
-    "data",
-    "results",
+COMMANDS = tuple(typer.main.get_command(cli.app).commands)
+NESTED = tuple(
+    (name, inner)
+    for name, command in typer.main.get_command(cli.app).commands.items()
+    for inner in getattr(command, "commands", ())
 )
 TINY = ("--image-size", "64", "--batch-size", "2")
 
@@ -97,24 +90,29 @@ def weights(scenes, tmp_path_factory):
     return next(runs.glob("*/model.safetensors"))
 
 
+HELP = """
+import sys
+from effspinenet_lib.cli import app
+for command in (*{commands!r}, ()):
+    try:
+        app([*command, "--help"], prog_name="effspinenet")
+    except SystemExit:
+        pass
+print(sorted({{"torch", "pandas", "matplotlib", "numpy", "PIL", "accelerate"}} & set(sys.modules)))
+"""
+
+
 def test_help_names_every_command_and_loads_nothing_heavy():
-    code = (
-        "import sys; from effspinenet_lib.cli import app\n"
-        "try: app(['--help'])\n"
-        "except SystemExit: pass\n"
-        "print(sorted({'torch', 'pandas', 'matplotlib', 'numpy'} & set(sys.modules)))"
-    )
-    command = [sys.executable, "-c", code]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    commands = [*((name,) for name in COMMANDS), *NESTED]
+    program = [sys.executable, "-c", HELP.format(commands=commands)]
+    output = subprocess.run(program, capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
-    assert set(COMMANDS) <= set(re.findall(r"│ ([a-z]+) ", output))
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(run, command):
-    result = run(command, "--help")
-    assert result.code == 0
-    assert f"Usage: effspinenet {command}" in result.out
+    for command in commands:
+        assert f"Usage: effspinenet {' '.join(command)} " in output
+    for name in ("models", "cost", "wiring", "convert", "train", "evaluate", "detect", "export"):
+        assert f"│ {name} " in output
+    for name in ("reproduce", "plan", "book", "results", "data", "search"):
+        assert f"│ {name} " in output
 
 
 @pytest.mark.parametrize(
@@ -258,11 +256,11 @@ def test_any_command_that_is_told_to_stop_says_that_it_goes_on(run, monkeypatch)
 
 def test_a_recipe_is_scaled_to_the_batch_that_is_given():
     recipe = get_recipe("paper_search_trial")
-    changed = _changed(recipe, None, 4, None)
+    changed = adjust_recipe(recipe, None, 4, None)
     assert changed == recipe.for_batch(4)
     assert changed.scaled_from_batch == 256
     assert changed.learning_rate == pytest.approx(0.28 * 4 / 256)
-    few = _changed(recipe, 10, 4, 0.5)
+    few = adjust_recipe(recipe, 10, 4, 0.5)
     assert (few.steps, few.batch_size, few.learning_rate) == (10, 4, 0.5)
 
 
@@ -292,7 +290,7 @@ def test_an_interruption_is_130_without_a_traceback(run, monkeypatch):
     monkeypatch.setattr(publish, "build_book", interrupt)
     result = run("book")
     assert result.code == 130
-    assert result.err == "interrupted; the same command goes on where this one stopped\n"
+    assert result.err == "interrupted; the same command resumes\n"
 
 
 def test_made_scenes_are_a_coco_folder_and_the_same_bytes_for_a_seed(run, scenes, tmp_path):
@@ -506,31 +504,63 @@ def test_detections_are_in_pixels_of_the_picture():
     assert (model.seen[:, :, :32] > 0).all()
 
 
+def pixels_of(picture):
+    return picture.permute(1, 2, 0).numpy()
+
+
 def test_boxes_are_drawn_where_they_are_and_in_the_colour_of_their_class():
-    picture = draw_boxes(
-        np.zeros((480, 640, 3), np.uint8), np.array([[100, 200, 300, 400]], np.float32), [1], ["x"]
-    )
-    drawn = np.asarray(picture)
-    colour = tuple(int(COLOURS[1][place : place + 2], 16) for place in (1, 3, 5))
-    assert tuple(drawn[300, 100]) == tuple(drawn[300, 300]) == colour
-    assert tuple(drawn[400, 200]) == colour
-    assert not drawn[220:380, 120:280].any()
-    assert not drawn[:, 310:].any()
+    black = np.zeros((480, 640, 3), np.uint8)
+    boxes = torch.tensor([[100.0, 200, 300, 400], [400, 200, 600, 400]])
+    drawn = pixels_of(draw(black, boxes, [1, 2], ["x", "y"]))
+    assert drawn.shape == black.shape
+    edges = [tuple(drawn[300, column]) for column in (100, 300, 400, 600)]
+    assert edges[0] == edges[1] != edges[2] == edges[3] != (0, 0, 0)
+    assert tuple(drawn[400, 200]) == edges[0]
+    assert not drawn[240:380, 120:280].any()
+    assert not drawn[:, 310:390].any()
     assert not drawn[410:].any()
 
 
-def test_a_small_picture_is_enlarged_with_its_boxes():
+def test_a_small_picture_is_enlarged_with_its_boxes_and_masks():
     pixels = np.zeros((48, 48, 3), np.uint8)
-    picture = draw_boxes(pixels, np.array([[10, 10, 20, 20]], np.float32), [0], [""])
-    assert picture.size == (480, 480)
-    assert np.asarray(picture)[200, 150].any()
+    mask = torch.zeros(1, 48, 48, dtype=torch.bool)
+    mask[0, 12:18, 12:18] = True
+    drawn = pixels_of(draw(pixels, torch.tensor([[10.0, 10, 20, 20]]), [0], [""], mask))
+    assert drawn.shape == (480, 480, 3)
+    assert drawn[200, 150].any()
+    assert drawn[150, 150].any()
+    assert not drawn[190, 190].any()
+    nothing = draw(pixels, torch.zeros(0, 4), [], [])
+    assert (pixels_of(nothing) == pixels).all()
 
 
 def test_a_sheet_has_a_row_for_the_last_pictures():
-    white = Image.new("RGB", (10, 10), "white")
-    one, three = sheet([white], 2), sheet([white] * 3, 2)
-    assert one.width == three.width
-    assert three.height > one.height
+    black = torch.zeros(3, 10, 20, dtype=torch.uint8)
+    two, three = sheet([black] * 2, 2), sheet([black] * 3, 2)
+    assert two.shape[2] == three.shape[2]
+    assert three.shape[1] > two.shape[1]
+    assert (three == 0).any()
+    assert (three[:, -100:, -100:] == 255).all(), "no fourth picture"
+
+
+def test_the_options_of_a_group_reach_its_commands(run, repository, tmp_path):
+    """`results --results-dir D costs` must not touch the checkout's files."""
+    before = {path: path.stat().st_mtime_ns for path in (repository / "results").rglob("*.*")}
+    folder = tmp_path / "there"
+    checked = run("results", "--results-dir", folder, "validate")
+    assert checked.error == f"error: {folder}: no such folder; give the results with --results-dir"
+    folder.mkdir()
+    inner = run("results", "--results-dir", folder, "validate", "--results-dir", tmp_path / "inner")
+    assert "inner: no such folder" in inner.error
+    exported = run("search", "--results-dir", folder, "export", tmp_path / "found.json")
+    assert exported.code == 2, "no trials are recorded there"
+    command = ("search", "--results-dir", folder, "space", "--samples", 1000)
+    assert run(*command).code == 0
+    assert (folder / "search" / "space.csv").exists()
+    unknown = run("search", "--trials", 3, "export", tmp_path / "found.json")
+    assert unknown.error == "error: `effspinenet search export` has no --trials"
+    after = {path: path.stat().st_mtime_ns for path in (repository / "results").rglob("*.*")}
+    assert after == before
 
 
 def test_results_lists_every_item_and_validates_what_is_committed(run, repository):
@@ -550,7 +580,7 @@ def test_results_validate_names_the_file_of_a_broken_row(run, repository, tmp_pa
     path.write_text(path.read_text().replace("table-08", "table-8", 1))
     result = run("results", "validate", "--results-dir", folder)
     assert result.code == 1
-    assert "problem: paper/table-08.csv" in result.err
+    assert f"problem: {path}: line 2: column item" in result.err
 
 
 def test_reproduce_all_runs_each_item_that_needs_runs_once(run, monkeypatch, tmp_path):

@@ -248,9 +248,9 @@ def test_a_row_that_starts_from_another_says_which_weights_are_missing(tmp_path)
 def test_a_row_is_killed_and_goes_on(tmp_path, coco):
     """By the command line, as a user does it; the run that was not killed has the same weights."""
     command = [
-        *(sys.executable, "-m", "effspinenet_lib", "train", "--item", "table-07"),
-        *("--row", "eff_spinenet_m0", "--data", str(coco), "--max-steps", "3"),
-        "--results-dir",
+        *(sys.executable, "-m", "effspinenet_lib", "reproduce", "table-07"),
+        *("--row", "eff_spinenet_m0", "--profile", "paper", "--data-root", str(coco)),
+        *("--max-steps", "3", "--results-dir"),
     ]
     folder = tmp_path / "results"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -281,12 +281,12 @@ def test_a_row_is_killed_and_goes_on(tmp_path, coco):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--item", "table-03"], "--item needs --row"),
-        (["--item", "table-03", "--row", "x", "--steps", "3"], "--steps has no meaning with"),
-        (["--data", "shapescenes", "--row", "x"], "--row has no meaning without --item"),
-        (["--item", "table-01", "--row", "x"], "table-01 trains nothing"),
-        (["--item", "table-03", "--row", "x"], "set data_root to its folder"),
-        ([], "--data is missing"),
+        (["table-03", "--max-steps", "3"], "--max-steps needs --row"),
+        (["table-03", "--row", "x", "--devices", "2"], "--devices has no meaning with --row"),
+        (["table-03", "table-05", "--row", "x"], "--row takes one item, 2 were given"),
+        (["table-01", "--row", "x"], "table-01 trains nothing"),
+        (["table-07", "--row", "x"], "unknown row"),
+        (["table-03", "--row", "x", "--profile", "paper"], "set data_root to its folder"),
     ],
 )
 def test_options_that_do_not_fit_together_are_one_line(options, message):
@@ -294,7 +294,7 @@ def test_options_that_do_not_fit_together_are_one_line(options, message):
 
     from effspinenet_lib.cli import app
 
-    result = CliRunner().invoke(app, ["train", *options])
+    result = CliRunner().invoke(app, ["reproduce", *options])
     assert isinstance(result.exception, UserError)
     assert message in str(result.exception)
     assert "\n" not in str(result.exception)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -121,18 +122,45 @@ def _read_guides() -> str:
     return "\n".join((REPOSITORY / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
 
 
-def test_commands_in_the_guides_are_accepted_by_the_command_line():
-    lines = re.findall(r"(?m)^(?:\.venv/bin/)?effspinenet (.*?)\s*(?:#.*)?$", _read_guides())
-    assert len(lines) >= 10
-    for line in lines:
-        command, words = typer.main.get_command(cli.app), shlex.split(line)
-        context = command.make_context("effspinenet", words[:], resilient_parsing=True)
-        while words and hasattr(command, "resolve_command"):
-            name, command, words = command.resolve_command(context, words)
-            # An unknown option, a value of the wrong type or a missing argument raises here.
-            context = command.make_context(name, words[:], parent=context)
-            if hasattr(command, "resolve_command"):  # what its own options leave
-                words = [*context._protected_args, *context.args]
+def _texts() -> dict[str, str]:
+    """The guides, the book's pages and the notebooks' text, by file name."""
+    pages = [
+        REPOSITORY / "README.md",
+        REPOSITORY / "CONTRIBUTING.md",
+        REPOSITORY / "results/README.md",
+    ]
+    texts = {path.name: path.read_text() for path in [*pages, *REPOSITORY.glob("book/*.md")]}
+    for path in sorted(REPOSITORY.glob("notebooks/*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        texts[path.name] = "\n".join("".join(cell["source"]) for cell in cells)
+    return texts
+
+
+COMMAND = re.compile(
+    r"(?m)^ *(?:\.venv/bin/)?(?:effspinenet|torchrun .*-m effspinenet_lib) (.*?)(?: +#.*)?$"
+)
+COMMANDS = [
+    (name, line)
+    for name, text in _texts().items()
+    for line in COMMAND.findall(re.sub(r" *(#.*)?\\\n *", " ", text))
+]
+
+
+def test_the_guides_and_the_book_have_commands():
+    assert len(COMMANDS) >= 25
+    assert {name for name, _ in COMMANDS} >= {"README.md", "training.md", "how_to_run.md"}
+
+
+@pytest.mark.parametrize(("name", "line"), COMMANDS)
+def test_a_command_of_the_guides_is_accepted_by_the_command_line(name: str, line: str):
+    command, words = typer.main.get_command(cli.app), shlex.split(line)
+    context = command.make_context("effspinenet", words[:], resilient_parsing=True)
+    while words and hasattr(command, "resolve_command"):
+        found, command, words = command.resolve_command(context, words)
+        # An unknown option, a value of the wrong type or a missing argument raises here.
+        context = command.make_context(found, words[:], parent=context)
+        if hasattr(command, "resolve_command"):  # what its own options leave
+            words = [*context._protected_args, *context.args]
 
 
 def test_the_library_example_of_the_readme_runs():

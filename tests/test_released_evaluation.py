@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -138,44 +134,6 @@ def test_the_books_table_shows_what_was_evaluated(evaluated: Path, tmp_path: Pat
     assert list(table.frame["metric"])[:2] == ["AP", "AP50"]
     write_datapackage(tmp_path)
     assert validate(tmp_path) == []
-
-
-# The command line, killed as soon as three images are written down.
-KILLED = """
-import itertools, os, signal
-from effspinenet_lib import cli
-from effspinenet_lib.training.prediction_log import PredictionLog
-add, images = PredictionLog.add, itertools.count(1)
-def struck(log, records):
-    add(log, records)
-    if next(images) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-PredictionLog.add = struck
-cli.main()
-"""
-
-
-def test_killed_it_goes_on(evaluated: Path, weights: Path, tiny_coco: Path, tmp_path: Path) -> None:
-    command = arguments(weights, tiny_coco, tmp_path, "--batch-size", "1")
-    program = [sys.executable, "-c", KILLED, *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(program, capture_output=True, env=environment, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "predictions.json").exists()
-    partial = tmp_path / "predictions.partial"
-    header, *lines = partial.read_text().splitlines(keepends=True)
-    assert len(lines) == 3
-    lines[0] = "[]\n"  # what is on record is taken as it is: this image has nothing then
-    partial.write_text("".join([header, *lines]))
-    result = CliRunner().invoke(app, command, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    assert not partial.exists()
-    again, whole = predictions(tmp_path), predictions(evaluated)
-    rest = [record for record in whole if record["image_id"] != whole[0]["image_id"]]
-    assert len(rest) < len(whole)
-    assert [r["category_id"] for r in again] == [r["category_id"] for r in rest]
-    for one, other in zip(again, rest, strict=True):
-        assert one["bbox"] == pytest.approx(other["bbox"], abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The command `effspinenet`.
 
-Each module beside this one holds the commands of one subject. They import the library's heavy
+Each module of this package holds the commands of one subject. They import the library's heavy
 modules inside the commands, so that `--help` is fast.
 """
 
@@ -14,17 +14,7 @@ from typing import Annotated
 import typer
 
 from effspinenet_lib import __version__
-from effspinenet_lib.cli import (
-    convert,
-    data,
-    detect,
-    evaluate,
-    experiments,
-    models,
-    plan,
-    search,
-    train,
-)
+from effspinenet_lib.cli import data, experiments, models, search, train
 from effspinenet_lib.cli.console import set_up_messages
 from effspinenet_lib.errors import Preempted, UserError
 
@@ -63,20 +53,20 @@ def start(
     - `effspinenet reproduce all --profile smoke` runs every table and figure once, small
     - `effspinenet book` builds the book from the results
 
-    Exit codes: 0 done, 1 a check found problems, 2 a wrong name or option, 3 an input file that
-    cannot be used, 4 weights that do not fit, 5 training that cannot go on, 75 stopped by a
-    signal (the same command goes on), 130 interrupted.
+    Exit codes: 0 done, 1 a check found problems, 2 a wrong name or option, 3 an invalid input
+    file, 4 weights that do not fit, 5 training that cannot continue, 75 stopped by a signal (the
+    same command resumes), 130 interrupted.
     """
     set_up_messages()
 
 
-models.add_commands(app)
-train.add_commands(app)
-evaluate.add_commands(app)
-detect.add_commands(app)
-convert.add_commands(app)
-experiments.add_commands(app)
-plan.add_commands(app)
+for command in (
+    *(models.models, models.cost, models.wiring, models.convert),
+    *(train.train, train.evaluate, train.detect, train.export),
+    *(experiments.reproduce, experiments.plan, experiments.book),
+):
+    app.command()(command)
+app.add_typer(experiments.results_app, name="results")
 app.add_typer(data.app, name="data")
 app.add_typer(search.app, name="search")
 
@@ -96,7 +86,7 @@ def main() -> None:
         raise SystemExit(error.exit_code) from None
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+            print("interrupted; the same command resumes", file=sys.stderr)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from effspinenet_lib.cli.console import FAILED_CHECK, print_table
+from effspinenet_lib.cli.console import FAILED_CHECK, draw, print_table, save_picture, sheet
 from effspinenet_lib.errors import UnknownName, UserError
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ DATA_HELP = (
 Data = Annotated[str, typer.Option(metavar="DIR|shapescenes", help=DATA_HELP)]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of a ShapeScenes image.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the ShapeScenes images.")]
-EvalSplit = Annotated[str, typer.Option(help="Part of the data to evaluate on.")]
+EvalSplit = Annotated[str, typer.Option(help="Split of the data to evaluate on.")]
 Workers = Annotated[
-    int, typer.Option(min=0, help="Processes that load images; 0: none but the trainer itself.")
+    int, typer.Option(min=0, help="Data loading workers; 0: the training process loads.")
 ]
 
 app = typer.Typer(
@@ -44,13 +44,13 @@ def data_config(
     seed: int = 0,
     task: str = "detection",
 ) -> DataConfig:
-    """What `--data` and the options beside it ask for.
+    """The data that `--data` and the options after it name.
 
     Args:
         data: a folder, or `shapescenes`.
-        train_split: part to train on.
-        eval_split: part to evaluate on.
-        images: use only so many of each part.
+        train_split: split to train on.
+        eval_split: split to evaluate on.
+        images: use only so many of each split.
         image_size: of ShapeScenes.
         seed: of ShapeScenes.
         task: decides between boxes and label maps where a folder holds both (VOC).
@@ -107,14 +107,14 @@ def fetch(
     - `voc`: VOC 2012 with SBD's label maps, and the list `train_aug` of 10,582 images (3.4 GB)
     - `imagenet`: ILSVRC 2012, from the archives that its site gives to registered users
 
-    The same command goes on with what was interrupted, and does nothing where all is done.
+    The same command resumes what was interrupted, and does nothing if all is done.
 
     Example: `effspinenet data fetch voc voc2012`
     """
     from effspinenet_lib.data.fetch import fetch as fetch_set
 
     made = fetch_set(name, folder, source, archives)
-    typer.echo(f"{folder}: {'whole' if made else 'was fetched before'}")
+    typer.echo(f"{folder}: {'complete' if made else 'was fetched before'}")
     typer.echo(f"Next: effspinenet data check {folder} --expect {name}")
 
 
@@ -124,21 +124,19 @@ def check(
     pictures: Annotated[bool, typer.Option(help="Also decode every picture.")] = True,
     expect: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="The data set that it should be: `coco`, `voc` or `imagenet`."
-        ),
+        typer.Option(metavar="NAME", help="The data set expected: `coco`, `voc` or `imagenet`."),
     ] = None,
     report: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write counts and problems to a .json or .csv file."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that decode. [default: one a core]")
+        int | None, typer.Option(min=1, help="Decoding processes. [default: one a core]")
     ] = None,
 ) -> None:
-    """Count what each part of a data set holds and name what is wrong with it.
+    """Count what each split of a data set holds and name what is wrong with it.
 
-    The exit code is 1 if a part cannot be used as it is.
+    The exit code is 1 if a split cannot be used as it is.
 
     For example:
 
@@ -169,7 +167,7 @@ def check(
         typer.echo(f"problem: {problem}", err=True)
     if problems:
         raise typer.Exit(FAILED_CHECK)
-    typer.echo("Every part can be used.")
+    typer.echo("Every split can be used.")
 
 
 def _open(config: DataConfig) -> Dataset:
@@ -235,7 +233,7 @@ def make(
 def contact_sheet(
     output: Annotated[Path, typer.Argument(metavar="OUT.png", help="The picture to write.")],
     data: Data = SHAPESCENES,
-    split: Annotated[str, typer.Option(help="Part of the data.")] = "train",
+    split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
     count: Annotated[int, typer.Option(min=1, help="Images on the sheet.")] = 12,
     columns: Annotated[int, typer.Option(min=1, help="Images in a row.")] = 4,
     image_size: ImageSize = None,
@@ -245,7 +243,7 @@ def contact_sheet(
 
     Example: `effspinenet data sheet sheet.png --data my_pictures --split val`
     """
-    from effspinenet_lib.cli.drawing import draw_boxes, save_picture, sheet
+    import torch
 
     dataset = _open(
         data_config(data, train_split=split, images=count, image_size=image_size, seed=seed)
@@ -254,7 +252,8 @@ def contact_sheet(
     pictures = []
     for index in range(min(count, len(dataset))):
         sample = dataset.load(index)
-        texts = [names[label] for label in sample.labels]
-        pictures.append(draw_boxes(sample.image, sample.boxes, sample.labels.tolist(), texts))
+        labels = sample.labels.tolist()
+        texts = [names[label] for label in labels]
+        pictures.append(draw(sample.image, torch.from_numpy(sample.boxes), labels, texts))
     save_picture(sheet(pictures, columns), output)
     typer.echo(f"Wrote {output}: {len(pictures)} images of {dataset.name}")

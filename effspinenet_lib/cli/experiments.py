@@ -1,17 +1,42 @@
-"""`effspinenet reproduce`, `book` and `results`."""
+"""`effspinenet reproduce`, `plan`, `book` and `results`."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effspinenet_lib.cli.console import FAILED_CHECK, print_table
+from effspinenet_lib.cli.console import (
+    FAILED_CHECK,
+    ResultsDir,
+    given_options,
+    option_name,
+    pass_down,
+    print_table,
+)
+from effspinenet_lib.cli.data import Workers
+from effspinenet_lib.cli.train import (
+    BatchSize,
+    Checkpoints,
+    InitialWeights,
+    MaxSteps,
+    MicroBatch,
+    print_run,
+)
 from effspinenet_lib.errors import UserError
 
+if TYPE_CHECKING:
+    from effspinenet_lib.experiments import Parameters
+
 ALL = "all"
+GIBI = 2**30
+# Options of `reproduce` that only a single row takes, and those that it does not take.
+ROW_OPTIONS = ("batch_size", "max_steps", "checkpoints", "workers", "initial_weights")
+ITEM_OPTIONS = ("accelerator", "devices")
 
 Profile = Annotated[
     str,
@@ -20,66 +45,64 @@ Profile = Annotated[
         "(about ten minutes of one core a run) or `paper` (the paper's settings, for GPUs or TPUs)."
     ),
 ]
-ResultsDir = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Where the CSV files are. [default: the checkout's results]"),
-]
 DataRoot = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="The paper's data; only the profile `paper` reads it."),
 ]
 Seeds = Annotated[str | None, typer.Option(metavar="0,1,2", help="[default: the profile's own]")]
 
-results_app = typer.Typer(
-    invoke_without_command=True,
-    help="List what was measured for each table and figure; `validate` checks the files.",
-)
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Add this module's commands to `app`."""
-    app.command()(reproduce)
-    app.command()(book)
-    app.add_typer(results_app, name="results")
-
 
 def reproduce(
+    context: typer.Context,
     items: Annotated[
         list[str],
         typer.Argument(
             metavar="ITEM...", help="`table-08`, `figure-03` ..., or `all`; see `results`."
         ),
     ],
+    row: Annotated[
+        str | None,
+        typer.Option(help="Train this row alone: its label in the table, or its model."),
+    ] = None,
     profile: Profile = "smoke",
     results_dir: ResultsDir = None,
     data_root: DataRoot = None,
     seeds: Seeds = None,
     accelerator: Annotated[str, typer.Option(help="`auto`, `cpu`, `gpu` or `tpu`.")] = "auto",
     devices: Annotated[str, typer.Option(metavar="N|auto", help="Runs at the same time.")] = "auto",
-    micro_batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Images that a run computes at once; gradients add up to the batch's. "
-            "[default: the batch; with the profile `paper` on a processor 2]",
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
+    batch_size: BatchSize = None,
+    micro_batch: MicroBatch = None,
+    max_steps: MaxSteps = None,
+    checkpoints: Checkpoints = None,
+    workers: Workers = 0,
+    initial_weights: InitialWeights = None,
+    force: Annotated[bool, typer.Option("--force", help="Run finished runs again.")] = False,
 ) -> None:
     """Run what tables and figures of the paper still need and record it.
 
-    What is finished is not run again; what was interrupted goes on from its last checkpoint. The
-    paper's batches stay whole here; `train --item` can make them smaller.
+    A finished run is not run again; an interrupted one resumes from its last checkpoint.
+
+    With `--row` only that row of the item is trained, in this process or in those of `torchrun`. It
+    takes `--batch-size`, `--max-steps`, `--checkpoints`, `--workers` and `--initial-weights`; with
+    the profile `paper` a CPU takes a batch of 2 with the recipe scaled to it, unless
+    `--batch-size` or `--micro-batch` is given. With `--max-steps` the row is labelled with its
+    steps.
 
     For example:
 
     - `effspinenet reproduce all`
     - `effspinenet reproduce table-09 --profile proxy --seeds 0,1`
+    - `effspinenet reproduce table-03 --row eff_spinenet_d2 --profile paper --data-root coco
+      --max-steps 3`
     """
     from effspinenet_lib import experiments
-    from effspinenet_lib.results import ResultsStore
 
-    chosen = _chosen(items)
+    given = given_options(context)
+    for name in ROW_OPTIONS if row is None else ITEM_OPTIONS:
+        if name in given:
+            problem = "needs --row" if row is None else "has no meaning with --row"
+            raise UserError(f"{option_name(name)} {problem}")
+    chosen = [] if row is not None else _chosen(items)
     parameters = experiments.check_parameters(
         profile=profile,
         data_root=data_root,
@@ -89,6 +112,16 @@ def reproduce(
         seeds=seeds,
         force=force,
     )
+    if row is not None:
+        if len(items) != 1:
+            raise UserError(f"--row takes one item, {len(items)} were given")
+        if initial_weights is not None:
+            parameters = replace(parameters, initial_weights=initial_weights.resolve())
+        options = {
+            name: given[name] for name in (*ROW_OPTIONS[:-1], "micro_batch") if name in given
+        }
+        _train_row(items[0], row, parameters, options)
+        return
     rows = []
     forced: set[str] = set()
     for name in chosen:
@@ -102,7 +135,7 @@ def reproduce(
         measured = len(store.measurements(name))
         rows.append((name, item.title, f"{measured} values, {time.monotonic() - began:.0f} s"))
     print_table(f"Profile {profile}", ("item", "title", "done"), rows)
-    typer.echo(f"Results: {ResultsStore(parameters.results_dir, profile).folder}")
+    _print_folder(parameters)
 
 
 def _chosen(names: list[str]) -> list[str]:
@@ -119,10 +152,133 @@ def _chosen(names: list[str]) -> list[str]:
     for name in names:
         if name != ALL and get_item(name).notebook is None:
             row = next(iter(get_item(name).rows), None)
-            hint = f"; one row: `train --item {name} --row {row.model}`" if row else ""
+            hint = f"; one row: `reproduce {name} --row {row.model}`" if row else ""
             raise UserError(f"{name} is not rebuilt yet; these are: {', '.join(rebuilt)}{hint}")
         chosen += rebuilt if name == ALL else [name]
     return list(dict.fromkeys(chosen))
+
+
+def _train_row(name: str, row: str, parameters: Parameters, options: dict[str, Any]) -> None:
+    """Train one row of an item with each seed."""
+    from effspinenet_lib import experiments
+
+    item = experiments.get_item(name)
+    if not item.rows:
+        raise UserError(f"{name} trains nothing; see `effspinenet results`")
+    found = experiments.find_row(item, row)
+    for seed in parameters.seeds:
+        result = experiments.train_row(item, found, replace(parameters, seeds=(seed,)), **options)
+        title = f"{name}, {found.label}, {parameters.profile.name}, seed {seed}"
+        print_run(title, found.task, result)
+    _print_folder(parameters)
+
+
+def _print_folder(parameters: Parameters) -> None:
+    from effspinenet_lib.results import ResultsStore
+
+    folder = ResultsStore(parameters.results_dir, parameters.profile.name).folder
+    typer.echo(f"Results: {folder}")
+
+
+def plan(
+    items: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ITEM...]", help="`table-03` ... [default: the whole paper]"),
+    ] = None,
+    profile: Annotated[str, typer.Option(help="`smoke`, `proxy` or `paper`.")] = "paper",
+    results_dir: ResultsDir = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The data, if its splits have other names."),
+    ] = None,
+    images_per_second: Annotated[
+        float | None,
+        typer.Option(min=1e-9, help="Training images a second of every run."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Assume a share of this device's figure: `v100`, `a100`, `h100`, `tpu-v3` or "
+            "`tpu-v4`. [default: tpu-v3, as the paper]"
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="So many of them.")] = 1,
+) -> None:
+    """Say what is still to be trained, and what it takes: images, Multi-Adds, memory, hours.
+
+    Hours rest on what `--images-per-second` or `--device` says; without them on recorded runs of
+    the same model, else on an assumption. Memory is for the recipe's batch on one device, with
+    activations in float32; losses and work space are extra. A batch that is too large is
+    computed in parts with `reproduce --micro-batch`. A row is missing until its recipe's own run is
+    finished; one with another `--batch-size` does not count.
+
+    For example:
+
+    - `effspinenet plan`
+    - `effspinenet plan table-03 --images-per-second 400`
+    - `effspinenet plan table-03 table-05 --device a100 --devices 8`
+    """
+    from effspinenet_lib.experiments import ITEMS
+    from effspinenet_lib.experiments.plan import ASSUMED_SHARE, DEFAULT_DEVICE, Throughput, totals
+    from effspinenet_lib.experiments.plan import plan as make_plan
+
+    given = images_per_second is not None or device is not None or devices > 1
+    throughput = Throughput(images_per_second, device or DEFAULT_DEVICE, devices)
+    planned = make_plan(
+        items or tuple(ITEMS),
+        profile,
+        results_dir,
+        data_root,
+        throughput=throughput if given else None,
+    )
+    headings = ("item", "row", "state", "steps", "batch", "images, M", "Multi-Adds, 1e15")
+    columns = (*headings, "memory, GiB", "images/s", "from", "hours")
+    print_table(
+        f"Profile {profile}: {planned['runs'].sum():,} runs are missing",
+        columns,
+        [_plan_cells(row) for row in planned.to_dict("records")],
+    )
+    names = {
+        "own": "runs of the paper's authors",
+        "search": "the search's samples",
+        "carried": "runs whose numbers they quoted",
+        "quoted": "runs whose numbers they quoted",
+        "all": "all",
+    }
+    sums = [
+        (
+            names[str(name)],
+            f"{row['runs']:,.0f}",
+            f"{row['images'] / 1e6:,.1f}",
+            f"{row['multi_adds'] / 1e18:,.2f}",
+            f"{row['hours']:,.1f}",
+        )
+        for name, row in totals(planned).iterrows()
+    ]
+    print_table("Total", ("", "runs", "images, M", "Multi-Adds, 1e18", "hours"), sums)
+    if (planned["throughput"] == "assumed").any():
+        typer.echo(
+            f"Assumed: {ASSUMED_SHARE:.0%} of the figure that the maker of {throughput.device} "
+            f"gives, times {devices}. It is not measured; --images-per-second replaces it."
+        )
+
+
+def _plan_cells(row: dict[Hashable, Any]) -> tuple[str, ...]:
+    """A run of the plan as the table shows it."""
+    steps = f"{row['steps']:,}"
+    return (
+        row["item"],
+        row["row"] if row["seed"] == 0 else f"{row['row']}, seed {row['seed']}",
+        row["state"],
+        steps if row["runs"] == 1 else f"{row['runs']:,} x {steps}",
+        str(row["batch"]),
+        f"{row['images'] / 1e6:,.1f}",
+        f"{row['multi_adds'] / 1e15:,.1f}",
+        f"{row['memory'] / GIBI:,.1f}",
+        f"{row['images_per_second']:,.0f}",
+        row["throughput"],
+        f"{row['hours']:,.1f}",
+    )
 
 
 def book(
@@ -151,10 +307,16 @@ def book(
     typer.echo(f"Book: {index}")
 
 
+results_app = typer.Typer(
+    invoke_without_command=True,
+    help="List what was measured for each table and figure; `validate` checks the files.",
+)
+
+
 @results_app.callback()
 def results(context: typer.Context, results_dir: ResultsDir = None) -> None:
     """List what was measured for each table and figure; `validate` checks the files."""
-    if context.invoked_subcommand is not None:
+    if pass_down(context):
         return
     from effspinenet_lib.experiments import default_results_dir, item_status
 

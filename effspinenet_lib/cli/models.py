@@ -1,4 +1,4 @@
-"""`effspinenet models`, `cost`, `wiring` and `export`."""
+"""`effspinenet models`, `cost`, `wiring` and `convert`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,8 @@ PICTURE_FORMATS = ("svg", "png")
 PICTURE_DPI = 150
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Add this module's commands to `app`."""
-    app.command()(models)
-    app.command()(cost)
-    app.command()(wiring)
-    app.command()(export)
-
-
 def models() -> None:
-    """List the models, their input size for each task that they can do, and where they stand.
+    """List the models, their input size for each task, and the tables that have them.
 
     `effspinenet cost NAME` counts a model's multi-adds and parameters.
     """
@@ -37,7 +29,7 @@ def models() -> None:
         )
         for name, items in list_models().items()
     ]
-    print_table("Models, with input sizes in pixels", ("name", *TASKS, "stands in"), rows)
+    print_table("Models, with input sizes in pixels", ("name", *TASKS, "tables"), rows)
 
 
 def cost(
@@ -103,25 +95,37 @@ def wiring(
     typer.echo(f"Wrote {output}")
 
 
-def export(
-    weights: Annotated[Path, typer.Option(metavar="FILE", help="As `train` writes them.")],
-    output: Annotated[Path, typer.Option(metavar="OUT.pt2", help="The program to write.")],
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="[default: as the model was trained]")
-    ] = None,
+def convert(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT_DIR",
+            help="The unpacked archive: a folder with `ckpt-N.index` and its data files.",
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="`mobile_spinenet_49`, `spinenet_49` and so on.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE.safetensors", help="The weights file to write.")
+    ],
+    average: Annotated[
+        bool,
+        typer.Option(
+            "--average/--no-average",
+            help="Take the moving averages of the weights, if the checkpoint has them.",
+        ),
+    ] = True,
 ) -> None:
-    """Write a trained model as a `torch.export` program, which runs without this library.
+    """Turn a released TensorFlow checkpoint into weights for this library.
 
-    It maps normalised images [1, 3, S, S] to what the layers give, before decoding.
+    Needs TensorFlow, in an environment of its own: `pip install 'effspinenet[tensorflow]'`.
 
-    Example: `effspinenet export --weights model.safetensors --output model.pt2`
+    Example: `effspinenet convert spinenet49mobile --model mobile_spinenet_49 --out m.safetensors`
     """
     from effspinenet_lib.files import ensure_folder
-    from effspinenet_lib.training.checkpoint import create_from_weights
-    from effspinenet_lib.training.export import export_model
+    from effspinenet_lib.models.released.convert import convert as convert_checkpoint
 
-    model, facts = create_from_weights(weights)
-    size = image_size or facts["image_size"]
-    ensure_folder(output.parent)
-    export_model(model.cpu(), size, output)
-    typer.echo(f"Wrote {output}: {facts['model']}, {facts['task']}, {size}x{size}")
+    ensure_folder(out.parent)
+    values = convert_checkpoint(checkpoint, model, out, average)
+    typer.echo(f"Wrote {out}: {model}, {values:,} numbers, every variable used once")

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from effspinenet_lib.cli.console import print_table
+from effspinenet_lib.cli.console import ResultsDir, pass_down, print_table
+from effspinenet_lib.cli.data import Workers
+from effspinenet_lib.cli.train import BatchSize, MicroBatch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,10 +20,6 @@ if TYPE_CHECKING:
 
 ALL = "all"
 
-ResultsDir = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Where the CSV files are. [default: the checkout's results]"),
-]
 Profile = Annotated[
     str,
     typer.Option(
@@ -31,9 +29,6 @@ Profile = Annotated[
 ]
 Data = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder of COCO 2017, for `paper` alone.")
-]
-BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Images a step; the recipe is scaled to them.")
 ]
 EngineName = Annotated[
     str,
@@ -51,11 +46,6 @@ Processes = Annotated[
     ),
 ]
 AcceleratorName = Annotated[str, typer.Option(help="`auto`, `cpu`, `gpu` or `tpu`.")]
-MicroBatch = Annotated[
-    int | None,
-    typer.Option(min=1, help="Images computed at once; gradients add up to the batch's."),
-]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, for each trial.")]
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -138,11 +128,11 @@ def search(
         typer.Option(help="MnasNet's exponent on Multi-Adds, such as -0.07; 0: none."),
     ] = 0.0,
     results_dir: ResultsDir = None,
-    force: Annotated[bool, typer.Option("--force", help="Begin anew.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start again.")] = False,
 ) -> None:
     """Learn which share of the computation each block gets (section 3.3).
 
-    What is recorded is not run again; what was interrupted goes on. The record is
+    What is recorded is not run again; what was interrupted resumes. The record is
     `search_trials.csv`.
 
     For example:
@@ -151,7 +141,7 @@ def search(
     - `effspinenet search --profile paper --data coco --micro-batch 64 --workers 8 --engine ray`
     - `effspinenet search export found.json --profile proxy`
     """
-    if context.invoked_subcommand is not None:
+    if pass_down(context):
         return
     from effspinenet_lib.search.run import Search, run_search
     from effspinenet_lib.search.running import Penalty
