@@ -125,11 +125,9 @@ def _read_guides() -> str:
 def _texts() -> dict[str, str]:
     """The guides, the book's pages and the notebooks' text, by file name."""
     pages = [
-        REPOSITORY / "README.md",
-        REPOSITORY / "CONTRIBUTING.md",
-        REPOSITORY / "results/README.md",
+        path for glob in ("*.md", "book/*.md", "results/*.md") for path in REPOSITORY.glob(glob)
     ]
-    texts = {path.name: path.read_text() for path in [*pages, *REPOSITORY.glob("book/*.md")]}
+    texts = {_relative(path): path.read_text() for path in sorted(pages)}
     for path in sorted(REPOSITORY.glob("notebooks/*.ipynb")):
         cells = json.loads(path.read_text())["cells"]
         texts[path.name] = "\n".join("".join(cell["source"]) for cell in cells)
@@ -148,7 +146,7 @@ COMMANDS = [
 
 def test_the_guides_and_the_book_have_commands():
     assert len(COMMANDS) >= 25
-    assert {name for name, _ in COMMANDS} >= {"README.md", "training.md", "how_to_run.md"}
+    assert {name for name, _ in COMMANDS} >= {"README.md", "book/training.md"}
 
 
 @pytest.mark.parametrize(("name", "line"), COMMANDS)
