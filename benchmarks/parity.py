@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.model_garden import GardenModel, preprocess
-from effspinenet_lib.data.released import fit_released
+from effspinenet_lib.data.augment import fit_released
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.models.released.compare import (
     detection_differences,

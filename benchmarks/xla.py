@@ -38,7 +38,7 @@ from effspinenet_lib.data import (
     open_dataset,
     training_loader,
 )
-from effspinenet_lib.data.padding import MAX_OBJECTS
+from effspinenet_lib.data.augment import MAX_OBJECTS
 from effspinenet_lib.models.base import TaskModel
 from effspinenet_lib.training.accelerator import make_accelerator
 from effspinenet_lib.training.loop import Step, prepare_model, train_steps

@@ -12,12 +12,12 @@ from effspinenet_lib.data import Augmentation, Sample
 from effspinenet_lib.data.augment import (
     MEAN,
     STD,
-    Placement,
-    draw_placement,
+    CropParams,
+    crop_boxes,
+    crop_image,
+    draw_crop,
     fitting_scale,
     normalise,
-    place_boxes,
-    place_image,
     resize,
     training_target,
 )
@@ -74,10 +74,10 @@ def test_boxes_move_as_torchvision_moves_them(
     if flip:
         boxes, image = reference.horizontal_flip(boxes), reference.horizontal_flip(image)
 
-    placement = Placement(scale, left, top, flip)
-    ours, _ = place_boxes(sample, placement, side)
+    crop = CropParams(scale, left, top, flip)
+    ours, _ = crop_boxes(sample, crop, side)
     assert np.allclose(ours, boxes.numpy(), atol=1e-3)
-    assert torch.equal(place_image(sample.image, placement, side), image)
+    assert torch.equal(crop_image(sample.image, crop, side), image)
 
 
 def painted(height: int, width: int, box: list[int]) -> np.ndarray:
@@ -106,16 +106,16 @@ def test_boxes_stay_on_what_they_surround() -> None:
         wide, high = generator.integers(25, 60, 2).tolist()
         box = [x, y, min(x + wide, width), min(y + high, height)]
         sample = sample_of(painted(height, width, box), [box])
-        placement = draw_placement(height, width, 128, augmentation, generator)
-        target = training_target(sample, placement, 128, "detection")
+        crop = draw_crop(height, width, 128, augmentation, generator)
+        target = training_target(sample, crop, 128, "detection")
         if not len(target["boxes"]):
             continue
-        pixels = place_image(sample.image, placement, 128)
+        pixels = crop_image(sample.image, crop, 128)
         assert max(pixels.shape) <= 128
         assert np.abs(extent(pixels) - target["boxes"][0].numpy()).max() <= 1.01
         seen += 1
-        flips += placement.flip
-        crops += placement.left > 0 or placement.top > 0
+        flips += crop.flip
+        crops += crop.left > 0 or crop.top > 0
     assert seen > 80
     assert flips > 20
     assert crops > 20
@@ -123,9 +123,9 @@ def test_boxes_stay_on_what_they_surround() -> None:
 
 def test_an_image_that_fits_is_not_touched() -> None:
     image = noise(128, 128)
-    pixels = place_image(image, Placement(1.0), 128)
+    pixels = crop_image(image, CropParams(1.0), 128)
     assert (pixels.permute(1, 2, 0).numpy() == image).all()
-    flipped = place_image(image, Placement(1.0, flip=True), 128)
+    flipped = crop_image(image, CropParams(1.0, flip=True), 128)
     assert (flipped.permute(1, 2, 0).numpy() == image[:, ::-1]).all()
 
 
@@ -165,7 +165,7 @@ def test_normalisation_is_imagenets_and_padding_is_zero() -> None:
 def test_boxes_mostly_cut_off_are_dropped_and_crowds_are_not() -> None:
     boxes = [[0, 0, 100, 100], [0, 0, 74, 50], [0, 0, 76, 50], [0, 0, 40, 40], [110, 0, 110.5, 9]]
     sample = sample_of(noise(200, 200), [*boxes, boxes[1]], [False] * 5 + [True])
-    target = training_target(sample, Placement(1.0, left=56), 128, "detection")
+    target = training_target(sample, CropParams(1.0, left=56), 128, "detection")
     # 44 %, 24.3 %, 26.3 % and nothing are left; the fifth is thinner than a pixel.
     assert target["labels"].tolist() == [0, 2, 5]
     assert target["iscrowd"].tolist() == [False, False, True]
@@ -173,24 +173,25 @@ def test_boxes_mostly_cut_off_are_dropped_and_crowds_are_not() -> None:
 
 
 def test_images_without_boxes_have_empty_targets() -> None:
-    target = training_target(sample_of(noise(9, 9), []), Placement(2.0, flip=True), 16, "detection")
+    target = training_target(
+        sample_of(noise(9, 9), []), CropParams(2.0, flip=True), 16, "detection"
+    )
     assert target["boxes"].shape == (0, 4)
     assert target["boxes"].dtype == torch.float32
     assert target["labels"].dtype == torch.int64
     assert target["iscrowd"].dtype == torch.bool
 
 
-def test_placements_are_drawn_from_the_whole_range() -> None:
+def test_crops_are_drawn_from_the_whole_range() -> None:
     generator = np.random.default_rng(0)
     drawn = [
-        draw_placement(100, 200, 128, Augmentation((0.5, 2.0), 0.25), generator)
-        for _ in range(2000)
+        draw_crop(100, 200, 128, Augmentation((0.5, 2.0), 0.25), generator) for _ in range(2000)
     ]
-    factors = np.array([placement.scale / fitting_scale(100, 200, 128) for placement in drawn])
+    factors = np.array([crop.scale / fitting_scale(100, 200, 128) for crop in drawn])
     assert 0.5 <= factors.min() < 0.52
     assert 1.98 < factors.max() <= 2.0
     assert factors.mean() == pytest.approx(1.25, abs=0.04)
-    assert np.mean([placement.flip for placement in drawn]) == pytest.approx(0.25, abs=0.04)
+    assert np.mean([crop.flip for crop in drawn]) == pytest.approx(0.25, abs=0.04)
     lefts = [p.left for p in drawn if p.scale * 200 > 250]
     assert min(lefts) < 10
     assert max(lefts) > 110

@@ -22,7 +22,7 @@ from effspinenet_lib.data import (
     open_dataset,
     require_same_categories,
 )
-from effspinenet_lib.data.formats import DataWarning
+from effspinenet_lib.data.folders import DataWarning
 from effspinenet_lib.errors import DataError
 
 WIDTH, HEIGHT = 40, 30
@@ -446,17 +446,17 @@ BAD_VOC: dict[str, tuple[str, str]] = {
         f"<!DOCTYPE x [{ENTITIES}]><annotation>&a11;</annotation>",
         "declares a document type",
     ),
-    "no size": ("<annotation></annotation>", "lacks size/width"),
-    "width of text": (voc_xml("", "wide"), "size/width is 'wide'"),
-    "width of nan": (voc_xml("", "nan"), "size/width is 'nan'"),
-    "width zero": (voc_xml("", 0), "size/width is 0"),
+    "no size": ("<annotation></annotation>", "width is ''; an integer"),
+    "width of text": (voc_xml("", "wide"), "width is 'wide'"),
+    "width of nan": (voc_xml("", "nan"), "width is nan"),
+    "width zero": (voc_xml("", 0), "width is 0"),
     "no name": (voc_xml("<object></object>"), "object 1: lacks name"),
     "no box": (voc_xml("<object><name>a</name></object>"), "object 1: lacks bndbox"),
     "no corner": (
         voc_xml("<object><name>a</name><bndbox><xmin>1</xmin></bndbox></object>"),
-        "object 1: bndbox: lacks ymin",
+        "object 1: bndbox has xmin 1.0, ymin ''",
     ),
-    "corner of text": (voc_xml(voc_object("a", (1, "x", 3, 4))), "ymin is 'x'"),
+    "corner of text": (voc_xml(voc_object("a", (1, "x", 3, 4))), "ymin 'x'"),
 }
 
 

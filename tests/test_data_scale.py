@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -25,12 +24,13 @@ from effspinenet_lib.data import (
     DataConfig,
     Dataset,
     evaluation_loader,
+    folders,
     open_dataset,
     training_loader,
 )
 from effspinenet_lib.data import coco as coco_layout
-from effspinenet_lib.data.heldout import Part, parse_part
-from effspinenet_lib.data.workers import worker_errors
+from effspinenet_lib.data.coco import HeldOutSplit
+from effspinenet_lib.data.loader import worker_errors
 from effspinenet_lib.errors import DataError, UserError
 
 NAMES = [f"{number:012d}.jpg" for number in (9, 25, 30, 34, 36, 42, 49, 61, 64, 71)]
@@ -40,7 +40,7 @@ NAMES = [f"{number:012d}.jpg" for number in (9, 25, 30, 34, 36, 42, 49, 61, 64, 
 def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own, in which annotation files of any size are kept."""
     monkeypatch.setenv("EFFSPINENET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(coco_layout, "LEAST_STORED_BYTES", 0)
+    monkeypatch.setattr(folders, "LEAST_CACHED_BYTES", 0)
     return tmp_path / "cache" / "annotations"
 
 
@@ -85,30 +85,37 @@ def arrays(dataset: Dataset) -> dict[str, np.ndarray]:
 # The store
 
 
-def test_a_kept_store_holds_what_the_file_holds(
+def test_cached_annotations_are_those_of_the_file(
     stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = coco_folder(tmp_path / "data")
-    first = opened(folder)
-    first.prepare("instances")
-    with monkeypatch.context() as patch:
-        # Read again, the annotation file itself would be an error.
-        patch.setattr(coco_layout, "_read", lambda *_: pytest.fail("the file was read again"))
-        again = opened(folder)
-        again.prepare("instances")
-    monkeypatch.setattr(coco_layout, "LEAST_STORED_BYTES", 10**9)
-    plain = opened(folder)
-    for one, two, three in zip(*(arrays(d).items() for d in (first, again, plain)), strict=True):
-        assert one[0] == two[0] == three[0]
-        assert (one[1] == two[1]).all()
-        assert (one[1] == three[1]).all()
-        assert one[1].dtype == three[1].dtype
-    assert again.categories == plain.categories
-    assert (again.masks(3) == plain.masks(3)).all()
-    assert again.masks(3).any()
+    """Whole and in parts; the annotation file is read once for boxes and once for masks."""
+    folder, read = coco_folder(tmp_path / "data"), []
+    original = coco_layout._read
+    monkeypatch.setattr(
+        coco_layout, "_read", lambda *args, **kw: (read.append(1), original(*args, **kw))[1]
+    )
+    for split in ("train2017", "train2017-held-3", "train2017-rest-3"):
+        for limit in (None, 2):
+            monkeypatch.setattr(folders, "LEAST_CACHED_BYTES", 0)
+            cached = opened(folder, split, limit)
+            cached.prepare("instances")
+            assert len(read) == 2
+            monkeypatch.setattr(folders, "LEAST_CACHED_BYTES", 10**9)
+            plain = opened(folder, split, limit)
+            for name, value in arrays(plain).items():
+                assert (arrays(cached)[name] == value).all()
+                assert arrays(cached)[name].dtype == value.dtype
+            assert cached.categories == plain.categories
+            assert all((cached.masks(i) == plain.masks(i)).all() for i in range(len(plain)))
+            assert cached.masks(1).any()
+            truth = cached.ground_truth()
+            assert [image["id"] for image in truth["images"]] == arrays(plain)["image_ids"].tolist()
+            assert len(truth["annotations"]) == len(plain.annotations.boxes)
+            del read[2:]
+    assert len(list(stores.glob("*.npz"))) == 2
 
 
-def test_a_changed_annotation_file_is_read_anew(stores: Path, tmp_path: Path) -> None:
+def test_a_changed_annotation_file_is_read_again(stores: Path, tmp_path: Path) -> None:
     folder = coco_folder(tmp_path / "data")
     assert len(opened(folder).annotations.boxes) == 20
     path = folder / "annotations" / "instances_train2017.json"
@@ -116,39 +123,6 @@ def test_a_changed_annotation_file_is_read_anew(stores: Path, tmp_path: Path) ->
     write_annotations(folder, NAMES, categories=[{"id": 1, "name": "other"}])
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert opened(folder).categories[0].name == "other"
-
-
-def test_parts_and_limits_are_kept_apart(stores: Path, tmp_path: Path) -> None:
-    folder = coco_folder(tmp_path / "data")
-    splits = ["train2017", "train2017-held-3", "train2017-rest-3"]
-    sizes = [len(opened(folder, split, limit)) for split in splits for limit in (None, 2)]
-    assert sizes == [10, 2, 3, 2, 7, 2]
-    assert len(list(stores.glob("annotations-*"))) == 6 + len(list(stores.glob("*.lock")))
-
-
-def test_an_interrupted_store_is_made_again(stores: Path, tmp_path: Path) -> None:
-    folder = coco_folder(tmp_path / "data")
-    expected = arrays(opened(folder))
-    (made,) = (path for path in stores.iterdir() if path.is_dir())
-    (made / "facts.json").unlink()
-    (made / "boxes.npy").write_bytes(b"half")
-    for name, value in arrays(opened(folder)).items():
-        assert (value == expected[name]).all()
-
-
-def test_a_pickled_data_set_names_its_store_and_carries_no_arrays(
-    stores: Path, tmp_path: Path
-) -> None:
-    folder = coco_folder(tmp_path / "data", [f"{n:012d}.jpg" for n in range(200)])
-    dataset = opened(folder)
-    dataset.prepare("instances")
-    packed = pickle.dumps(dataset)
-    assert len(packed) < 2000 < arrays(dataset)["file_names"].nbytes
-    again = pickle.loads(packed)
-    assert (again.annotations.boxes == dataset.annotations.boxes).all()
-    assert (again.masks(7) == dataset.masks(7)).all()
-    with pytest.raises(ValueError, match="read-only"):
-        again.annotations.boxes[0] = 0
 
 
 def test_a_cache_that_cannot_be_written_says_how_to_choose_another(
@@ -162,7 +136,7 @@ def test_a_cache_that_cannot_be_written_says_how_to_choose_another(
         opened(folder)
 
 
-def test_workers_that_are_started_anew_give_the_same_batches(
+def test_spawned_workers_give_the_same_batches(
     stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = opened(coco_folder(tmp_path / "data"))
@@ -240,8 +214,8 @@ def test_a_workers_memory_stays_small_and_does_not_grow(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 4, 9])
 def test_the_held_out_part_is_the_lowest_digests(tmp_path: Path, count: int) -> None:
     folder = coco_folder(tmp_path / "data")
-    held = opened(folder, Part("train2017", "held", count).name)
-    rest = opened(folder, Part("train2017", "rest", count).name)
+    held = opened(folder, HeldOutSplit("train2017", "held", count).name)
+    rest = opened(folder, HeldOutSplit("train2017", "rest", count).name)
     by_digest = sorted(NAMES, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     assert sorted(names_of(held)) == sorted(by_digest[:count])
     assert sorted(names_of(rest)) == sorted(by_digest[count:])
@@ -263,10 +237,8 @@ def test_the_order_of_the_annotation_file_does_not_decide(tmp_path: Path) -> Non
 
 def test_the_papers_part_is_cut_from_as_many_names_as_coco_has() -> None:
     """The rule on 118,287 made-up names: the count, and the two sides make up the whole."""
-    from effspinenet_lib.data.heldout import part_mask
-
     names = [f"{number * 5:012d}.jpg" for number in range(118_287)]
-    held, rest = (part_mask(names, Part("train2017", side, 7392)) for side in ("held", "rest"))
+    held, rest = (HeldOutSplit("train2017", side, 7392).select(names) for side in ("held", "rest"))
     assert held.sum() == 7392
     assert (held ^ rest).all()
     worst = max(hashlib.sha256(n.encode()).digest() for n, h in zip(names, held, strict=True) if h)
@@ -284,10 +256,10 @@ def test_names_that_are_no_utf8_are_cut_by_their_bytes(stores: Path, tmp_path: P
 
 
 def test_names_of_parts() -> None:
-    assert parse_part("train2017-held-7392") == Part("train2017", "held", 7392)
-    assert parse_part("a-rest-1-rest-2") == Part("a-rest-1", "rest", 2)
+    assert HeldOutSplit.parse("train2017-held-7392") == HeldOutSplit("train2017", "held", 7392)
+    assert HeldOutSplit.parse("a-rest-1-rest-2") == HeldOutSplit("a-rest-1", "rest", 2)
     for whole in ("train2017", "train-held", "held-3", "train-held-0", "train-held-x"):
-        assert parse_part(whole) is None
+        assert HeldOutSplit.parse(whole) is None
 
 
 def test_too_large_a_part_is_refused(tmp_path: Path) -> None:
@@ -323,7 +295,7 @@ def whole(tmp_path: Path) -> Dataset:
     return opened(coco_folder(tmp_path / "data"))
 
 
-DEATH = r"a process that loads images died \(.*Killed.*fewer workers.*the same command goes"
+DEATH = r"a data loading worker died \(.*fewer workers.*the same command resumes"
 
 
 def test_a_worker_that_is_killed_ends_in_one_clear_line(whole: Dataset) -> None:

@@ -24,8 +24,8 @@ from effspinenet_lib.data import (
     open_dataset,
     training_loader,
 )
-from effspinenet_lib.data.augment import Placement, place_boxes, place_masks, place_semantic
-from effspinenet_lib.data.masks import SEMANTIC_IGNORE, encode_masks, paint_semantic
+from effspinenet_lib.data.augment import CropParams, crop_boxes, crop_masks, crop_semantic
+from effspinenet_lib.data.dataset import SEMANTIC_IGNORE, RunLengths, paint_semantic
 from effspinenet_lib.errors import DataError
 
 SCENES = DataConfig("shapescenes", train_images=30, eval_images=2, image_size=64)
@@ -81,19 +81,19 @@ TRUTH: dict[str, Any] = {
         (None, "has no segmentation"),
         ([], "has no segmentation"),
         ({"size": [6, 8], "counts": ""}, "has no segmentation"),
-        ([[1, 2]], "cannot be read"),
-        ([[1, 2, 3, "x", 5, 6]], "cannot be read"),
-        ({"size": [6, 8], "counts": 5}, "cannot be read"),
+        ([[1, 2]], "is invalid"),
+        ([[1, 2, 3, "x", 5, 6]], "is invalid"),
+        ({"size": [6, 8], "counts": 5}, "is invalid"),
         ({"size": [6, 8]}, "has no segmentation"),
         (coco_mask.encode(np.ones((3, 3), np.uint8, order="F")), "is of 3 x 3 pixels"),
-        ({"size": [6, 8], "counts": "zzzzz"}, "cannot be read"),
+        ({"size": [6, 8], "counts": "zzzzz"}, "is invalid"),
     ],
 )
 def test_a_malformed_mask_names_its_annotation(shape: Any, message: str) -> None:
     truth = copy.deepcopy(TRUTH)
     truth["annotations"][0]["segmentation"] = shape
     with pytest.raises(DataError, match=f"file.json: annotation 9: .*{message}"):
-        encode_masks(truth, "file.json").decode(slice(0, 1), 6, 8, "file.json")
+        RunLengths.from_coco(truth, "file.json").decode(slice(0, 1), 6, 8, "file.json")
 
 
 def test_a_folder_without_masks_says_so(tiny_coco: Path, tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_masks_and_labels_are_placed_as_the_image_is(
     scenes: ShapeScenes, scale: float, left: int, top: int, flip: bool
 ) -> None:
     """Masks against torchvision's resize; labels against the placed masks, edges apart."""
-    side, placement = 64, Placement(scale, left, top, flip)
+    side, crop = 64, CropParams(scale, left, top, flip)
     sample = scenes.load(5, "instances")
     assert sample.masks is not None
-    placed = place_masks(sample.masks, placement, side)
+    placed = crop_masks(sample.masks, crop, side)
     size = [round(64 * scale)] * 2
     whole = reference.resize(torch.from_numpy(sample.masks * np.uint8(255)), size, antialias=True)
     shown = whole[:, top : top + side, left : left + side]
@@ -136,14 +136,14 @@ def test_masks_and_labels_are_placed_as_the_image_is(
     expected[:, : shown.shape[1], : shown.shape[2]] = shown.numpy() > 127
     assert np.array_equal(placed, expected)
     # Every mask lies in its box.
-    boxes, _ = place_boxes(sample, placement, side)
+    boxes, _ = crop_boxes(sample, crop, side)
     for mask, (x1, y1, x2, y2) in zip(placed, boxes, strict=True):
         rows, columns = np.nonzero(mask)
         if len(rows):
             assert (columns.min() >= x1 - 1, columns.max() <= x2) == (True, True)
             assert (rows.min() >= y1 - 1, rows.max() <= y2) == (True, True)
     labels = paint_semantic(sample.masks, sample.labels, sample.area)
-    semantic = place_semantic(labels, placement, side)
+    semantic = crop_semantic(labels, crop, side)
     inside = semantic != SEMANTIC_IGNORE
     assert inside.sum() == min(side, size[0] - top) * min(side, size[1] - left)
     repainted = paint_semantic(placed, sample.labels, sample.area)

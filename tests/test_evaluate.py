@@ -13,8 +13,7 @@ from pycocotools.coco import COCO
 from test_coco_metrics import annotate, make_truth
 from torch import nn
 
-from effspinenet_lib.data import Category, Dataset
-from effspinenet_lib.data.dataset import AnnotationsBuilder
+from effspinenet_lib.data import Annotations, Category, Dataset
 from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.training.evaluate import (
     evaluate,
@@ -30,14 +29,25 @@ class Scenes(Dataset):
 
     def __init__(self) -> None:
         rng = np.random.default_rng(3)
-        builder = AnnotationsBuilder()
+        images, objects = [], []
         for number, (height, width) in enumerate(self.SIZES):
-            index = builder.add_image(100 - number, f"{number}.png", height, width)
-            for label in (0, 1, 1)[: number % 4]:
-                x, y = rng.uniform(0, (width / 2, height / 2))
-                box = (float(x), float(y), float(x + width / 3), float(y + height / 3))
-                builder.add_box(index, box, label, False, width * height / 9)
-        super().__init__("scenes", [Category(7, "seven"), Category(3, "three")], builder.build())
+            image = {"id": 100 - number, "file_name": f"{number}.png"}
+            images.append({**image, "height": height, "width": width})
+            for category in (7, 3, 3)[: number % 4]:
+                x, y = rng.uniform(0, (width / 2, height / 2)).tolist()
+                objects.append(
+                    {
+                        "image_id": image["id"],
+                        "category_id": category,
+                        "bbox": [x, y, width / 3, height / 3],
+                        "area": width * height / 9,
+                        "iscrowd": 0,
+                    }
+                )
+        categories = [{"id": 7, "name": "seven"}, {"id": 3, "name": "three"}]
+        truth = {"images": images, "annotations": objects, "categories": categories}
+        table = Annotations.from_coco(truth)
+        super().__init__("scenes", [Category(**entry) for entry in categories], table)
 
     def load_image(self, index: int) -> np.ndarray:
         return np.full((*self.SIZES[index], 3), 128, np.uint8)

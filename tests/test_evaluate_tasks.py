@@ -14,8 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from effspinenet_lib.data import Category, Dataset, ObjectCrops
-from effspinenet_lib.data.dataset import AnnotationsBuilder
+from effspinenet_lib.data import Annotations, Category, Dataset, ObjectCrops
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.training.coco import METRICS
 from effspinenet_lib.training.evaluate import (
@@ -36,18 +35,30 @@ class Ellipses(Dataset):
 
     def __init__(self) -> None:
         rng = np.random.default_rng(5)
-        builder = AnnotationsBuilder()
         self.shapes: list[list[np.ndarray]] = []
+        images, objects = [], []
         for number, (height, width) in enumerate(SIZES):
-            index = builder.add_image(50 - number, f"{number}.png", height, width)
+            image = {"id": 50 - number, "file_name": f"{number}.png"}
+            images.append({**image, "height": height, "width": width})
             self.shapes.append([])
-            for label in (0, 1, 1)[: 2 + number % 2]:
+            for category in (7, 3, 3)[: 2 + number % 2]:
                 x, y = rng.uniform(0, (width / 2, height / 2))
-                box = (int(x), int(y), int(x + width / 2.5), int(y + height / 2.5))
-                mask = ellipse(height, width, box)
+                x1, y1, x2, y2 = int(x), int(y), int(x + width / 2.5), int(y + height / 2.5)
+                mask = ellipse(height, width, (x1, y1, x2, y2))
                 self.shapes[-1].append(mask)
-                builder.add_box(index, box, label, False, float(mask.sum()))
-        super().__init__("ellipses", [Category(7, "seven"), Category(3, "three")], builder.build())
+                objects.append(
+                    {
+                        "image_id": image["id"],
+                        "category_id": category,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": float(mask.sum()),
+                        "iscrowd": 0,
+                    }
+                )
+        categories = [{"id": 7, "name": "seven"}, {"id": 3, "name": "three"}]
+        truth = {"images": images, "annotations": objects, "categories": categories}
+        table = Annotations.from_coco(truth)
+        super().__init__("ellipses", [Category(**entry) for entry in categories], table)
 
     def load_image(self, index: int) -> np.ndarray:
         return np.full((*SIZES[index], 3), 128, np.uint8)

@@ -11,7 +11,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou, roi_align
 
 from effspinenet_lib import create_model, measure_cost
-from effspinenet_lib.data.shapes import CATEGORIES, SceneSettings, render_scene
+from effspinenet_lib.data.shapescenes import CATEGORIES, SceneSettings, render_scene
 from effspinenet_lib.errors import TrainingError, UserError
 
 CLASSES = 5

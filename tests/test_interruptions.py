@@ -266,7 +266,7 @@ def test_the_average_is_what_a_run_leaves(alone: dict[str, RunResult]) -> None:
     [
         ("told to stop", PREEMPTED_EXIT, None, 4),
         ("interrupted", PREEMPTED_EXIT, "stopped after step 4 by SIGINT; the same command", 4),
-        ("loader killed", DataError.exit_code, "a process that loads images died", 3),
+        ("loader killed", DataError.exit_code, "a data loading worker died", 3),
         ("all told to stop", PREEMPTED_EXIT, "stopped by SIGTERM; the same command resumes", 3),
         ("weights ruined", TrainingError.exit_code, "weights are not finite after step 4", 3),
         ("poisoned", TrainingError.exit_code, "the loss of step 4 is not finite", 3),

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from effspinenet_lib import create_model
 from effspinenet_lib.cli import app
-from effspinenet_lib.data.released import fit_released
+from effspinenet_lib.data.augment import fit_released
 from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
 from effspinenet_lib.models.layers import conv_norm, hard_sigmoid, max_pool
 from effspinenet_lib.models.released import convert as conversion

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from effspinenet_lib import cli
 from effspinenet_lib.data import Augmentation, Batch, DataConfig, open_dataset, training_loader
-from effspinenet_lib.data.masks import SEMANTIC_IGNORE
+from effspinenet_lib.data.dataset import SEMANTIC_IGNORE
 from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.models.zoo import create_model, known_options
 from effspinenet_lib.training import loop, trainer

@@ -12,7 +12,7 @@ from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from effspinenet_lib import create_model
 from effspinenet_lib.data import Augmentation, DataConfig, classes_of, open_dataset, training_loader
-from effspinenet_lib.data.padding import MAX_OBJECTS, PADDING_LABEL, pad_target
+from effspinenet_lib.data.augment import MAX_OBJECTS, PADDING_LABEL, pad_target
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.models import focal as focal_loss
 from effspinenet_lib.models.anchors import (

@@ -144,8 +144,8 @@ def check(
     - `effspinenet data check coco --expect coco --report coco.csv`
     """
     from effspinenet_lib.data import detect_format
-    from effspinenet_lib.data.catalogue import KNOWN_SETS
     from effspinenet_lib.data.check import REPORT_SUFFIXES, check_folder, write_report
+    from effspinenet_lib.data.fetch import KNOWN_SETS
 
     if expect is not None and expect not in KNOWN_SETS:
         raise UnknownName("data set to expect", expect, KNOWN_SETS)
@@ -172,9 +172,9 @@ def check(
 
 def _open(config: DataConfig) -> Dataset:
     from effspinenet_lib.data import open_dataset
-    from effspinenet_lib.data.source import ONLY_TASK
+    from effspinenet_lib.data.config import only_task
 
-    return open_dataset(config, "train", ONLY_TASK.get(config.format, "detection"))
+    return open_dataset(config, "train", only_task(config.format) or "detection")
 
 
 def _print_counts(split: str, dataset: Dataset) -> None:

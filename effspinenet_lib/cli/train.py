@@ -229,7 +229,7 @@ def evaluate(
       --workers 2`
     """
     from effspinenet_lib.data import open_dataset
-    from effspinenet_lib.data.released import FITTED
+    from effspinenet_lib.data.augment import FITTED
     from effspinenet_lib.files import ensure_folder, write_json
     from effspinenet_lib.results import upsert
     from effspinenet_lib.training.accelerator import make_accelerator
@@ -327,7 +327,7 @@ def detect(
     import numpy as np
     from PIL import Image, ImageOps
 
-    from effspinenet_lib.data.released import FITTED
+    from effspinenet_lib.data.augment import FITTED
     from effspinenet_lib.training.checkpoint import create_from_weights
 
     model, facts = create_from_weights(weights)
@@ -372,11 +372,11 @@ def detections(
     """
     import torch
 
-    from effspinenet_lib.data.released import fit_picture
+    from effspinenet_lib.data.augment import fit_image
     from effspinenet_lib.training.evaluate import paste_masks, to_original
 
     height, width = picture.shape[:2]
-    image, scales = fit_picture(picture, image_size, preprocessing)
+    image, scales = fit_image(picture, image_size, preprocessing)
     with torch.inference_mode():
         device = next(model.parameters(), image).device
         found: dict[str, Tensor] = model(image[None].to(device))[0]

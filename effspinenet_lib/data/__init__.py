@@ -1,4 +1,4 @@
-"""Data: ShapeScenes, COCO and VOC folders, augmentation and loaders.
+"""Data: ShapeScenes, COCO, VOC and ImageNet folders, augmentation and loaders.
 
 Names are loaded when they are first used: the loaders need torch, the data sets do not.
 """
@@ -10,42 +10,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effspinenet_lib.data.augment import Augmentation
-    from effspinenet_lib.data.crops import ObjectCrops
+    from effspinenet_lib.data.config import DataConfig, detect_format, export_coco, open_dataset
     from effspinenet_lib.data.dataset import (
+        Annotations,
         Category,
         Dataset,
+        ObjectCrops,
         Sample,
         classes_of,
         require_same_categories,
     )
     from effspinenet_lib.data.loader import Batch, evaluation_loader, training_loader
-    from effspinenet_lib.data.scenes import ShapeScenes
-    from effspinenet_lib.data.source import (
-        DataConfig,
-        detect_format,
-        export_coco,
-        open_dataset,
-    )
+    from effspinenet_lib.data.shapescenes import ShapeScenes
 
 _HOMES = {
+    "Annotations": "dataset",
     "Augmentation": "augment",
     "Batch": "loader",
     "Category": "dataset",
-    "DataConfig": "source",
+    "DataConfig": "config",
     "Dataset": "dataset",
-    "ObjectCrops": "crops",
+    "ObjectCrops": "dataset",
     "Sample": "dataset",
-    "ShapeScenes": "scenes",
+    "ShapeScenes": "shapescenes",
     "classes_of": "dataset",
-    "detect_format": "source",
+    "detect_format": "config",
     "evaluation_loader": "loader",
-    "export_coco": "source",
-    "open_dataset": "source",
+    "export_coco": "config",
+    "open_dataset": "config",
     "require_same_categories": "dataset",
     "training_loader": "loader",
 }
 
 __all__ = [
+    "Annotations",
     "Augmentation",
     "Batch",
     "Category",

@@ -1,28 +1,63 @@
-"""What every data set here has in common: compact annotations and one way to load.
+"""What every data set here is: annotations in a few arrays, and one way to load an image.
 
-Annotations lie in a few NumPy arrays rather than in one Python object a box, so that worker
-processes share them and a set the size of COCO costs megabytes.
+Arrays rather than a Python object per box: a set the size of COCO costs megabytes, and forked
+workers share the pages, since no reference counts in them are ever written to.
 """
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
-from effspinenet_lib.data.masks import RunLengths, encode_masks, paint_semantic
-from effspinenet_lib.data.store import Shared
 from effspinenet_lib.errors import DataError
 
 # COCO's area limits, in original pixels: small below the first, large above the second.
 SIZE_LIMITS = (32**2, 96**2)
 SIZE_NAMES = ("small", "medium", "large")
+# Semantic labels: 0 is the background, then the categories in order; this one is ignored.
+SEMANTIC_IGNORE = 255
+CROP_CONTEXT = 1.25  # side of an object crop over the long side of the object (our choice)
+
+Truth = dict[str, Any]  # a COCO dictionary: images, annotations, categories
+
+
+class InvalidData(DataError):  # noqa: N818 - it says what is wrong
+    """Faults of a data folder; the message gives the first and how many there are.
+
+    Attributes:
+        faults: the file that each is about ("" where it is in the message), and its message.
+        kind: "missing" for image files, else "invalid".
+    """
+
+    def __init__(self, faults: Sequence[tuple[str, str]], kind: str = "invalid") -> None:
+        self.faults, self.kind = tuple(faults), kind
+        more = f" ({len(faults)} faults; `effspinenet data check` lists them)"
+        super().__init__(faults[0][1] + (more if len(faults) > 1 else ""))
+
+
+def collect_faults(check: Callable[..., Any], records: Iterable[Any]) -> list[Any]:
+    """`check` of every record.
+
+    Raises:
+        InvalidData: `check` raised `DataError` for some; holds all of them.
+    """
+    good, faults = [], []
+    for record in records:
+        try:
+            good.append(check(record))
+        except DataError as error:
+            faults.append(("", str(error)))
+    if faults:
+        raise InvalidData(faults)
+    return good
 
 
 @dataclass(frozen=True)
@@ -46,8 +81,8 @@ class Sample:
         image_id: the image's id in the annotation file.
         file_name: the image's name in the annotation file.
         masks: bool [M, H, W], the pixels of each box's object; loaded for instances.
-        semantic: uint8 [H, W], 0 for the background, 1 more than the label for objects, 255
-            where it does not count; loaded for segmentation.
+        semantic: uint8 [H, W], 0 for the background, label + 1 for objects, 255 where pixels are
+            ignored; loaded for segmentation.
     """
 
     image: NDArray[np.uint8]
@@ -62,14 +97,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Annotations(Shared):
+class Annotations:
     """The images and boxes of a data set; boxes of image i are rows `starts[i]:starts[i + 1]`.
 
     Attributes:
         image_ids: int64 [N].
-        file_names: str [N], or bytes [N] (as the file system has them) where their number calls
-            for a quarter of the space.
-        sizes: int64 [N, 2], height and width; 0 where they are not known before the file is read.
+        file_names: str [N], or bytes [N] (as the file system has them), a quarter of the size.
+        sizes: int64 [N, 2], height and width; 0 where they are unknown before the file is read.
         starts: int64 [N + 1].
         boxes: float32 [B, 4], x1 y1 x2 y2 in pixels, within the image.
         labels: int64 [B].
@@ -86,64 +120,196 @@ class Annotations(Shared):
     iscrowd: NDArray[np.bool_]
     area: NDArray[np.float32]
 
+    @classmethod
+    def from_coco(cls, truth: Mapping[str, Any]) -> Annotations:
+        """The arrays of a COCO dictionary; boxes are clipped to their images, grouped by image."""
+        images, records = truth["images"], truth["annotations"]
+        index = {image["id"]: number for number, image in enumerate(images)}
+        label = {category["id"]: number for number, category in enumerate(truth["categories"])}
+        owners = np.array([index[record["image_id"]] for record in records], np.int64)
+        order = np.argsort(owners, kind="stable")
+        sizes = np.array([(i["height"], i["width"]) for i in images], np.int64).reshape(-1, 2)
+        boxes = np.array([record["bbox"] for record in records], np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = np.clip(boxes, 0, sizes[owners][:, [1, 0, 1, 0]])
+        counts = np.bincount(owners, minlength=len(images))
+        return cls(
+            image_ids=np.array([image["id"] for image in images], np.int64),
+            file_names=np.array([image["file_name"] for image in images], np.str_),
+            sizes=sizes,
+            starts=np.cumsum([0, *counts], dtype=np.int64),
+            boxes=boxes.astype(np.float32)[order],
+            labels=np.array([label[r["category_id"]] for r in records], np.int64)[order],
+            iscrowd=np.array([r["iscrowd"] for r in records], np.bool_)[order],
+            area=np.array([r["area"] for r in records], np.float32)[order],
+        )
+
+    @classmethod
+    def of_images(
+        cls, ids: NDArray[np.int64], names: NDArray[Any], sizes: NDArray[np.int64], **boxes: Any
+    ) -> Annotations:
+        """Images with one box each (`labels`, `boxes`, `area`), or without any."""
+        count = len(ids) if boxes else 0
+        columns = {
+            "boxes": np.zeros((count, 4), np.float32),
+            "labels": np.zeros(count, np.int64),
+            "iscrowd": np.zeros(count, np.bool_),
+            "area": np.zeros(count, np.float32),
+            **boxes,
+        }
+        return cls(ids, names, sizes, np.minimum(np.arange(len(ids) + 1), count), **columns)
+
     def rows(self, index: int) -> slice:
         """Rows of the boxes of image `index`."""
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
     def file_name(self, index: int) -> str:
-        """The name of image `index`; bytes that are no text stand in it as `os.fsdecode` has it."""
+        """The name of image `index`; bytes that are not UTF-8 are escaped as `os.fsdecode` does."""
         name = self.file_names[index]
         return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
+    def select(self, keep: NDArray[np.bool_]) -> tuple[Annotations, NDArray[np.bool_]]:
+        """The images where `keep` [N] is true; also which rows of boxes [B] these have."""
+        counts = np.diff(self.starts)
+        rows = np.repeat(keep, counts)
+        chosen = Annotations(
+            image_ids=self.image_ids[keep],
+            file_names=self.file_names[keep],
+            sizes=self.sizes[keep],
+            starts=np.cumsum([0, *counts[keep]], dtype=np.int64),
+            boxes=self.boxes[rows],
+            labels=self.labels[rows],
+            iscrowd=self.iscrowd[rows],
+            area=self.area[rows],
+        )
+        return chosen, rows
 
-class AnnotationsBuilder:
-    """Collects images, then boxes in any order, into `Annotations`."""
+    def to_coco(self, categories: Sequence[Category]) -> Truth:
+        """The COCO dictionary of the arrays."""
+        owners = np.repeat(self.image_ids, np.diff(self.starts)).tolist()
+        images = zip(self.image_ids.tolist(), self.sizes.tolist(), strict=True)
+        columns = (owners, self.labels, self.boxes, self.area, self.iscrowd)
+        rows = zip(*(np.asarray(column).tolist() for column in columns), strict=True)
+        return {
+            "images": [
+                {"id": number, "file_name": self.file_name(index), "height": h, "width": w}
+                for index, (number, (h, w)) in enumerate(images)
+            ],
+            "annotations": [
+                {
+                    "id": number,
+                    "image_id": owner,
+                    "category_id": categories[label].id,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": area,
+                    "iscrowd": int(crowd),
+                }
+                for number, (owner, label, (x1, y1, x2, y2), area, crowd) in enumerate(rows, 1)
+            ],
+            "categories": [{"id": c.id, "name": c.name} for c in categories],
+        }
 
-    def __init__(self) -> None:
-        self._images: list[tuple[int, str, int, int]] = []
-        self._owners: list[int] = []
-        self._boxes: list[tuple[float, float, float, float]] = []
-        self._facts: list[tuple[int, bool, float]] = []
 
-    def add_image(self, image_id: int, file_name: str, height: int, width: int) -> int:
-        """Append an image; returns its index."""
-        self._images.append((image_id, file_name, height, width))
-        return len(self._images) - 1
+@dataclass(frozen=True)
+class RunLengths:
+    """The masks of a data set as COCO's compressed run lengths, in the order of `Annotations`.
 
-    def add_box(
-        self,
-        image: int,
-        box: tuple[float, float, float, float],
-        label: int,
-        iscrowd: bool,
-        area: float,
-    ) -> None:
-        """Append a box (x1 y1 x2 y2) of the image with index `image`."""
-        self._owners.append(image)
-        self._boxes.append(box)
-        self._facts.append((label, iscrowd, area))
+    Attributes:
+        ids: int64 [B], the annotations' ids, for messages.
+        counts: uint8 [C], the run lengths of all, one after the other.
+        starts: int64 [B + 1], where those of each begin.
+    """
 
-    def build(self) -> Annotations:
-        """The arrays; boxes of one image keep the order in which they were added."""
-        owners = np.asarray(self._owners, np.int64)
-        order = np.argsort(owners, kind="stable")
-        counts = np.bincount(owners, minlength=len(self._images))
-        ids, names, heights, widths = _columns(self._images, 4)
-        labels, iscrowd, area = _columns(self._facts, 3)
-        return Annotations(
-            image_ids=np.asarray(ids, np.int64),
-            file_names=np.asarray(names, np.str_),
-            sizes=np.stack([np.asarray(heights, np.int64), np.asarray(widths, np.int64)], axis=1),
-            starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            boxes=np.asarray(self._boxes, np.float32).reshape(-1, 4)[order],
-            labels=np.asarray(labels, np.int64)[order],
-            iscrowd=np.asarray(iscrowd, np.bool_)[order],
-            area=np.asarray(area, np.float32)[order],
+    ids: NDArray[np.int64]
+    counts: NDArray[np.uint8]
+    starts: NDArray[np.int64]
+
+    @classmethod
+    def from_coco(cls, truth: Mapping[str, Any], origin: str) -> RunLengths:
+        """Encode the `segmentation` of every annotation of a COCO dictionary.
+
+        Raises:
+            InvalidData: segmentations are missing or invalid; names each annotation.
+        """
+        index = {image["id"]: number for number, image in enumerate(truth["images"])}
+        records = sorted(truth["annotations"], key=lambda record: index[record["image_id"]])
+        encoded = collect_faults(
+            lambda record: _encode(record, truth["images"][index[record["image_id"]]], origin),
+            records,
+        )
+        return cls(
+            ids=np.array([record["id"] for record in records], np.int64),
+            counts=np.frombuffer(b"".join(encoded), np.uint8),
+            starts=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
         )
 
+    def select(self, rows: NDArray[np.bool_]) -> RunLengths:
+        """Those of the annotations where `rows` [B] is true."""
+        lengths = np.diff(self.starts)
+        starts = np.cumsum([0, *lengths[rows]], dtype=np.int64)
+        return RunLengths(self.ids[rows], self.counts[np.repeat(rows, lengths)], starts)
 
-def _columns(rows: list[Any], count: int) -> list[tuple[Any, ...]]:
-    return list(zip(*rows, strict=True)) if rows else [()] * count
+    def decode(self, rows: slice, height: int, width: int, origin: str) -> NDArray[np.bool_]:
+        """The masks of rows of the annotations, [M, height, width].
+
+        Raises:
+            DataError: the run lengths do not fill the image; names the annotation of `origin`.
+        """
+        masks = np.zeros((rows.stop - rows.start, height, width), np.bool_)
+        for mask, row in zip(masks, range(rows.start, rows.stop), strict=True):
+            counts = self.counts[self.starts[row] : self.starts[row + 1]].tobytes()
+            try:
+                mask[:] = coco_mask.decode({"size": [height, width], "counts": counts})
+            except ValueError as error:
+                raise DataError(
+                    f"{origin}: annotation {self.ids[row]}: its segmentation is invalid ({error})"
+                ) from error
+        return masks
+
+
+def encode_mask(mask: NDArray[np.bool_]) -> str:
+    """COCO's compressed run lengths of a mask [H, W]."""
+    counts: bytes = coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"]
+    return counts.decode("ascii")
+
+
+def _encode(record: Mapping[str, Any], image: Mapping[str, Any], origin: str) -> bytes:
+    """The compressed run lengths of a segmentation: polygons, run lengths, compressed or not."""
+    where = f"{origin}: annotation {record['id']}"
+    shape = record.get("segmentation")
+    if not shape or (isinstance(shape, dict) and not shape.get("counts")):
+        raise DataError(f"{where}: has no segmentation, which this task needs")
+    size = [image["height"], image["width"]]
+    try:
+        if isinstance(shape, dict) and isinstance(shape["counts"], str | bytes):
+            counts = shape["counts"]
+            counts = counts.encode("ascii") if isinstance(counts, str) else counts
+            encoded = {"size": list(shape["size"]), "counts": counts}
+            coco_mask.area(encoded)
+        else:
+            parts = coco_mask.frPyObjects(shape, *size)
+            encoded = coco_mask.merge(parts) if isinstance(shape, list) else parts
+    except Exception as error:  # pycocotools raises bare ones too
+        raise DataError(f"{where}: its segmentation is invalid ({error})") from error
+    if list(encoded["size"]) != size:
+        raise DataError(
+            f"{where}: its segmentation is of {encoded['size'][1]} x {encoded['size'][0]} pixels, "
+            f"the image of {size[1]} x {size[0]}"
+        )
+    return bytes(encoded["counts"])
+
+
+def paint_semantic(
+    masks: NDArray[np.bool_], labels: NDArray[np.int64], areas: NDArray[np.float32]
+) -> NDArray[np.uint8]:
+    """Semantic labels uint8 [H, W] of instance masks [M, H, W]: 0, then the categories from 1.
+
+    Smaller objects are painted over larger ones (our choice).
+    """
+    painted = np.zeros(masks.shape[1:], np.uint8)
+    for index in np.argsort(-areas, kind="stable"):
+        painted[masks[index]] = labels[index] + 1
+    return painted
 
 
 class Dataset(ABC):
@@ -153,24 +319,27 @@ class Dataset(ABC):
         name: the data set and split, for messages and results.
         categories: the classes; `Sample.labels` index into them.
         annotations: the boxes as arrays.
-        photographs: True where an image shows one object in whatever place, and is cropped for
-            the network (see `photographs`) rather than fitted into its input.
+        origin: where the annotations come from, for messages about one of them.
+        photographs: True where an image shows one object anywhere in it, and is cropped for the
+            network rather than fitted into its input.
         dropped: the annotations that are left out because they are degenerate, by name.
     """
 
     photographs: ClassVar[bool] = False
     dropped: tuple[str, ...] = ()
 
-    def __init__(self, name: str, categories: Sequence[Category], annotations: Annotations) -> None:
+    def __init__(
+        self,
+        name: str,
+        categories: Sequence[Category],
+        annotations: Annotations,
+        origin: object = None,
+    ) -> None:
         self.name = name
         self.categories = tuple(categories)
         self.annotations = annotations
+        self.origin = str(origin or name)
         self._run_lengths: RunLengths | None = None
-
-    @property
-    def origin(self) -> str:
-        """Where the annotations come from, for messages about one of them."""
-        return self.name
 
     @abstractmethod
     def load_image(self, index: int) -> NDArray[np.uint8]:
@@ -180,12 +349,12 @@ class Dataset(ABC):
             DataError: the file is missing or cannot be decoded.
         """
 
-    @abstractmethod
-    def ground_truth(self) -> dict[str, Any]:
+    def ground_truth(self) -> Truth:
         """The annotations as a COCO dictionary, with the original category ids.
 
-        Segmentations are included where the data has them.
+        Boxes are as annotated; segmentations are included where the data has them.
         """
+        return self.annotations.to_coco(self.categories)
 
     def __len__(self) -> int:
         return len(self.annotations.image_ids)
@@ -201,10 +370,10 @@ class Dataset(ABC):
             DataError: the data set lacks it.
         """
         if task in ("instances", "segmentation") and self._run_lengths is None:
-            self._run_lengths = self._encode_masks()
+            self._run_lengths = self._read_masks()
 
-    def _encode_masks(self) -> RunLengths:
-        return encode_masks(self.ground_truth(), self.origin)
+    def _read_masks(self) -> RunLengths:
+        return RunLengths.from_coco(self.ground_truth(), self.origin)
 
     def masks(self, index: int) -> NDArray[np.bool_]:
         """The masks of the boxes of image `index`, [M, H, W].
@@ -214,9 +383,8 @@ class Dataset(ABC):
         """
         self.prepare("instances")
         assert self._run_lengths is not None
-        rows = self.annotations.rows(index)
         height, width = self.annotations.sizes[index].tolist()
-        return self._run_lengths.decode(rows, height, width, self.origin)
+        return self._run_lengths.decode(self.annotations.rows(index), height, width, self.origin)
 
     def semantic(self, index: int) -> NDArray[np.uint8]:
         """The semantic labels of image `index`, [H, W]; see `Sample.semantic`.
@@ -224,10 +392,8 @@ class Dataset(ABC):
         Raises:
             DataError: the data set has none.
         """
-        rows = self.annotations.rows(index)
-        return paint_semantic(
-            self.masks(index), self.annotations.labels[rows], self.annotations.area[rows]
-        )
+        table, rows = self.annotations, self.annotations.rows(index)
+        return paint_semantic(self.masks(index), table.labels[rows], table.area[rows])
 
     def load(self, index: int, task: str = "detection") -> Sample:
         """Image `index` with the annotations that `task` needs."""
@@ -265,31 +431,46 @@ class Dataset(ABC):
         }
 
 
-def image_labels_truth(dataset: Dataset) -> dict[str, Any]:
-    """The COCO dictionary of a data set of one box an image."""
-    table = dataset.annotations
-    return {
-        "images": [
-            {"id": int(number), "file_name": table.file_name(index), "height": h, "width": w}
-            for index, (number, (h, w)) in enumerate(
-                zip(table.image_ids, table.sizes.tolist(), strict=True)
-            )
-        ],
-        "annotations": [
-            {
-                "id": row + 1,
-                "image_id": int(table.image_ids[row]),
-                "category_id": dataset.categories[label].id,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": area,
-                "iscrowd": 0,
-            }
-            for row, (label, (x1, y1, x2, y2), area) in enumerate(
-                zip(table.labels.tolist(), table.boxes.tolist(), table.area.tolist(), strict=True)
-            )
-        ],
-        "categories": [{"id": c.id, "name": c.name} for c in dataset.categories],
-    }
+class ObjectCrops(Dataset):
+    """Square crops of the single objects of a data set, for classification; crowds are left out.
+
+    Each is an image with one box, that of its object; the label of the box is the image's. The
+    side is `CROP_CONTEXT` times the long side of the object's box; beyond the edge of the image
+    its outermost pixels are repeated.
+    """
+
+    def __init__(self, whole: Dataset) -> None:
+        table = whole.annotations
+        rows = np.flatnonzero(~table.iscrowd)
+        boxes = table.boxes[rows]
+        long_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0)
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        self._whole = whole
+        self._owners = np.searchsorted(table.starts, rows, side="right") - 1
+        self._sides = np.maximum(1, np.round(CROP_CONTEXT * long_sides)).astype(np.int64)
+        self._corners = centres.astype(np.int64) - self._sides[:, None] // 2  # left, top
+        names = [
+            f"{table.file_name(owner)}#{row - table.starts[owner] + 1}"
+            for row, owner in zip(rows, self._owners, strict=True)
+        ]
+        annotations = Annotations.of_images(
+            np.arange(1, len(rows) + 1),
+            np.array(names, np.str_),
+            np.stack([self._sides, self._sides], axis=1),
+            boxes=(boxes - np.tile(self._corners, 2)).astype(np.float32),
+            labels=table.labels[rows],
+            area=table.area[rows],
+        )
+        super().__init__(f"objects of {whole.name}", whole.categories, annotations)
+
+    def load_image(self, index: int) -> NDArray[np.uint8]:
+        """Crop `index` as uint8 [C, C, 3], RGB."""
+        image = self._whole.load_image(int(self._owners[index]))
+        left, top = self._corners[index]
+        offsets = np.arange(self._sides[index])
+        rows = np.clip(top + offsets, 0, image.shape[0] - 1)
+        columns = np.clip(left + offsets, 0, image.shape[1] - 1)
+        return image[rows[:, None], columns]
 
 
 def classes_of(dataset: Dataset, task: str) -> int:
@@ -303,15 +484,10 @@ def require_same_categories(first: Dataset, second: Dataset) -> None:
     Raises:
         DataError: the category lists differ; names the first difference.
     """
-    if first.categories == second.categories:
-        return
-    pairs = zip_longest(first.categories, second.categories)
-    here, there = next(pair for pair in pairs if pair[0] != pair[1])
-    raise DataError(
-        f"{first.name} and {second.name} do not list the same categories in the same order "
-        f"({_name(here)} against {_name(there)}); give both the same list"
-    )
-
-
-def _name(category: Category | None) -> str:
-    return f"id {category.id} {category.name!r}" if category else "none"
+    for one, two in zip_longest(first.categories, second.categories):
+        if one != two:
+            here, there = (f"id {c.id} {c.name!r}" if c else "none" for c in (one, two))
+            raise DataError(
+                f"{first.name} and {second.name} do not list the same categories in the same "
+                f"order ({here} against {there}); give both the same list"
+            )

@@ -1,33 +1,31 @@
-"""Folders in ImageNet's layout: `<split>/<class>/*.JPEG`, one folder a class.
-
-Sizes and pixels are not looked at before an image is loaded: opening 1.28 million files would
-take longer than many a run.
-"""
+"""Folders in ImageNet's layout: `<split>/<class>/*.JPEG`, one folder a class."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from effspinenet_lib.data.dataset import Annotations, Category, Dataset, image_labels_truth
-from effspinenet_lib.data.formats import decode_image
+from effspinenet_lib.data.dataset import Annotations, Category
+from effspinenet_lib.data.folders import FolderDataset
 from effspinenet_lib.errors import DataError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
-class ImageNetFolder(Dataset):
+class ImageNetFolder(FolderDataset):
     """A split of a folder in ImageNet's layout, for classification.
 
     The classes are the names of the class folders, sorted, with ids from 1; images have ids from
     1 in the order of class and name. Each image has one box, which only carries its label: it is
-    empty, since the size of the image is not known.
+    empty, since sizes are not read before an image is loaded (opening 1.28 million files would
+    take longer than many a run).
     """
 
+    layout = "ImageNet folder (train/<class>/*.JPEG, val/<class>/*.JPEG)"
+    only_task = "classification"
     photographs = True
 
     def __init__(self, root: str | os.PathLike[str], split: str, images: int | None = None) -> None:
@@ -38,48 +36,37 @@ class ImageNetFolder(Dataset):
         Raises:
             DataError: the split or its classes are missing, or a class has no images.
         """
-        self.folder = Path(root) / split
-        classes = _class_names(self.folder)
-        names = [_image_names(self.folder, name) for name in classes]
+        folder = Path(root) / split
+        if not folder.is_dir():
+            found = ", ".join(_folders(folder.parent)) or "none"
+            raise DataError(f"{folder}: no such split; splits found: {found}")
+        classes = _folders(folder)
+        if not classes:
+            raise DataError(f"{folder}: has no folders of classes; <class>/*.JPEG are expected")
+        names = [_image_names(folder, name) for name in classes]
+        counts = [len(files) for files in names]
+        labels = np.repeat(np.arange(len(names)), counts)
+        ranks = np.concatenate([np.arange(count) for count in counts])
+        kept = np.sort(np.lexsort((labels, ranks))[:images])
+        sizes = np.zeros((len(kept), 2), np.int64)
+        annotations = Annotations.of_images(
+            kept + 1, np.concatenate(names)[kept], sizes, labels=labels[kept]
+        )
         categories = [Category(number, name) for number, name in enumerate(classes, start=1)]
-        super().__init__(f"{Path(root).name} {split}", categories, _annotations(names, images))
+        super().__init__(f"{Path(root).name} {split}", categories, annotations, folder)
 
-    @property
-    def origin(self) -> str:
-        """The split's folder."""
-        return str(self.folder)
-
-    def image_path(self, index: int) -> Path:
-        """The file of image `index`."""
-        return self.folder / self.annotations.file_name(index)
-
-    def load_image(self, index: int) -> NDArray[np.uint8]:
-        """Image `index` as uint8 [H, W, 3], RGB.
-
-        Raises:
-            DataError: the file is missing or cannot be decoded.
-        """
-        return decode_image(self.image_path(index))
-
-    def ground_truth(self) -> dict[str, Any]:
-        """The annotations as a COCO dictionary: one empty box an image."""
-        return image_labels_truth(self)
+    @classmethod
+    def splits(cls, folder: Path) -> list[str]:
+        """The names of the folders with classes, sorted; none without one that is called train."""
+        names = [name for name in _folders(folder) if _folders(folder / name)]
+        return names if "train" in names else []
 
 
-def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in `folder` that may hold a class, sorted."""
+def _folders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-
-
-def _class_names(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        found = class_folders(folder.parent) if folder.parent.is_dir() else []
-        raise DataError(f"{folder}: no such split; splits found: {', '.join(found) or 'none'}")
-    names = class_folders(folder)
-    if not names:
-        raise DataError(f"{folder}: has no folders of classes; <class>/*.JPEG are expected")
-    return names
 
 
 def _image_names(folder: Path, name: str) -> NDArray[np.bytes_]:
@@ -93,20 +80,3 @@ def _image_names(folder: Path, name: str) -> NDArray[np.bytes_]:
     if not files:
         raise DataError(f"{folder / name}: the class has no images ({', '.join(IMAGE_SUFFIXES)})")
     return np.array(files)
-
-
-def _annotations(names: list[NDArray[np.bytes_]], limit: int | None) -> Annotations:
-    counts = [len(files) for files in names]
-    labels = np.repeat(np.arange(len(names)), counts)
-    ranks = np.concatenate([np.arange(count) for count in counts])
-    kept = np.sort(np.lexsort((labels, ranks))[:limit])
-    return Annotations(
-        image_ids=kept + 1,
-        file_names=np.concatenate(names)[kept],
-        sizes=np.zeros((len(kept), 2), np.int64),
-        starts=np.arange(len(kept) + 1),
-        boxes=np.zeros((len(kept), 4), np.float32),
-        labels=labels[kept],
-        iscrowd=np.zeros(len(kept), np.bool_),
-        area=np.zeros(len(kept), np.float32),
-    )

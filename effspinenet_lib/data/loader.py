@@ -4,35 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import Sampler
 
 from effspinenet_lib.data.augment import (
+    FITTED,
+    POLICIES,
+    PREPROCESSINGS,
+    RELEASED,
     Augmentation,
-    Placement,
     Target,
-    draw_placement,
-    fitting_scale,
+    auto_augment,
+    centre_crop,
+    crop_image,
+    draw_crop,
+    fit_image,
     normalise,
-    place_image,
+    pad_target,
+    random_crop,
     training_target,
 )
-from effspinenet_lib.data.dataset import Dataset, Sample
-from effspinenet_lib.data.padding import pad_target
-from effspinenet_lib.data.photographs import auto_augment, centre_view, check_policy, random_view
-from effspinenet_lib.data.released import FITTED, PREPROCESSINGS, RELEASED, fit_released
-from effspinenet_lib.data.workers import Batches, start_worker
-from effspinenet_lib.errors import UnknownName, UserError
+from effspinenet_lib.data.dataset import Dataset
+from effspinenet_lib.errors import DataError, UnknownName, UserError
 
 # Words that keep the random streams of order and augmentation apart.
 _ORDER_STREAM, _AUGMENTATION_STREAM = 0, 1
 # Batches that a worker prepares ahead; more costs memory and gains nothing at these sizes.
 _PREFETCH = 2
+# How torch's messages begin about a worker that died, and about an error raised in one.
+_WORKER_DIED, _RAISED_IN_WORKER = "DataLoader worker", "Caught "
 
 EpochAndIndex = tuple[int, int]
 
@@ -43,8 +50,8 @@ class Batch:
 
     Attributes:
         images: float32 [N, 3, S, S], normalised, zeros at the bottom and the right.
-        targets: in training one dictionary an image, as `tasks.base` describes it for the task;
-            none in evaluation.
+        targets: in training one dictionary an image, as the task's model takes it; empty in
+            evaluation.
         image_ids: the images' ids in the annotation file.
         scales: float32 [N, 2], input pixels per original pixel, down and across; NaN for the
             random crops of photographs.
@@ -59,14 +66,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with images and targets on `device`."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            targets=[
-                {name: value.to(device, non_blocking=True) for name, value in target.items()}
-                for target in self.targets
-            ],
-        )
+        targets = [
+            {name: value.to(device, non_blocking=True) for name, value in target.items()}
+            for target in self.targets
+        ]
+        return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
 
     def pin_memory(self) -> Batch:
         """The batch with its images in page-locked memory (called by torch's loader)."""
@@ -94,16 +98,16 @@ class _Collate:
                 normalise(item.pixels, canvas)
             else:
                 canvas.copy_(item.pixels)
+        targets = [item.target for item in items if item.target is not None]
+        if self.pad_targets is not None:
+            targets = [pad_target(target, self.pad_targets) for target in targets]
         return Batch(
             images=images,
-            targets=[self._padded(item.target) for item in items if item.target is not None],
+            targets=targets,
             image_ids=tuple(item.image_id for item in items),
             scales=torch.tensor([item.scales for item in items], dtype=torch.float32),
             sizes=[item.size for item in items],
         )
-
-    def _padded(self, target: Target) -> Target:
-        return target if self.pad_targets is None else pad_target(target, self.pad_targets)
 
 
 @dataclass(frozen=True)
@@ -113,36 +117,26 @@ class _TrainingItems(TorchDataset[_Item]):
     augmentation: Augmentation
     seed: int
     task: str
-    auto_augment: str
+    policy: str
 
     def __getitem__(self, key: EpochAndIndex) -> _Item:
         epoch, index = key
         sample = self.dataset.load(index, self.task)
-        generator = _generator(_AUGMENTATION_STREAM, self.seed, epoch, index)
-        item = (self._cropped if self.dataset.photographs else self._placed)(sample, generator)
-        item.pixels = auto_augment(item.pixels, self.auto_augment, generator)
-        return item
-
-    def _cropped(self, sample: Sample, generator: np.random.Generator) -> _Item:
-        flip = self.augmentation.flip_probability
-        return _Item(
-            pixels=random_view(sample.image, self.image_size, flip, generator),
-            target={"label": torch.tensor(int(sample.labels[0]))},
-            image_id=sample.image_id,
-            scales=(math.nan, math.nan),
-            size=(sample.image.shape[0], sample.image.shape[1]),
-        )
-
-    def _placed(self, sample: Sample, generator: np.random.Generator) -> _Item:
         height, width = sample.image.shape[:2]
-        placement = draw_placement(height, width, self.image_size, self.augmentation, generator)
-        return _Item(
-            pixels=place_image(sample.image, placement, self.image_size),
-            target=training_target(sample, placement, self.image_size, self.task),
-            image_id=sample.image_id,
-            scales=(placement.scale, placement.scale),
-            size=(height, width),
-        )
+        generator = _generator(_AUGMENTATION_STREAM, self.seed, epoch, index)
+        crop = None
+        if not self.dataset.photographs:
+            crop = draw_crop(height, width, self.image_size, self.augmentation, generator)
+            pixels = crop_image(sample.image, crop, self.image_size)
+            target = training_target(sample, crop, self.image_size, self.task)
+        else:
+            flip = self.augmentation.flip_probability
+            pixels = random_crop(sample.image, self.image_size, flip, generator)
+            target = {"label": torch.tensor(int(sample.labels[0]))}
+        if self.policy:
+            pixels = auto_augment(pixels, self.policy, generator)
+        scale = crop.scale if crop else math.nan
+        return _Item(pixels, target, sample.image_id, (scale, scale), (height, width))
 
 
 @dataclass(frozen=True)
@@ -154,15 +148,11 @@ class _EvaluationItems(TorchDataset[_Item]):
     def __getitem__(self, index: int) -> _Item:
         sample = self.dataset.load(index)
         height, width = sample.image.shape[:2]
-        if self.preprocessing == RELEASED:
-            pixels, scales = fit_released(sample.image, self.image_size)
-        elif self.dataset.photographs:
-            pixels, scale = centre_view(sample.image, self.image_size)
+        if self.dataset.photographs and self.preprocessing != RELEASED:
+            pixels, scale = centre_crop(sample.image, self.image_size)
             scales = scale, scale
         else:
-            scale = fitting_scale(height, width, self.image_size)
-            pixels = place_image(sample.image, Placement(scale), self.image_size)
-            scales = scale, scale
+            pixels, scales = fit_image(sample.image, self.image_size, self.preprocessing)
         return _Item(pixels, None, sample.image_id, scales, (height, width))
 
 
@@ -175,7 +165,7 @@ class TrainingOrder(Sampler[list[EpochAndIndex]]):
     """Which images each step sees; a pure function of its fields and the step.
 
     An epoch is one permutation of the data set, cut into whole batches. A data set smaller than
-    a batch is run through as often as a batch needs, one permutation after the other.
+    a batch is repeated as often as a batch needs, one permutation after the other.
     """
 
     images: int
@@ -192,18 +182,16 @@ class TrainingOrder(Sampler[list[EpochAndIndex]]):
     def __iter__(self) -> Iterator[list[EpochAndIndex]]:
         # Whole batches only, except where not even one batch fits into an epoch.
         used = max(self.images - self.images % self.batch_size, min(self.images, self.batch_size))
-        known: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        known, order = -1, np.empty(0, np.int64)
         for step in range(self.start_step, self.total_steps):
             batch = []
             for position in range(step * self.batch_size, (step + 1) * self.batch_size):
                 epoch, place = divmod(position, used)
-                if epoch != known[0]:
-                    known = epoch, self._permutation(epoch)
-                batch.append((epoch, int(known[1][place])))
+                if epoch != known:
+                    known = epoch
+                    order = _generator(_ORDER_STREAM, self.seed, epoch).permutation(self.images)
+                batch.append((epoch, int(order[place])))
             yield batch[self.rank :: self.world_size]
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return _generator(_ORDER_STREAM, self.seed, epoch).permutation(self.images)
 
 
 def training_loader(
@@ -233,19 +221,19 @@ def training_loader(
             equal share.
         augmentation: the random changes.
         seed: of order and augmentation.
-        start_step: the first step to give, to go on after an interruption.
+        start_step: the first step, where a run resumes.
         total_steps: steps of the whole run.
-        workers: loading processes; 0 loads in this process.
+        workers: worker processes; 0 loads in this process.
         rank: this process among `world_size`.
         world_size: training processes.
         task: what the targets are for.
-        auto_augment: the AutoAugment policy of `photographs.POLICIES`, for classification; ""
-            for none.
-        pad_targets: rows that the targets of detection are padded to by `data.padding`, so that
-            all batches have the same shapes; None: as many as there are objects. The targets of
-            classification and segmentation have one shape anyway.
+        auto_augment: an AutoAugment policy of `augment.POLICIES`, for classification; "" for none.
+        pad_targets: rows that the targets of detection are padded to, so that all batches have
+            the same shapes; None: as many as there are objects. The targets of classification and
+            segmentation have one shape anyway.
 
     Raises:
+        UnknownName: no such AutoAugment policy.
         UserError: an empty data set, a batch that `world_size` does not divide, AutoAugment for
             a task with boxes or masks, which it would not move, or padding for instances, whose
             training has shapes that depend on the proposals whatever the targets' are.
@@ -257,26 +245,22 @@ def training_loader(
         raise UserError(
             f"a batch of {batch_size} images cannot be shared equally by {world_size} processes"
         )
-    check_policy(auto_augment)
+    if auto_augment and auto_augment not in POLICIES:
+        raise UnknownName("AutoAugment policy", auto_augment, POLICIES)
     if auto_augment and task != "classification":
         raise UserError(f"AutoAugment is for classification, not for {task}; leave it out")
-    if pad_targets is not None:
-        _check_padding(pad_targets, task)
+    if pad_targets is not None and pad_targets < 1:
+        raise UserError(f"targets cannot be padded to {pad_targets} rows; one is the least")
+    if pad_targets is not None and task == "instances":
+        raise UserError(
+            "the training of instances has shapes that depend on the data (its proposals), which "
+            "padded targets do not change: train it on a device that needs no fixed shapes"
+        )
     order = TrainingOrder(len(dataset), batch_size, seed, start_step, total_steps, rank, world_size)
     dataset.prepare(task)
     items = _TrainingItems(dataset, image_size, augmentation, seed, task, auto_augment)
     collate = _Collate(image_size, pad_targets if task == "detection" else None)
     return _loader(items, order, collate, workers)
-
-
-def _check_padding(rows: int, task: str) -> None:
-    if rows < 1:
-        raise UserError(f"targets cannot be padded to {rows} rows; one is the least")
-    if task == "instances":
-        raise UserError(
-            "the training of instances has shapes that depend on the data (its proposals), which "
-            "padded targets do not change: train it on a device that needs no fixed shapes"
-        )
 
 
 def evaluation_loader(
@@ -290,17 +274,15 @@ def evaluation_loader(
 ) -> Batches:
     """All images from `start` to before `end` once, in index order, unchanged but for resizing.
 
-    The last batch may be short. `preprocessing` is one of `data.released.PREPROCESSINGS`.
+    The last batch may be short. `preprocessing` is one of `augment.PREPROCESSINGS`.
 
     Raises:
         UnknownName: no such preprocessing.
     """
     if preprocessing not in PREPROCESSINGS:
         raise UnknownName("preprocessing", preprocessing, PREPROCESSINGS)
-    images = range(start, len(dataset) if end is None else end)
-    order = [
-        list(images[begin : begin + batch_size]) for begin in range(0, len(images), batch_size)
-    ]
+    images = list(range(start, len(dataset) if end is None else end))
+    order = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
     items = _EvaluationItems(dataset, image_size, preprocessing)
     return _loader(items, order, _Collate(image_size), workers)
 
@@ -313,14 +295,62 @@ def _loader(
 ) -> Batches:
     # A generator of its own keeps the loader from drawing on torch's global one, which would
     # make a resumed run's random numbers differ. It seeds the workers; the batches draw only on
-    # the seeds of their own.
+    # seeds of their own.
     return Batches(
         items,
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=start_worker,
+        worker_init_fn=_one_thread,
         prefetch_factor=_PREFETCH if workers else None,
         pin_memory=torch.accelerator.is_available(),
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _one_thread(worker: int) -> None:
+    """One thread a worker: there are as many workers as cores that they may use."""
+    del worker
+    torch.set_num_threads(1)
+
+
+class Batches(DataLoader[Any]):
+    """torch's loader, with errors that say in one line what happened and what to do."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        with worker_errors():
+            try:
+                yield from super().__iter__()
+            except (EOFError, OSError) as error:
+                # The connection to a worker broke before torch noticed that it died.
+                if not self.num_workers or str(error).startswith(_RAISED_IN_WORKER):
+                    raise
+                raise RuntimeError(f"{_WORKER_DIED} was lost: {error!r}") from error
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turn what torch reports of a worker that died or failed into one clear line.
+
+    The loaders use it. A loop over one needs it too: torch reports a death by a signal handler,
+    which interrupts the main process wherever it is.
+
+    Raises:
+        DataError: a worker died, or raised a `DataError`.
+    """
+    try:
+        yield
+    except DataError as error:
+        # From a worker the message is its whole traceback, with the message itself last.
+        lines = str(error).strip().splitlines() or [""]
+        if len(lines) == 1:
+            raise
+        raise DataError(lines[-1].split("Error: ", 1)[-1]) from error
+    except RuntimeError as error:
+        if not str(error).startswith(_WORKER_DIED):
+            raise
+        reason = str(error).splitlines()[0].strip()
+        raise DataError(
+            f"a data loading worker died ({reason}); if memory ran out, use fewer workers; the "
+            "same command resumes from the last checkpoint"
+        ) from error

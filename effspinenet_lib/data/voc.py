@@ -1,8 +1,4 @@
-"""Folders in PASCAL VOC's layout: Annotations/*.xml, ImageSets/Main/<split>.txt, JPEGImages/.
-
-Coordinates in the files are 1-based and name the first and the last pixel of a box. Here a box
-begins at xmin - 1 and ends at xmax, so that its width is xmax - xmin + 1 pixels.
-"""
+"""Folders in PASCAL VOC's layout: boxes (`VocFolder`) and label maps (`VocSegmentationFolder`)."""
 
 from __future__ import annotations
 
@@ -11,193 +7,252 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from effspinenet_lib.data.formats import (
-    FolderDataset,
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from effspinenet_lib.data.dataset import (
+    SEMANTIC_IGNORE,
+    Annotations,
+    Category,
     Truth,
-    annotations_of,
-    categories_of,
-    check_images,
-    finite_numbers,
-    is_degenerate,
-    relative_name,
-    warn_degenerate,
+    collect_faults,
+)
+from effspinenet_lib.data.folders import (
+    FolderDataset,
+    check_records,
+    decode_image,
+    finite,
+    image_errors,
+    split_list,
 )
 from effspinenet_lib.errors import DataError
 
+IMAGES = "JPEGImages"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+BOX_LISTS, LABEL_LISTS = Path("ImageSets") / "Main", Path("ImageSets") / "Segmentation"
+# Where an image has label maps in both, VOC's own is used: it marks the objects' edges as void.
+LABELS, AUGMENTED_LABELS = "SegmentationClass", "SegmentationClassAug"
+# VOC 2012's classes in the order of its label maps (its development kit, VOCinit.m).
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
+)  # fmt: skip
 
 
 class VocFolder(FolderDataset):
-    """A split of a folder in VOC's layout.
+    """A split of a folder in VOC's layout: Annotations/*.xml, ImageSets/Main/<split>.txt.
+
+    Coordinates in the files are 1-based and name the first and the last pixel of a box. Here a
+    box begins at xmin - 1 and ends at xmax, so that its width is xmax - xmin + 1 pixels.
 
     The classes are all names that occur in any annotation file of the folder, sorted, with ids
     from 1, so that the splits agree. Images have ids from 1 in the order of their names. Objects
     marked difficult count as crowds: ignored in training, neither right nor wrong in evaluation.
     """
 
+    layout = "VOC folder (Annotations/*.xml, ImageSets/Main/<split>.txt, JPEGImages/)"
+
     def __init__(self, root: str | os.PathLike[str], split: str, images: int | None = None) -> None:
         """Open the split; `images` limits it to the first so many in the order of names.
 
         Raises:
-            DataError: a file is missing or cannot be used; names the file and the object.
+            DataError: files are missing or invalid; names the files and the objects.
         """
-        self.root = Path(root)
-        self.stems = _split_stems(self.root, split)[:images]
-        self.class_names = _class_names(self.root / "Annotations")
+        self.root, self._limit = Path(root), images
+        self._list = self.root / BOX_LISTS / f"{split}.txt"
         truth, dropped = self._read()
-        self.dropped = tuple(dropped)
-        warn_degenerate(self.root / "Annotations", dropped)
-        folder = self.root / "JPEGImages"
-        names = [image["file_name"] for image in truth["images"]]
-        check_images(folder, names, _split_file(self.root, split))
         super().__init__(
-            f"{self.root.name} {split}", categories_of(truth), annotations_of(truth), folder
+            f"{self.root.name} {split}",
+            [Category(entry["id"], entry["name"]) for entry in truth["categories"]],
+            Annotations.from_coco(truth),
+            self.root / IMAGES,
+            self._list,
+            [str(name) for _, name in dropped],
         )
+
+    @classmethod
+    def splits(cls, folder: Path) -> list[str]:
+        """The names of the lists, sorted; none without annotations."""
+        found = (folder / "Annotations").is_dir()
+        return sorted(path.stem for path in (folder / BOX_LISTS).glob("*.txt")) if found else []
 
     def ground_truth(self) -> Truth:
         """The annotations as a COCO dictionary, read from the files again."""
-        truth, _ = self._read()
-        return truth
+        return self._read()[0]
 
-    def _read(self) -> tuple[Truth, list[str]]:
-        ids = {name: number for number, name in enumerate(self.class_names, start=1)}
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        dropped: list[str] = []
-        pictures = self.root / "JPEGImages"
-        present = set(os.listdir(pictures)) if pictures.is_dir() else set()
-        for number, stem in enumerate(self.stems, start=1):
-            path = self.root / "Annotations" / f"{stem}.xml"
+    def _read(self) -> tuple[Truth, NDArray[np.str_]]:
+        folder, names = self.root / "Annotations", split_list(self._list)[: self._limit]
+        for stem, line in names:
+            if not os.path.isfile(folder / f"{stem}.xml"):
+                raise DataError(
+                    f"{self._list}: line {line} names {stem:.200}, but {folder.name} has no "
+                    f"{stem:.200}.xml"
+                )
+        numbers = {stem: number for number, (stem, _) in enumerate(names, start=1)}
+        present = set(os.listdir(self.root / IMAGES)) if (self.root / IMAGES).is_dir() else set()
+        images: list[tuple[str, Truth]] = []
+        objects: list[tuple[str, Truth]] = []
+        classes: set[str] = set()
+
+        def read(path: Path) -> None:
             tree = parse_xml(path)
-            width, height = (_side(tree, name, path) for name in ("width", "height"))
-            file_name = _image_name(tree, stem, path, present)
-            images.append({"id": number, "file_name": file_name, "width": width, "height": height})
-            for index, element in enumerate(tree.findall("object"), start=1):
-                where = f"{path}: object {index}"
-                record = _annotation(element, where, ids, number)
-                if is_degenerate(record["bbox"], width, height):
-                    dropped.append(f"first: object {index} of {path.name}")
-                    continue
-                annotations.append({"id": len(annotations) + 1, **record})
-        truth = {
-            "info": {"description": self.root.name},
-            "images": images,
-            "annotations": annotations,
-            "categories": [{"id": number, "name": name} for name, number in ids.items()],
-        }
-        return truth, dropped
+            found = [
+                (where := f"{path}: object {number}", _object(where, element))
+                for number, element in enumerate(tree.findall("object"), start=1)
+            ]
+            classes.update(record["name"] for _, record in found)
+            if image_id := numbers.get(path.stem):
+                images.append((str(path), _image(tree, path.stem, image_id, present)))
+                objects.extend((where, {**one, "image_id": image_id}) for where, one in found)
+
+        collect_faults(read, sorted(folder.glob("*.xml")))
+        if not classes:
+            raise DataError(f"{folder}: no annotation file has an object")
+        ids = {name: number for number, name in enumerate(sorted(classes), start=1)}
+        for _, record in objects:
+            record["category_id"] = ids[record.pop("name")]
+        categories = [("", {"id": number, "name": name}) for name, number in ids.items()]
+        truth, dropped = check_records(folder, images, objects, categories)
+        return {"info": {"description": self.root.name}, **truth}, dropped
 
 
 class _Builder(ElementTree.TreeBuilder):
     """Refuses document types: they can define entities that expand without limit."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise DataError("declares a document type, which is not read; remove the declaration")
+        raise ValueError("declares a document type, which is not read; remove the declaration")
 
 
 def parse_xml(path: Path) -> ElementTree.Element:
     """The root element of an XML file.
 
     Raises:
-        DataError: the file is missing, is not XML or declares a document type.
+        DataError: the file cannot be read, is not XML or declares a document type.
     """
-    parser = ElementTree.XMLParser(target=_Builder())
     try:
-        with open(path, "rb") as handle:
-            return ElementTree.parse(handle, parser).getroot()
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+        return ElementTree.parse(path, ElementTree.XMLParser(target=_Builder())).getroot()
     except ElementTree.ParseError as error:
         raise DataError(f"{path}: is not XML ({error})") from error
     except (OSError, ValueError, LookupError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read ({reason})") from error
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _split_file(root: Path, split: str) -> Path:
-    return root / "ImageSets" / "Main" / f"{split}.txt"
-
-
-def _split_stems(root: Path, split: str) -> list[str]:
-    path = _split_file(root, split)
-    if not path.is_file():
-        found = sorted(other.stem for other in path.parent.glob("*.txt"))
-        raise DataError(f"{path}: no such split; splits found: {', '.join(found) or 'none'}")
-    stems = set()
-    text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        # Class-wise lists have a second column.
-        stem = relative_name(line.split()[0], f"{path}: line {number}")
-        if not os.path.isfile(root / "Annotations" / f"{stem}.xml"):
-            raise DataError(
-                f"{path}: line {number} names {stem:.200}, but Annotations has no {stem}.xml"
-            )
-        stems.add(stem)
-    if not stems:
-        raise DataError(f"{path}: lists no images")
-    return sorted(stems)
-
-
-def _class_names(folder: Path) -> list[str]:
-    names = set()
-    for path in sorted(folder.glob("*.xml")):
-        for index, element in enumerate(parse_xml(path).findall("object"), start=1):
-            names.add(_text(element, "name", f"{path}: object {index}"))
-    if not names:
-        raise DataError(f"{folder}: no annotation file has an object")
-    return sorted(names)
-
-
-def _text(element: ElementTree.Element, name: str, where: str) -> str:
+def _number(element: ElementTree.Element, name: str) -> Any:
+    """A number of the file, or the text where it is not one."""
     text = (element.findtext(name) or "").strip()
-    if not text:
-        raise DataError(f"{where}: lacks {name}")
-    return text
-
-
-def _number(element: ElementTree.Element, name: str, where: str) -> float:
-    text = _text(element, name, where)
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = float("nan")
-    if not finite_numbers([value], 1):
-        raise DataError(f"{where}: {name} is {text!r}; a number is needed")
-    return value
+        return text
 
 
-def _side(tree: ElementTree.Element, name: str, path: Path) -> int:
-    side = _number(tree, f"size/{name}", str(path))
-    if side < 1 or side != int(side):
-        raise DataError(f"{path}: size/{name} is {side:g}; a whole number from 1 is needed")
-    return int(side)
+def _image(tree: ElementTree.Element, stem: str, image_id: int, present: set[str]) -> Truth:
+    names = [stem + suffix for suffix in IMAGE_SUFFIXES if stem + suffix in present]
+    sides = {side: _number(tree, f"size/{side}") for side in ("width", "height")}
+    return {
+        "id": image_id,
+        "file_name": names[0] if names else (tree.findtext("filename") or "").strip(),
+        **{k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in sides.items()},
+    }
 
 
-def _image_name(tree: ElementTree.Element, stem: str, path: Path, present: set[str]) -> str:
-    for suffix in IMAGE_SUFFIXES:
-        if stem + suffix in present:
-            return stem + suffix
-    return relative_name(_text(tree, "filename", str(path)), str(path))
-
-
-def _annotation(
-    element: ElementTree.Element, where: str, ids: dict[str, int], image_id: int
-) -> dict[str, Any]:
+def _object(where: str, element: ElementTree.Element) -> Truth:
+    name = (element.findtext("name") or "").strip()
     box = element.find("bndbox")
-    if box is None:
-        raise DataError(f"{where}: lacks bndbox")
-    left, top, right, bottom = (
-        _number(box, name, f"{where}: bndbox") for name in ("xmin", "ymin", "xmax", "ymax")
-    )
-    # One point given twice marks no object, although it would be one pixel wide.
+    if not name or box is None:
+        raise DataError(f"{where}: lacks {'bndbox' if name else 'name'}")
+    corners = [_number(box, corner) for corner in CORNERS]
+    if not finite(corners, 4):
+        values = ", ".join(f"{k} {v!r:.40}" for k, v in zip(CORNERS, corners, strict=True))
+        raise DataError(f"{where}: bndbox has {values}; four finite numbers are needed")
+    left, top, right, bottom = corners
+    # A corner given twice marks no object, although it would be one pixel wide.
     width = right - left + 1 if right > left else 0
     height = bottom - top + 1 if bottom > top else 0
     return {
-        "image_id": image_id,
-        "category_id": ids[_text(element, "name", where)],
+        "name": name,
         "bbox": [left - 1, top - 1, width, height],
         "area": width * height,
         "iscrowd": int((element.findtext("difficult") or "0").strip() == "1"),
     }
+
+
+class VocSegmentationFolder(FolderDataset):
+    """A split of a folder in VOC 2012's segmentation layout.
+
+    `ImageSets/Segmentation/<split>.txt` lists the images of `JPEGImages/`; `SegmentationClass/`
+    holds VOC's label maps and `SegmentationClassAug/` those of the images that only SBD labels
+    (`effspinenet data fetch voc` makes both), as PNG. A pixel is 0 for the background, a class
+    from 1 to 20, or 255 where it is ignored. Images have ids from 1 in the order of their names.
+    There are no boxes.
+    """
+
+    layout = "VOC folder of label maps (ImageSets/Segmentation/<split>.txt, SegmentationClass/)"
+    only_task = "segmentation"
+
+    def __init__(self, root: str | os.PathLike[str], split: str, images: int | None = None) -> None:
+        """Open the split; `images` limits it to the first so many in the order of names.
+
+        Raises:
+            DataError: a list, images or label maps are missing; names the files.
+        """
+        self.root = Path(root)
+        path = self.root / LABEL_LISTS / f"{split}.txt"
+        names = [name for name, _ in split_list(path)[:images]]
+        self._labels = np.array(collect_faults(lambda name: self._label_map(name, path), names))
+        sizes = [_size(self.root / file) for file in self._labels.tolist()]
+        super().__init__(
+            f"{self.root.name} {split}",
+            [Category(number, name) for number, name in enumerate(VOC_CLASSES, start=1)],
+            Annotations.of_images(
+                np.arange(1, len(names) + 1), np.char.add(names, ".jpg"), np.array(sizes)
+            ),
+            self.root / IMAGES,
+            path,
+        )
+
+    @classmethod
+    def splits(cls, folder: Path) -> list[str]:
+        """The names of the lists, sorted."""
+        return sorted(path.stem for path in (folder / LABEL_LISTS).glob("*.txt"))
+
+    def _label_map(self, name: str, source: Path) -> str:
+        """The label map of an image, relative to the root."""
+        for folder in (LABELS, AUGMENTED_LABELS):
+            if os.path.isfile(self.root / folder / f"{name}.png"):
+                return f"{folder}/{name}.png"
+        raise DataError(
+            f"{source}: names {name:.200}, but neither {LABELS} nor {AUGMENTED_LABELS} has "
+            f"{name:.200}.png"
+        )
+
+    def prepare(self, task: str) -> None:
+        """Nothing is read ahead: a label map is read with its image."""
+        del task
+
+    def semantic(self, index: int) -> NDArray[np.uint8]:
+        """The label map of image `index`, uint8 [H, W].
+
+        Raises:
+            DataError: the file cannot be decoded or has values that are not classes; names it.
+        """
+        path = self.root / str(self._labels[index])
+        labels = decode_image(path, mode=None)
+        if labels.ndim != 2 or labels.dtype != np.uint8:
+            raise DataError(f"{path}: a label map has one value a pixel (a palette, or grey)")
+        wrong = labels[(labels > len(self.categories)) & (labels != SEMANTIC_IGNORE)]
+        if wrong.size:
+            raise DataError(
+                f"{path}: has the label {wrong[0]}; 0 to {len(self.categories)} and "
+                f"{SEMANTIC_IGNORE} are known"
+            )
+        return labels
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file, from its first bytes."""
+    with image_errors(path), Image.open(path) as picture:
+        return picture.height, picture.width

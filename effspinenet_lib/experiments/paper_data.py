@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from effspinenet_lib.data import DataConfig, detect_format
-from effspinenet_lib.data.source import UNKNOWN_ROOT
+from effspinenet_lib.data.config import UNKNOWN_ROOT
 from effspinenet_lib.errors import DataError
 
 # Format of a folder -> names that its parts to train and to evaluate on have, the paper's first.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effspinenet_lib.data.padding import pad_target
+from effspinenet_lib.data.augment import pad_target
 from effspinenet_lib.models.base import Target, crowds
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effspinenet_lib.data.masks import SEMANTIC_IGNORE
+from effspinenet_lib.data.dataset import SEMANTIC_IGNORE
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.models.base import Target, TaskModel, check_finite
 from effspinenet_lib.models.layers import (

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from effspinenet_lib.data import DataConfig
-from effspinenet_lib.data.heldout import Part
-from effspinenet_lib.data.shapes import CATEGORIES
-from effspinenet_lib.data.source import UNKNOWN_ROOT
+from effspinenet_lib.data.coco import HeldOutSplit
+from effspinenet_lib.data.config import UNKNOWN_ROOT
+from effspinenet_lib.data.shapescenes import CATEGORIES
 from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.models.specs import SCALES, betas_text
 from effspinenet_lib.models.zoo import COCO_CLASSES
@@ -107,7 +107,7 @@ class SearchSettings:
 
 
 def _paper_part(side: Literal["held", "rest"]) -> str:
-    return Part("train2017", side, SEARCH_HELD_OUT_IMAGES).name
+    return HeldOutSplit("train2017", side, SEARCH_HELD_OUT_IMAGES).name
 
 
 SEARCHES: dict[str, SearchSettings] = {

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from effspinenet_lib.data import Dataset, classes_of, evaluation_loader
-from effspinenet_lib.data.augment import scaled_size
-from effspinenet_lib.data.released import FITTED, RELEASED
+from effspinenet_lib.data.augment import FITTED, RELEASED, scaled_size
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.training.coco import METRICS, coco_metrics
@@ -60,7 +59,7 @@ class Settings:
     """How weights from elsewhere are evaluated; the defaults fit what this library trains.
 
     Attributes:
-        preprocessing: one of `data.released.PREPROCESSINGS`. With "released" boxes are not cut
+        preprocessing: one of `data.augment.PREPROCESSINGS`. With "released" boxes are not cut
             off at the image's edges, as in the released code.
         category_ids: for detection and instances, the category id of each label, in the order of
             the labels; None for one that the data does not have, whose predictions are left out.

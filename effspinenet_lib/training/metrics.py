@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from effspinenet_lib.data.masks import SEMANTIC_IGNORE
+from effspinenet_lib.data.dataset import SEMANTIC_IGNORE
 from effspinenet_lib.errors import UserError
 
 TOP_K = (1, 5)  # Table 10

@@ -16,8 +16,8 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from effspinenet_lib.data import Augmentation, Dataset, classes_of, training_loader
-from effspinenet_lib.data.padding import MAX_OBJECTS
-from effspinenet_lib.data.workers import worker_errors
+from effspinenet_lib.data.augment import MAX_OBJECTS
+from effspinenet_lib.data.loader import worker_errors
 from effspinenet_lib.errors import TrainingError, UserError
 from effspinenet_lib.models import zoo
 from effspinenet_lib.models.dense import Classifier

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from effspinenet_lib.data.released import RELEASED as RELEASED_PREPROCESSING
+from effspinenet_lib.data.augment import RELEASED as RELEASED_PREPROCESSING
 from effspinenet_lib.errors import CheckpointError, UnknownName
 from effspinenet_lib.models.released.checkpoint import GardenCheckpoint
 from effspinenet_lib.models.released.names import BOX_ORDER, Source, match_variables

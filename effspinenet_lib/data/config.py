@@ -1,38 +1,43 @@
-"""Which data a run uses, and how it is opened."""
+"""Which data a run uses, how a folder's layout is recognised, and how data is opened."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from effspinenet_lib.data.coco import CocoFolder
-from effspinenet_lib.data.crops import ObjectCrops
-from effspinenet_lib.data.dataset import Dataset
-from effspinenet_lib.data.imagenet import ImageNetFolder, class_folders
-from effspinenet_lib.data.scenes import ShapeScenes, export_split, generator_key
-from effspinenet_lib.data.shapes import MAX_IMAGE_SIZE
-from effspinenet_lib.data.voc import VocFolder
-from effspinenet_lib.data.voc_segmentation import LISTS, VocSegmentationFolder
+from effspinenet_lib.data.dataset import Dataset, ObjectCrops
+from effspinenet_lib.data.imagenet import ImageNetFolder
+from effspinenet_lib.data.shapescenes import (
+    MAX_IMAGE_SIZE,
+    ShapeScenes,
+    export_split,
+    generator_key,
+)
+from effspinenet_lib.data.voc import VocFolder, VocSegmentationFolder
 from effspinenet_lib.errors import DataError, UnknownName, UserError
 
-FORMATS = ("shapescenes", "coco", "voc", "voc_segmentation", "imagenet")
-# Tasks of the formats that serve one task alone.
-ONLY_TASK = {"voc_segmentation": "segmentation", "imagenet": "classification"}
-UNKNOWN_ROOT = "data"  # stands for a folder that is not given: it is no part of a run's key
-_FOLDERS: Mapping[str, Callable[[str, str, int | None], Dataset]] = {
+# Every folder layout, in the order in which `detect_format` tries them.
+Layout = type[CocoFolder] | type[VocSegmentationFolder] | type[VocFolder] | type[ImageNetFolder]
+LAYOUTS: Mapping[str, Layout] = {
     "coco": CocoFolder,
-    "voc": VocFolder,
     "voc_segmentation": VocSegmentationFolder,
+    "voc": VocFolder,
     "imagenet": ImageNetFolder,
 }
+SHAPESCENES = "shapescenes"
+FORMATS = (SHAPESCENES, *LAYOUTS)
+UNKNOWN_ROOT = "data"  # a folder that is not given yet; the root is not part of a run's key
 # The proxy profile's set (our choice): its runs see each training image two to three times.
 SCENE_TRAIN_IMAGES = 8000
 SCENE_EVAL_IMAGES = 500
 SCENE_IMAGE_SIZE = 128
 SCENE_SMALLEST_SIZE = 32
+
+Part = Literal["train", "eval"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,10 @@ class DataConfig:
             "imagenet" (a folder a class).
         root: the folder; None for ShapeScenes.
         train_split: name of the split to train on. In COCO's layout `train2017-rest-7392` is
-            train2017 without the 7392 images of `train2017-held-7392` (see `heldout`).
+            train2017 without the 7392 images of `train2017-held-7392` (see `coco.HeldOutSplit`).
         eval_split: name of the split to evaluate on.
         train_images: ShapeScenes: how many are made (8,000 if None); folders: use only the first
-            so many in id order (ImageNet: as evenly over the classes as can be).
+            so many in id order (ImageNet: spread evenly over the classes).
         eval_images: the same for evaluation (500 if None).
         seed: ShapeScenes only.
         image_size: side of the images in pixels, ShapeScenes only (128 if None).
@@ -69,7 +74,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise UnknownName("data format", self.format, FORMATS)
-        if self.format != "shapescenes" and not self.root:
+        if self.format != SHAPESCENES and not self.root:
             raise UserError(f"data format {self.format!r} needs a folder: give its root")
         for name in ("train_images", "eval_images"):
             count = getattr(self, name)
@@ -90,7 +95,7 @@ class DataConfig:
         ShapeScenes adds `generator`, which changes with the drawing code and its settings.
         """
         values = asdict(self)
-        if self.format == "shapescenes":
+        if self.format == SHAPESCENES:
             values.update(
                 root=None,
                 train_images=self.images_of("train"),
@@ -105,16 +110,21 @@ class DataConfig:
         """The configuration that `to_dict` gave `values` of; `generator` is this version's."""
         return cls(**{name: value for name, value in values.items() if name != "generator"})
 
-    def split_of(self, part: Literal["train", "eval"]) -> str:
+    def split_of(self, part: Part) -> str:
         """The name of the split that `part` stands for."""
         return self.train_split if part == "train" else self.eval_split
 
-    def images_of(self, part: Literal["train", "eval"]) -> int | None:
+    def images_of(self, part: Part) -> int | None:
         """How many images `part` has; None means all that the folder has."""
         count = self.train_images if part == "train" else self.eval_images
-        if count is None and self.format == "shapescenes":
+        if count is None and self.format == SHAPESCENES:
             return SCENE_TRAIN_IMAGES if part == "train" else SCENE_EVAL_IMAGES
         return count
+
+
+def only_task(layout: str) -> str | None:
+    """The task of a format that serves one task alone; None for the others."""
+    return LAYOUTS[layout].only_task if layout in LAYOUTS else None
 
 
 def detect_format(root: str | os.PathLike[str], task: str = "detection") -> str:
@@ -128,51 +138,37 @@ def detect_format(root: str | os.PathLike[str], task: str = "detection") -> str:
     folder = Path(root)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    if (folder / "annotations").is_dir() and any((folder / "annotations").glob("*.json")):
-        return "coco"
-    boxes = (folder / "Annotations").is_dir() and (folder / "ImageSets").is_dir()
-    if (folder / LISTS).is_dir() and (task == "segmentation" or not boxes):
-        return "voc_segmentation"
-    if boxes:
-        return "voc"
-    if (folder / "train").is_dir() and class_folders(folder / "train"):
-        return "imagenet"
-    raise DataError(
-        f"{folder}: neither a COCO folder (annotations/instances_<split>.json, <split>/) nor a "
-        "VOC folder (Annotations/*.xml, ImageSets/Main/<split>.txt, JPEGImages/) nor an ImageNet "
-        "folder (train/<class>/*.JPEG, val/<class>/*.JPEG)"
-    )
+    found = [name for name, layout in LAYOUTS.items() if layout.splits(folder)]
+    if not found:
+        hints = " nor a ".join(layout.layout for layout in LAYOUTS.values())
+        raise DataError(f"{folder}: neither a {hints}")
+    return next((name for name in found if only_task(name) in (None, task)), found[0])
 
 
-def open_dataset(
-    config: DataConfig, split: Literal["train", "eval"], task: str = "detection"
-) -> Dataset:
+def open_dataset(config: DataConfig, split: Part, task: str = "detection") -> Dataset:
     """Open the training or the evaluation part of the data.
 
-    For `classification` it is the single objects, cut out, except where each image shows one.
+    For `classification` it is crops of the single objects, except where each image shows one.
 
     Raises:
         UserError: `split` is neither, the format does not serve the task, or the cache cannot be
             written.
-        DataError: an annotation file cannot be used; names the file and the record.
+        DataError: an annotation file is invalid; names the file and the record.
     """
     if split not in ("train", "eval"):
         raise UnknownName("part of the data", split, ("train", "eval"))
-    only = ONLY_TASK.get(config.format, task)
-    if task != only:
+    only = only_task(config.format)
+    if only not in (None, task):
         raise UserError(f"data in the format {config.format!r} serves {only}, not {task}")
     name, images = config.split_of(split), config.images_of(split)
-    whole = _open(config, name, images)
-    return ObjectCrops(whole) if task == "classification" and not whole.photographs else whole
-
-
-def _open(config: DataConfig, name: str, images: int | None) -> Dataset:
-    if config.format == "shapescenes":
+    dataset: Dataset
+    if config.format == SHAPESCENES:
         assert images is not None
-        size = config.image_size or SCENE_IMAGE_SIZE
-        return ShapeScenes(name, images, size, config.seed)
-    assert config.root is not None
-    return _FOLDERS[config.format](config.root, name, images)
+        dataset = ShapeScenes(name, images, config.image_size or SCENE_IMAGE_SIZE, config.seed)
+    else:
+        assert config.root is not None
+        dataset = LAYOUTS[config.format](config.root, name, images)
+    return ObjectCrops(dataset) if task == "classification" and not dataset.photographs else dataset
 
 
 def export_coco(config: DataConfig, folder: str | os.PathLike[str]) -> list[Path]:
@@ -184,12 +180,11 @@ def export_coco(config: DataConfig, folder: str | os.PathLike[str]) -> list[Path
     Raises:
         UserError: the configuration is not of ShapeScenes, or the folder cannot be written.
     """
-    if config.format != "shapescenes":
+    if config.format != SHAPESCENES:
         raise UserError(f"only ShapeScenes can be exported, not {config.format!r}")
     size = config.image_size or SCENE_IMAGE_SIZE
-    written = []
-    for part in ("train", "eval"):
-        images = config.images_of(part)
-        assert images is not None
-        written.append(export_split(folder, config.split_of(part), images, size, config.seed))
-    return written
+    parts: tuple[Part, Part] = ("train", "eval")
+    return [
+        export_split(folder, config.split_of(part), config.images_of(part) or 0, size, config.seed)
+        for part in parts
+    ]

@@ -1,22 +1,39 @@
-"""ShapeScenes: scenes of textured shapes, made from a seed.
+"""ShapeScenes: scenes of textured shapes, made from a seed, and the data set of them.
 
 Six classes, each one shape with one texture, chosen so that every shape and every texture
 occurs in two classes: neither alone tells the class. Colours carry no information. Unlabelled
 distractors show the shapes and textures in the combinations that are no class.
+
+A split is made once, kept in the cache, memory-mapped, and exportable as a COCO folder.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from pycocotools import mask as coco_mask
+from tqdm.auto import tqdm
 
-from effspinenet_lib.data.dataset import Category
-from effspinenet_lib.data.masks import SEMANTIC_IGNORE
+from effspinenet_lib.data.dataset import (
+    SEMANTIC_IGNORE,
+    Annotations,
+    Category,
+    Dataset,
+    Truth,
+    encode_mask,
+)
+from effspinenet_lib.data.folders import cache_lock
 from effspinenet_lib.data.rendering import (
     ANGLES,
     SHAPES,
@@ -29,6 +46,7 @@ from effspinenet_lib.data.rendering import (
     draw,
     smooth_field,
 )
+from effspinenet_lib.files import atomic_write, cache_folder, ensure_folder, read_json
 
 # Raise it with every change to the drawing below: cached scenes of another version are not used.
 VERSION = 1
@@ -345,8 +363,7 @@ def _annotate(
         rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
         left, top = int(columns[0]), int(rows[0])
         box = (left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top)
-        run_lengths = coco_mask.encode(np.asfortranarray(visible, np.uint8))
-        objects.append(SceneObject(item.label, box, item.iscrowd, run_lengths["counts"].decode()))
+        objects.append(SceneObject(item.label, box, item.iscrowd, encode_mask(visible)))
     return tuple(objects), semantic_of[owner]
 
 
@@ -364,16 +381,176 @@ def _expose(draws: Draws, settings: SceneSettings, canvas: NDArray[np.int16]) ->
     return np.clip(lit, 0, 255).astype(np.uint8)
 
 
-def annotation_record(
-    scene_object: SceneObject, number: int, image_id: int, size: int
-) -> dict[str, Any]:
-    """The COCO annotation of one object, with id `number`."""
-    return {
-        "id": number,
-        "image_id": image_id,
-        "category_id": CATEGORIES[scene_object.label].id,
-        "bbox": list(scene_object.box),
-        "area": scene_object.area,
-        "iscrowd": int(scene_object.iscrowd),
-        "segmentation": {"size": [size, size], "counts": scene_object.counts},
+DEFAULT_SETTINGS = SceneSettings()
+
+
+def generator_key(settings: SceneSettings = DEFAULT_SETTINGS) -> str:
+    """What besides seed, split and size decides the bytes: the version and the settings."""
+    return f"v{VERSION}-{_digest(asdict(settings))}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _file_name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+class ShapeScenes(Dataset):
+    """A split of ShapeScenes in the cache.
+
+    Image i has the id i + 1. A longer split of the same seed starts with the same images.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        images: int,
+        image_size: int,
+        seed: int = 0,
+        settings: SceneSettings = DEFAULT_SETTINGS,
+    ) -> None:
+        """Open the split; make it first if it is not in the cache.
+
+        Raises:
+            UserError: the cache folder cannot be written.
+        """
+        self.split, self.image_size, self.seed, self.settings = split, image_size, seed, settings
+        key = _digest([generator_key(settings), split, images, image_size, seed])
+        name = f"{split}-{images}-{image_size}px-{key}"
+        self.folder = cache_folder() / "shapescenes" / name
+        self._arrays: dict[str, NDArray[np.uint8]] = {}  # memory-mapped, opened on first use
+        # The annotations are written last: where they exist, the images are complete.
+        files = [self.folder / "images.npy", self.folder / "annotations.json"]
+        if not all(path.exists() for path in files):
+            with cache_lock(self.folder):
+                if not all(path.exists() for path in files):
+                    self._make(images)
+        super().__init__(
+            f"ShapeScenes {split}", CATEGORIES, Annotations.from_coco(self.ground_truth())
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map would be pickled as a copy of all images; workers map the file again.
+        return {**self.__dict__, "_arrays": {}}
+
+    def _make(self, images: int) -> None:
+        ensure_folder(self.folder)
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()
+        scenes, objects = _progress(f"ShapeScenes {self.split}", range(images)), []
+        with _npy(self.folder / "images.npy", images, self.image_size, 3) as pixels:
+            for index in scenes:
+                scene = self.scene(index)
+                pixels.write(scene.image.tobytes())
+                objects.append(scene.objects)
+        with atomic_write(self.folder / "annotations.json") as handle:
+            handle.write(annotations_json(objects, self.image_size))
+
+    def _array(self, name: str) -> NDArray[np.uint8]:
+        if name not in self._arrays:
+            self._arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        return self._arrays[name]
+
+    def load_image(self, index: int) -> NDArray[np.uint8]:
+        """Image `index` as uint8 [S, S, 3], RGB."""
+        return np.array(self._array("images")[index])
+
+    def prepare(self, task: str) -> None:
+        """Make the semantic labels if the cache lacks them; masks are in the annotations."""
+        path = self.folder / "semantic.npy"
+        if task != "segmentation":
+            super().prepare(task)
+        elif not path.exists():
+            with cache_lock(self.folder):
+                if path.exists():
+                    return
+                with _npy(path, len(self), self.image_size) as labels:
+                    for index in _progress(f"{self.name}, labels", range(len(self))):
+                        labels.write(self.scene(index).semantic.tobytes())
+
+    def semantic(self, index: int) -> NDArray[np.uint8]:
+        """The semantic labels of image `index`, [S, S]; 255: objects too hidden to be annotated."""
+        self.prepare("segmentation")
+        return np.array(self._array("semantic")[index])
+
+    def scene(self, index: int) -> Scene:
+        """Scene `index` drawn again, with masks and semantic labels; objects as in `load`."""
+        return render_scene(self.settings, self.seed, self.split, index, self.image_size)
+
+    def ground_truth(self) -> Truth:
+        """The annotations as a COCO dictionary; masks are compressed run lengths."""
+        return dict(read_json(self.folder / "annotations.json"))
+
+
+def _progress(title: str, indices: Iterable[int]) -> Iterable[int]:
+    return tqdm(indices, desc=title, unit="image", disable=None)
+
+
+@contextmanager
+def _npy(path: Path, images: int, side: int, *channels: int) -> Iterator[IO[bytes]]:
+    """A .npy file of uint8 [images, side, side, *channels], to write the images to in order."""
+    header = {
+        "descr": "|u1",
+        "fortran_order": False,
+        "shape": (images, side, side, *channels),
     }
+    with atomic_write(path, "wb") as handle:
+        np.lib.format.write_array_header_1_0(handle, header)
+        yield handle
+
+
+def annotations_json(scenes: Sequence[Sequence[SceneObject]], image_size: int) -> str:
+    """The COCO annotation file of scenes, given their objects; part of the bytes of a version."""
+    objects = [(image, one) for image, found in enumerate(scenes, start=1) for one in found]
+    annotations = [
+        {
+            "id": number,
+            "image_id": image,
+            "category_id": CATEGORIES[one.label].id,
+            "bbox": list(one.box),
+            "area": one.area,
+            "iscrowd": int(one.iscrowd),
+            "segmentation": {"size": [image_size, image_size], "counts": one.counts},
+        }
+        for number, (image, one) in enumerate(objects, start=1)
+    ]
+    images = [
+        {"id": index + 1, "file_name": _file_name(index), "width": image_size, "height": image_size}
+        for index in range(len(scenes))
+    ]
+    categories = [
+        {"id": c.id, "name": c.name, "supercategory": c.name.split()[1]} for c in CATEGORIES
+    ]
+    records = ",\n".join(map(json.dumps, annotations))
+    return (
+        '{"annotations": [' + (f"\n{records}" if records else "") + "\n],\n"
+        f'"categories": {json.dumps(categories)},\n'
+        '"images": [\n' + ",\n".join(map(json.dumps, images)) + "\n],\n"
+        '"info": {"description": "ShapeScenes"},\n"licenses": []}\n'
+    )
+
+
+def export_split(
+    folder: str | os.PathLike[str], split: str, images: int, image_size: int, seed: int = 0
+) -> Path:
+    """Write a split as a COCO folder: `<split>/*.png`, `annotations/instances_<split>.json`.
+
+    Returns:
+        The annotation file, which is written last.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    pictures = ensure_folder(Path(folder) / split)
+    path = ensure_folder(Path(folder) / "annotations") / f"instances_{split}.json"
+    objects = []
+    for index in _progress(f"ShapeScenes {split}", range(images)):
+        scene = render_scene(DEFAULT_SETTINGS, seed, split, index, image_size)
+        with atomic_write(pictures / _file_name(index), "wb") as handle:
+            Image.fromarray(scene.image).save(handle, format="PNG")
+        objects.append(scene.objects)
+    with atomic_write(path) as records:
+        records.write(annotations_json(objects, image_size))
+    return path
