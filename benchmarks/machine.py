@@ -14,16 +14,18 @@ from benchmarks.profile import PARTS
 from benchmarks.record import Figure
 from benchmarks.traffic import Traffic
 from effspinenet_lib import create_model, measure_cost
-from effspinenet_lib.report.speed import CONVOLUTION_SHARE, CONVOLUTIONS, COPY_SHARE, PRODUCT
 from effspinenet_lib.training.inference import inference_copy
 
+PRODUCT = "matrix product"
+COPY_SHARE = "share of the copying rate that training Eff-SpineNet-D0 reaches"
+CONVOLUTION_SHARE = "share of the time of Eff-SpineNet-D0's inference that convolutions take"
 SIDE = 2048  # of the matrices: large enough for the highest rate
 COPIED = 2**28  # bytes, more than the caches that belong to a core
 STEP = Setting(512, 2)
 ONE = Setting(512, 1)
 FORWARD_AND_BACKWARD = 3  # multi-adds of a training step over those of a forward pass
 # Beginnings of what torch calls convolutions, those with activations in them included.
-CONVOLVING = (*PARTS[CONVOLUTIONS[0]], "mkldnn::_convolution_pointwise", "aten::baddbmm")
+CONVOLVING = (*PARTS["convolutions, forward"], "mkldnn::_convolution_pointwise", "aten::baddbmm")
 
 
 def machine(rounds: int, quick: bool) -> Iterator[Figure]:

@@ -1,4 +1,4 @@
-"""Reports: what may be shown as a result, and that drawings and tables say what is true."""
+"""Reports: what may be shown as a result, and that tables and drawings say what is true."""
 
 from __future__ import annotations
 
@@ -12,29 +12,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pages import shown
 
 from effspinenet_lib.data import DataConfig, open_dataset
 from effspinenet_lib.models.layers import MBConv, Resample
 from effspinenet_lib.models.scale_permuted import EffSpineNet
 from effspinenet_lib.models.specs import MODELS, block_multi_adds, level_side
-from effspinenet_lib.report import (
-    browser,
-    checks,
-    claims,
-    diagrams,
-    plots,
-    provenance,
-    runs,
-    status,
-    style,
-    tables,
-    verdict,
-)
+from effspinenet_lib.report import diagrams, plots, provenance, statistics, style, tables
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.results.paper import paper_values
+from effspinenet_lib.training.recipes import RECIPES
 
 D0 = MODELS["eff_spinenet_d0"].backbone
 SP = MODELS["sp_efficientnet_b0"].backbone
+SP_NAME, D0_NAME = "SP-EfficientNet-B0", "Eff-SpineNet-D0"
 
 
 def row(name: str, metric: str, value: float, source: str, seed: int | None = None) -> dict:
@@ -52,10 +43,26 @@ def row(name: str, metric: str, value: float, source: str, seed: int | None = No
 
 
 PROXY = pd.DataFrame(
-    [row("SP-EfficientNet-B0", "AP", value, "proxy", s) for s, value in enumerate((41, 42, 43))]
-    + [row("Eff-SpineNet-D0", "AP", value, "proxy", s) for s, value in enumerate((44, 45, 46))]
+    [row(SP_NAME, "AP", value, "proxy", s) for s, value in enumerate((41, 42, 43))]
+    + [row(D0_NAME, "AP", value, "proxy", s) for s, value in enumerate((44, 45, 46))]
 )
 NOTHING = PROXY.iloc[:0]
+RUN = {
+    "run": "0123456789ab",
+    "label": "Eff-SpineNet-D0, seed 0",
+    "state": "finished",
+    "model": "eff_spinenet_m0",
+    "seed": 0,
+    "steps": 12,
+    "images": 48,
+    "wall_seconds": 9.6,
+}
+CURVE = pd.DataFrame({"step": [10, 12], "loss": [1.875, 1.5]})
+
+
+def results(measured: pd.DataFrame = NOTHING, **changes: Any) -> tables.ItemResults:
+    values = {"runs": pd.DataFrame([RUN]), "curves": {RUN["label"]: CURVE}} | changes
+    return tables.ItemResults("table-08", "smoke", paper_values("table-08"), measured, **values)
 
 
 class Cells(HTMLParser):
@@ -83,8 +90,7 @@ class Cells(HTMLParser):
 
 
 def test_paper_values_never_reach_a_measured_column() -> None:
-    paper = paper_values("table-08")
-    frame = tables.comparison("table-08", paper, NOTHING)
+    frame = tables.compare(results()).frame
     for heading, origin in frame.columns:
         cells = set(frame[heading, origin])
         if origin == "paper":
@@ -94,56 +100,111 @@ def test_paper_values_never_reach_a_measured_column() -> None:
     assert frame["AP (%)", "paper"].tolist() == ["33.0", "33.8"]
 
 
-def test_proxy_shows_mean_deviation_and_number_of_seeds() -> None:
-    frame = tables.comparison("table-08", paper_values("table-08"), PROXY)
+def test_the_proxy_shows_mean_deviation_and_number_of_seeds() -> None:
+    frame = tables.compare(results(PROXY)).frame
     values = np.array([44, 45, 46])
     expected = f"{values.mean():.1f} ± {values.std(ddof=1):.1f} (3)"
-    assert frame.loc["Eff-SpineNet-D0", ("AP (%)", "proxy")] == expected
-    one = tables.comparison("table-08", paper_values("table-08"), PROXY.iloc[:1])
-    assert one.loc["SP-EfficientNet-B0", ("AP (%)", "proxy")] == "41.0 (1)"
-    assert one.loc["Eff-SpineNet-D0", ("AP (%)", "proxy")] == "not run"
+    assert frame.loc[D0_NAME, ("AP (%)", "proxy")] == expected
+    one = tables.compare(results(PROXY.iloc[:1])).frame["AP (%)", "proxy"]
+    assert one.to_dict() == {SP_NAME: "41.0 (1)", D0_NAME: "not run"}
 
 
-def test_cost_stands_beside_its_deviation_from_the_print() -> None:
-    measured = pd.DataFrame([row("Eff-SpineNet-D0", "multi_adds", 2.512, "cost")])
-    frame = tables.comparison("table-08", paper_values("table-08"), measured)
-    cells = frame.loc["Eff-SpineNet-D0", "#FLOPs (B)"]
+def test_a_cost_is_followed_by_its_deviation_from_the_print() -> None:
+    measured = pd.DataFrame([row(D0_NAME, "multi_adds", 2.512, "cost")])
+    cells = tables.compare(results(measured)).frame.loc[D0_NAME, "#FLOPs (B)"]
     assert cells.tolist() == ["2.5", "2.51", "+0.5 %"]  # 2.512 / 2.5 = 1.0048
 
 
 def test_runs_at_the_papers_settings_get_a_column_of_their_own() -> None:
-    measured = pd.DataFrame([row("Eff-SpineNet-D0", "AP", 33.1, "paper_scale", 0)])
-    frame = tables.comparison("table-08", paper_values("table-08"), measured)
-    columns = frame["AP (%)"]
-    assert columns.loc["Eff-SpineNet-D0"].tolist() == ["33.8", "not run", "33.1 (1)"]
-    assert columns.loc["SP-EfficientNet-B0"].tolist() == ["33.0", "not run", "not run"]
+    measured = pd.DataFrame([row(D0_NAME, "AP", 33.1, "paper_scale", 0)])
+    columns = tables.compare(results(measured)).frame["AP (%)"]
+    assert columns.loc[D0_NAME].tolist() == ["33.8", "not run", "33.1 (1)"]
+    assert columns.loc[SP_NAME].tolist() == ["33.0", "not run", "not run"]
 
 
 def test_smoke_accuracy_is_never_shown(tmp_path: Path) -> None:
-    smoke = ResultsStore(tmp_path, "smoke")
-    smoke.add_measurements(
-        "table-08",
-        [
-            row("Eff-SpineNet-D0", "AP", 98.7, "smoke", 0),
-            row("Eff-SpineNet-D0", "multi_adds", 2.5, "cost"),
-        ],
-    )
-    found = tables.measured("table-08", "smoke", tmp_path)
-    assert found["metric"].tolist() == ["multi_adds"]
-    every = smoke.measurements("table-08")
-    html = tables.to_html(tables.comparison("table-08", paper_values("table-08"), every), "t")
-    assert "98.7" not in html
-    assert "98.7" not in browser.measurements(tmp_path).to_string()
+    rows = [
+        row(D0_NAME, "AP", 98.7, "smoke", 0),
+        row(D0_NAME, "multi_adds", 2.5, "cost"),
+    ]
+    store = ResultsStore(tmp_path, "smoke")
+    store.add_measurements("table-08", rows)
+    found = tables.read_item("table-08", "smoke", {}, tmp_path)
+    assert found.measured["metric"].tolist() == ["multi_adds"]
+    everything = results(store.measurements("table-08"))
+    shown = (tables.compare(everything), plots.seeds(everything))
+    shown += (statistics.compare(everything, D0_NAME, SP_NAME),)
+    assert "98.7" not in " ".join(one._repr_html_() for one in shown)
+    assert "98.7" not in tables.every_measurement(tmp_path).to_string()
 
 
-def test_measured_takes_the_first_folder_that_has_a_number(tmp_path: Path) -> None:
+def test_the_first_folder_that_has_a_number_is_taken(tmp_path: Path) -> None:
     for folder, value in (("first", 40.0), ("second", 50.0)):
         store = ResultsStore(tmp_path / folder, "proxy")
-        store.add_measurements("table-08", [row("Eff-SpineNet-D0", "AP", value, "proxy", 0)])
-    found = tables.measured("table-08", "smoke", tmp_path / "first", tmp_path / "second")
-    assert found["value"].tolist() == [40.0]
-    found = tables.measured("table-08", "smoke", tmp_path / "none", tmp_path / "second")
-    assert found["value"].tolist() == [50.0]
+        store.add_measurements("table-08", [row(D0_NAME, "AP", value, "proxy", 0)])
+    for folders, value in ((("first", "second"), 40.0), (("none", "second"), 50.0)):
+        found = tables.measured("table-08", "smoke", *(tmp_path / name for name in folders))
+        assert found["value"].tolist() == [value]
+
+
+def test_a_wrong_cell_of_a_specification_is_found() -> None:
+    paper = paper_values("table-02")
+    printed = paper.set_index(["row", "metric"])["value"].to_dict()
+    cells = tables.compare_cells(paper, {**printed, ("D1", "repeats_18"): 1})
+    assert cells["agrees"].all()
+    assert cells.iloc[-1]["text"] == "– / 1"
+    wrong = tables.compare_cells(paper, {**printed, ("M0", "input_size"): 320})
+    assert wrong.loc[~wrong["agrees"], "text"].tolist() == ["256 ≠ 320"]
+    assert tables.agreement(wrong) == f"{len(paper) - 1} of {len(paper)} printed cells agree."
+
+
+def test_costs_are_shown_as_printed_and_counted() -> None:
+    costs = pd.DataFrame(
+        {
+            "item": "table-03",
+            "row": ["A", "A", "B"],
+            "model": ["eff_spinenet_d0", "eff_spinenet_d0", "efficientdet_d0"],
+            "metric": ["multi_adds", "parameters", "multi_adds"],
+            "unit": ["B", "M", "B"],
+            "printed": [2.5, 3.6, 2.4],
+            "measured": [2.3946, 3.7472, 2.4923],
+            "authors_count": [2.4610, 3.7472, 2.5506],
+            "difference_percent": [-4.22, 4.09, 3.85],
+            "authors_difference_percent": [-1.56, 4.09, 6.28],
+            "as_printed": ["yes", "no", "no"],
+        }
+    )
+    (table,) = tables.cost_tables(costs)
+    flops = table.frame["#FLOPs (B)"]
+    assert flops.loc["A"].tolist() == ["2.5", "2.461", "2.395", "yes"]
+    assert flops.loc["B"].tolist() == ["2.4", "2.551", "2.492", "+3.9 %"]  # not by our count
+    parameters = table.frame["#Params (M)"]
+    assert parameters.loc["A"].tolist() == ["3.6", "3.747", "+4.1 %"]
+    assert parameters.loc["B"].tolist() == ["", "", ""]
+    assert tables.cost_differences(costs).tolist() == [-1.56, 4.09, 3.85]
+    assert "4.1 %" in plots.cost_differences(costs).alt
+
+
+def test_speed_is_shown_with_its_goals(tmp_path: Path) -> None:
+    rows = [
+        ("training", "against A", "float32", 2.0, "ratio", 1.5, 1000.0, 2000.0, 2.0, 2.0),
+        ("training", "against B", "float32", 0.75, "ratio", 1.0, 2.0, 1.5, 0.7, 0.8),
+        ("training", "against C", "float32", 0.75, "ratio", math.nan, 2.0, 1.5, 0.7, 0.8),
+        ("machine", "copying", "", 11.92, "GB/s", *[math.nan] * 5),
+        ("memory", "resident", "1,000 images", 312.1, "MiB", *[math.nan] * 5),
+        ("memory", "resident", "120,000 images", 341.2, "MiB", *[math.nan] * 5),
+    ]
+    columns = ["benchmark", "what", "settings", "value", "unit", "goal", "ours", "peer"]
+    speed = pd.DataFrame(rows, columns=[*columns, "lowest", "highest"])
+    ratios = tables.speed_ratios(speed, "training").frame
+    assert list(ratios["ratio"]) == ["2.00", "0.75", "0.75"]
+    assert list(ratios["reached"]) == ["yes", "no", ""]
+    assert list(ratios["ours, ms"]) == ["1,000", "2.0", "2.0"]
+    assert "not run" in tables.speed_ratios(speed, "inference").caption
+    assert list(tables.speed_figures(speed, "machine", "rates").frame["figure"]) == ["11.9 GB/s"]
+    memory = tables.speed_pivot(speed, "memory", "memory").frame
+    assert memory.loc["resident"].to_dict() == {"1,000 images": "312", "120,000 images": "341"}
+    assert "not run" in tables.speed_pivot(speed, "profile", "profile").caption
 
 
 # HTML
@@ -152,14 +213,13 @@ def test_measured_takes_the_first_folder_that_has_a_number(tmp_path: Path) -> No
 def test_html_escapes_names_and_keeps_every_cell() -> None:
     nasty = '<script>alert("x")</script> & co'
     frame = pd.DataFrame({nasty: [nasty, "1"], "b": [2.5, None]}, index=[nasty, "plain"])
-    page = Cells(tables.to_html(frame, nasty))
+    page = Cells(style.Table(frame, nasty)._repr_html_())
     assert "script" not in page.tags
     assert page.rows == [["", nasty, "b"], [nasty, nasty, "2.5"], ["plain", "1", ""]]
 
 
 def test_html_of_grouped_columns_has_both_header_rows_and_scrolls() -> None:
-    frame = tables.comparison("table-08", paper_values("table-08"), PROXY, ("AP", "AP50"))
-    html = tables.to_html(frame, "caption")
+    html = tables.compare(results(PROXY), ("AP", "AP50"))._repr_html_()
     page = Cells(html)
     assert page.rows[0] == ["model", "AP (%)", "AP₅₀ (%)"]
     assert page.rows[1] == ["paper", "proxy", "paper", "proxy"]
@@ -167,126 +227,78 @@ def test_html_of_grouped_columns_has_both_header_rows_and_scrolls() -> None:
     assert "overflow-x:auto" in html
 
 
-# Verdicts
-
-
-def test_difference_is_welchs_interval() -> None:
-    # By hand: se = sqrt(1/3 + 1/3), 4 degrees of freedom, t = 2.776.
-    found = verdict.difference(pd.Series([44.0, 45, 46]), pd.Series([41.0, 42, 43]))
-    assert found.mean == 3
-    assert found.half_width == pytest.approx(2.776 * math.sqrt(2 / 3))
-    assert found.conclusive
-
-
-def test_difference_of_unequal_samples_has_fewer_degrees_of_freedom() -> None:
-    # By hand: shares 4/2 = 2 and 0.5/2 = 0.25 (variances 4 and 0.5, n = 2);
-    # (2.25)^2 / (4 + 0.0625) = 1.246 degrees of freedom, taken as 1: t = 12.706.
-    first, second = pd.Series([0.0, math.sqrt(8)]), pd.Series([0.0, 1.0])
-    found = verdict.difference(first, second)
-    assert found.half_width == pytest.approx(12.706 * 1.5)
-    assert not found.conclusive
+# Seeds
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "word"),
+    ("first", "second", "half_width"),
     [
-        ("Eff-SpineNet-D0", "SP-EfficientNet-B0", "agrees"),
-        ("SP-EfficientNet-B0", "Eff-SpineNet-D0", "agrees"),
+        # By hand: se = sqrt(1/3 + 1/3), 4 degrees of freedom, t = 2.776.
+        ([44.0, 45, 46], [41.0, 42, 43], 2.776 * math.sqrt(2 / 3)),
+        # Unequal spreads: the second has none, so one degree of freedom is left, t = 12.706.
+        ([0.0, 4.0], [1.0, 1.0], 12.706 * math.sqrt(8 / 2)),
     ],
 )
-def test_verdict_agrees_where_the_order_is_the_papers(better: str, worse: str, word: str) -> None:
-    assert word in verdict.verdict("table-08", paper_values("table-08"), PROXY, better, worse)
+def test_a_difference_has_welchs_interval(
+    first: list[float], second: list[float], half_width: float
+) -> None:
+    found = statistics.difference(first, second)
+    assert found.mean == np.mean(first) - np.mean(second)
+    assert found.half_width == pytest.approx(half_width, rel=1e-3)
+    assert found.conclusive == (found.mean > half_width)
 
 
-def test_verdict_disagrees_where_the_order_is_reversed() -> None:
-    names = {"SP-EfficientNet-B0": "Eff-SpineNet-D0", "Eff-SpineNet-D0": "SP-EfficientNet-B0"}
-    swapped = PROXY.assign(row=PROXY["row"].map(names))
-    pair = ("Eff-SpineNet-D0", "SP-EfficientNet-B0")
-    sentence = verdict.verdict("table-08", paper_values("table-08"), swapped, *pair)
-    assert "disagrees" in sentence
-    assert "-3.0" in sentence
+def test_a_verdict_compares_the_order_with_the_papers() -> None:
+    table = statistics.compare(results(PROXY), D0_NAME, SP_NAME).frame
+    found = table.loc[f"{D0_NAME} – {SP_NAME}, proxy"]
+    assert found.tolist() == ["+0.8", "+3.0", "+0.7 to +5.3", "3 and 3", "agrees"]
+    swapped = PROXY.assign(row=PROXY["row"].map({SP_NAME: D0_NAME, D0_NAME: SP_NAME}))
+    assert verdict(swapped) == "disagrees"
+    assert verdict(PROXY.assign(value=PROXY["value"] * [0, 1, 2, 0, 1, 2])) == "inconclusive"
+    assert verdict(PROXY[PROXY["seed"] == 0]) == "inconclusive"
+    assert verdict(NOTHING) == ""
+    assert statistics.compare(results(), D0_NAME, SP_NAME).frame["measured"].item() == "not run"
 
 
-def test_verdict_without_enough_seeds_is_no_verdict() -> None:
-    paper, pair = paper_values("table-08"), ("Eff-SpineNet-D0", "SP-EfficientNet-B0")
-    assert "nothing can be said" in verdict.verdict("table-08", paper, NOTHING, *pair)
-    single = PROXY[PROXY["seed"] == 0]
-    assert "single seed has no spread" in verdict.verdict("table-08", paper, single, *pair)
-    scattered = PROXY.assign(value=PROXY["value"] * [0, 1, 2, 0, 1, 2])
-    assert "holds zero" in verdict.verdict("table-08", paper, scattered, *pair)
+def verdict(measured: pd.DataFrame) -> str:
+    return statistics.compare(results(measured), D0_NAME, SP_NAME).frame["verdict"].item()
 
 
-# Checks of the paper's specification tables
+def test_the_papers_settings_are_compared_in_a_row_of_their_own() -> None:
+    both = pd.concat([PROXY, PROXY.assign(source="paper_scale", value=PROXY["value"] - 10)])
+    table = statistics.compare(results(both), D0_NAME, SP_NAME).frame
+    assert [name.rpartition(", ")[2] for name in table.index] == ["proxy", "paper's settings"]
 
 
-def test_a_wrong_cell_is_found_and_named() -> None:
-    cells = checks.table_01_cells()
-    paper = paper_values("table-01")
-    assert checks.compare_cells(paper, cells)["agrees"].all()
-    cells["Eff-SpineNet-D0 block 5", "feature_dim"] += 8
-    compared = checks.compare_cells(paper, cells)
-    assert checks.agreement(compared).endswith("1 differ: Eff-SpineNet-D0 block 5 feature_dim.")
-    assert checks.table_01_frame(compared).loc[5, ("Eff-SpineNet-D0", "feature dim")] == "104 ≠ 112"
+# Shares of blocks
 
 
-def test_lost_repeats_of_table_2_are_shown_as_lost() -> None:
-    compared = checks.compare_cells(paper_values("table-02"), checks.table_02_cells())
-    repeats = checks.table_02_repeats(compared)
-    assert repeats.loc["D1, paper"].tolist()[-3:] == ["1", "–", "–"]
-    assert repeats.loc["D1, library"].tolist()[-3:] == ["1", "1", "1"]
-    assert repeats.shape == (12, 18)
-
-
-def test_the_rule_of_section_3_1_fails_at_level_5_alone() -> None:
-    averages = checks.level_averages()
-    assert averages["holds"].tolist() == ["yes"] * 4 + ["no"] + ["yes"] * 2
-    assert averages.loc["L5", "stated rule gives"] == f"{(4 * 192 + 320) / 5:g}"
+def test_shares_are_equation_2() -> None:
+    shares = statistics.resource_shares(D0, 512)
+    assert sum(shares) == pytest.approx(100)
+    by_hand = 32**2 * (2 * 104**2 * 6 + 9 * 104 * 6)  # block 5: level 4, 104 channels
+    assert shares[4] == pytest.approx(100 * by_hand / sum(block_multi_adds(D0, 512)))
 
 
 def test_block_parameters_are_those_of_the_module() -> None:
-    counted = checks.block_parameters(D0)
+    counted = statistics.block_parameters(D0)
     for block in (D0.blocks[2], D0.blocks[11]):
         module = MBConv(block.feature_dim, block.feature_dim, 3, 1, 6, None, "swish", 0.0)
         weights = sum(p.numel() for p in module.parameters() if p.ndim == 4)
         assert counted[block.index - 1] == weights
 
 
-def test_level_shift_adds_up() -> None:
-    shift = checks.level_shift({"SP-EfficientNet-B0": SP, "Eff-SpineNet-D0": D0}, 512)
+def test_level_shifts_add_up() -> None:
+    shift = statistics.level_shift((SP_NAME, SP), (D0_NAME, D0), 512)
     for column in shift.columns:
         values = shift[column].astype(float)
         assert values.iloc[:-1].sum() == pytest.approx(values["all"], abs=2)  # rounded cells
-    assert checks.shift_verdict(SP, D0).endswith("holds.")
-    assert checks.shift_verdict(D0, SP).endswith("does not hold.")
+    change = shift["parameters (k)", "change"].astype(float)
+    assert change["L2"] < 0 < change["L3 to L5"]  # section 5.1.4
+    assert change["L6 and L7"] < 0
 
 
-# Diagrams
-
-
-def test_drawn_shapes_are_those_of_the_module() -> None:
-    pairs = diagrams.connections(D0)
-    traced = {pair: trace(*pair) for pair in pairs}
-    frame, sentence = diagrams.compare_shapes(D0, 256, traced)
-    assert sentence == f"Of {len(pairs)} connections, {len(pairs)} agree."
-    traced[3, 5] = [*traced[3, 5][:-1], (16, 8)]
-    frame, _ = diagrams.compare_shapes(D0, 256, traced)
-    assert frame.loc["3 → 5", "agree"] == "no"
-
-
-def trace(source: int, target: int) -> list[tuple[int, int]]:
-    start, end = D0.blocks[source - 1], D0.blocks[target - 1]
-    module = Resample(start.feature_dim, start.level, end.feature_dim, end.level, True).eval()
-    side, goal = level_side(256, start.level), level_side(256, end.level)
-    seen = [(side, start.feature_dim)]
-    for layer in module.layers:
-        layer.register_forward_hook(
-            lambda _, inputs, output: seen.extend(
-                (t.shape[2], t.shape[1]) for t in (*inputs, output)
-            )
-        )
-    with torch.inference_mode():
-        module(torch.zeros(1, start.feature_dim, side, side), (goal, goal))
-    return seen
+# Drawings
 
 
 def test_drawn_connections_are_those_of_the_backbone() -> None:
@@ -297,16 +309,43 @@ def test_drawn_connections_are_those_of_the_backbone() -> None:
         for source in fusion.resample
     }
     assert set(diagrams.connections(D0)) == built
+    assert D0.extra_inputs == {16: (13,)}  # taken in as it is
 
 
-def test_wiring_describes_every_block_in_words() -> None:
-    picture = diagrams.wiring(MODELS["eff_spinenet_d0"].backbone)
+@pytest.mark.parametrize("space_to_depth", [True, False])
+def test_the_drawn_steps_of_a_connection_are_those_of_the_module(space_to_depth: bool) -> None:
+    for source, target in diagrams.connections(D0):
+        start, end = D0.blocks[source - 1], D0.blocks[target - 1]
+        ends = (start.feature_dim, start.level, end.feature_dim, end.level)
+        module = Resample(*ends, space_to_depth, "swish").eval()
+        side, goal = level_side(256, start.level), level_side(256, end.level)
+        seen = [(side, start.feature_dim)]
+        for layer in module.layers:
+            layer.register_forward_hook(
+                lambda _, inputs, output, seen=seen: seen.extend(
+                    (features.shape[2], features.shape[1]) for features in (*inputs, output)
+                )
+            )
+        with torch.inference_mode():
+            module(torch.zeros(1, start.feature_dim, side, side), (goal, goal))
+        steps = diagrams.resampling_steps(D0, source, target, 256, space_to_depth)
+        drawn = [(step.side, step.channels) for step in steps]
+        assert unique(drawn) == unique(seen), (source, target)
+        kernels = [str(n) for n, m in module.named_modules() if isinstance(m, torch.nn.Conv2d)]
+        convolutions = [step for step in steps if "conv" in step.name or "depthwise" in step.name]
+        assert len(kernels) == len(convolutions)
+
+
+def unique(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The shapes without repeats of the one before."""
+    return [shape for shape, _ in itertools.groupby(shapes)]
+
+
+def test_the_wiring_is_told_block_by_block() -> None:
+    picture = diagrams.wiring(D0)
     assert "Block 1 at level 1 takes the stem." in picture.alt
     assert "Block 16 at level 5 takes 9, 14 and 13, output P5." in picture.alt
     assert picture.alt.count("output P") == 5
-
-
-# Pictures
 
 
 def test_a_picture_carries_its_text_and_takes_the_pages_ink() -> None:
@@ -317,6 +356,8 @@ def test_a_picture_carries_its_text_and_takes_the_pages_ink() -> None:
     assert 'aria-label="bars &quot;&lt;1&gt;&quot; &amp; more"' in picture.svg
     assert 'role="img"' in picture.svg
     assert "\n\n" not in picture.svg  # an empty line would end the HTML block in Markdown
+    with pytest.raises(ValueError, match="alternative text"):
+        style.to_picture(figure, " ")
 
 
 def test_a_picture_is_the_same_bytes_each_time_and_has_no_colour_for_ink() -> None:
@@ -324,11 +365,6 @@ def test_a_picture_is_the_same_bytes_each_time_and_has_no_colour_for_ink() -> No
     assert first == second
     assert style.INK not in first
     assert "currentColor" in first
-
-
-def test_a_picture_without_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="alternative text"):
-        style.to_picture(style.new_figure(1, 1), " ")
 
 
 # Machado, Oliveira and Fernandes (2009), severity 1: linear RGB as the colour-blind see it.
@@ -350,13 +386,18 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
-@pytest.mark.parametrize("kind", COLOUR_BLINDNESS)
-@pytest.mark.parametrize("palette", [style.FAMILY_COLOURS, style.LEVEL_COLOURS])
-def test_colours_stay_apart_for_the_colour_blind(kind: str, palette: dict) -> None:
-    seen = {name: lab(COLOUR_BLINDNESS[kind] @ linear(colour)) for name, colour in palette.items()}
+def assert_apart(colours: dict[Any, str], kind: str) -> None:
+    """Colours stay apart for the colour-blind."""
+    seen = {name: lab(COLOUR_BLINDNESS[kind] @ linear(c)) for name, c in colours.items()}
     for (one, first), (other, second) in itertools.combinations(seen.items(), 2):
         # 2.3 is the least difference that can be noticed (CIE 1976).
         assert np.linalg.norm(first - second) > 3 * 2.3, (one, other)
+
+
+@pytest.mark.parametrize("kind", COLOUR_BLINDNESS)
+@pytest.mark.parametrize("palette", [style.FAMILY_COLOURS, style.LEVEL_COLOURS])
+def test_colours_stay_apart_for_the_colour_blind(kind: str, palette: dict) -> None:
+    assert_apart(palette, kind)
 
 
 def test_text_on_a_level_colour_can_be_read() -> None:
@@ -383,38 +424,23 @@ def test_a_family_is_known_by_printed_and_library_names(name: str, family: str) 
     assert style.family_of(name) == family
 
 
-# Plots
-
-
-def test_shares_are_equation_2() -> None:
-    shares = plots.resource_shares(D0, 512)
-    assert sum(shares) == pytest.approx(100)
-    block = D0.blocks[4]  # level 4, 104 channels: 32 x 32 positions
-    by_hand = 32**2 * (2 * 104**2 * 6 + 9 * 104 * 6)
-    assert block.level == 4
-    assert shares[4] == pytest.approx(100 * by_hand / sum(block_multi_adds(D0, 512)))
-
-
 def test_figure_3_says_its_values_in_words() -> None:
-    gallery = plots.distribution({"SP-EfficientNet-B0": SP, "Eff-SpineNet-D0": D0}, 512)
+    gallery = plots.distribution({SP_NAME: SP, D0_NAME: D0}, 512)
     dims, shares = gallery.pictures
     assert "16, 24, 16, 16, 104, 48, 120, 40" in dims.alt
-    assert f"{plots.resource_shares(SP, 512)[0]:.1f}, " in shares.alt
+    assert f"{statistics.resource_shares(SP, 512)[0]:.1f}, " in shares.alt
     assert "flex-wrap" in gallery._repr_html_()
 
 
 def test_seed_dots_keep_the_place_of_what_was_not_run() -> None:
-    picture = plots.seed_dots("table-08", PROXY, ["SP-EfficientNet-B0", "model 1"])
-    assert "SP-EfficientNet-B0: 41.0, 42.0, 43.0, mean 42.0." in picture.alt
-    assert "model 1: not run." in picture.alt
-    assert "not run" in plots.seed_dots("table-08", NOTHING, ["Eff-SpineNet-D0"]).svg
+    picture = plots.seeds(results(PROXY[PROXY["row"] == SP_NAME]))
+    assert f"{SP_NAME}: 41.0, 42.0, 43.0, mean 42.0; {D0_NAME}: not run" in picture.alt
+    assert "not run" in plots.seeds(results()).svg
 
 
 def test_training_curves_name_their_ends() -> None:
-    curve = pd.DataFrame({"step": [10, 20], "loss": [2.0, 1.5]})
-    assert "Eff-SpineNet-D0, seed 0 from 2.00 to 1.50" in (
-        plots.training_curves({"Eff-SpineNet-D0, seed 0": curve}).alt
-    )
+    assert "Eff-SpineNet-D0, seed 0 from 1.88 to 1.50" in plots.curves(results()).alt
+    assert "not on this machine" in plots.curves(results(curves={})).alt
 
 
 def test_the_contact_sheet_counts_the_boxes_that_it_shows() -> None:
@@ -427,51 +453,27 @@ def test_the_contact_sheet_counts_the_boxes_that_it_shows() -> None:
         assert (f"{number} {name}" in picture.alt) == bool(number)
 
 
-# What was run
+# What was run, and where it comes from
 
 
-RUN = {
-    "run": "0123456789ab",
-    "state": "finished",
-    "model": "eff_spinenet_m0",
-    "seed": 0,
-    "steps": 12,
-    "images": 48,
-    "wall_seconds": 9.6,
-}
-
-
-def test_just_ran_tells_what_ran_and_what_did_not() -> None:
-    labels = {"0123456789ab": "first", "ffffffffffff": "second"}
-    curves = {"first": pd.DataFrame({"step": [10, 12], "loss": [1.875, 1.5]})}
-    frame = runs.just_ran(pd.DataFrame([RUN]), labels, curves)
-    assert frame.loc["first"].tolist() == [
-        "eff_spinenet_m0",
-        0,
-        12,
-        48,
-        "10",
-        "1.88",
-        "1.50",
-        "yes",
+def test_runs_are_shown_with_their_losses_and_without_accuracy() -> None:
+    frame = tables.runs(results()).frame
+    assert frame.loc[RUN["label"]].tolist() == [
+        *("eff_spinenet_m0", 0, 12, 48, "10", "1.88", "1.50", "yes")
     ]
-    assert frame.loc["second", "finished"] == "no"
-    assert frame.loc["second", "steps"] == "not run"
-    partial = runs.just_ran(pd.DataFrame([RUN | {"state": "interrupted"}]), labels, {})
-    assert partial.loc["first", ["finished", "first loss"]].tolist() == ["no", "not kept"]
+    partial = tables.runs(results(runs=pd.DataFrame([RUN | {"state": "partial"}]), curves={})).frame
+    assert partial[["finished", "first loss"]].iloc[0].tolist() == ["no", "not kept"]
+    assert "not run" in tables.runs(results(runs=pd.DataFrame([RUN]).iloc[:0])).caption
 
 
 def test_curves_are_read_where_their_run_is_kept(tmp_path: Path) -> None:
-    store = ResultsStore(tmp_path, "smoke")
-    folder = store.folder / "runs" / "0123456789ab"
+    folder = ResultsStore(tmp_path, "smoke").runs_folder / "0123456789ab"
     folder.mkdir(parents=True)
     (folder / "curve.csv").write_text("step,learning_rate,loss\n10,0.1,2.5\n")
-    curves = runs.read_curves(store, {"0123456789ab": "first", "ffffffffffff": "second"})
-    assert curves.keys() == {"first"}
-    assert curves["first"]["loss"].tolist() == [2.5]
-
-
-# Provenance, status, claims
+    labels = {"0123456789ab": "first", "ffffffffffff": "second"}
+    found = tables.read_item("table-08", "smoke", labels, tmp_path)
+    assert found.curves.keys() == {"first"}
+    assert found.curves["first"]["loss"].tolist() == [2.5]
 
 
 def test_provenance_links_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,8 +481,10 @@ def test_provenance_links_what_is_there(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.setattr(provenance, "current_commit", lambda: "abc123+dirty")
-    found = provenance.provenance("table-08", "table_08", tmp_path, tmp_path)
-    assert set(found.files) == {"paper/table-08.csv", "proxy/table-08.csv", "proxy/runs.csv"}
+    also = ("paper_scale/x.csv", "search/none.csv", "")
+    found = provenance.provenance("table-08", "table_08", tmp_path, tmp_path, also=also)
+    files = {"paper/table-08.csv", "proxy/table-08.csv", "proxy/runs.csv"}
+    assert set(found.files) == files | {"paper_scale/x.csv"}
     assert "<a" not in found._repr_html_()
     monkeypatch.setenv(provenance.BOOK_FILES_VARIABLE, "../files")
     monkeypatch.setenv(provenance.REPOSITORY_VARIABLE, "https://example.org/repo/")
@@ -488,17 +492,11 @@ def test_provenance_links_what_is_there(tmp_path: Path, monkeypatch: pytest.Monk
     assert 'href="../files/notebooks/table_08.ipynb"' in html
     assert 'href="../files/results/proxy/table-08.csv"' in html
     assert 'href="https://example.org/repo/commit/abc123"' in html
-
-
-def test_result_files_lists_each_file_once(tmp_path: Path) -> None:
-    for name in ("proxy/table-08.csv", "paper/table-08.csv", "paper/table-09.csv", "notes.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
     listed = provenance.result_files(tmp_path, tmp_path).files
-    assert sorted(listed) == ["paper/table-08.csv", "paper/table-09.csv", "proxy/table-08.csv"]
+    assert sorted(listed) == sorted(files | {"paper_scale/x.csv"})
 
 
-def test_status_counts_what_is_rebuilt() -> None:
+def test_the_status_says_what_is_measured_and_what_is_not() -> None:
     frame = pd.DataFrame(
         {
             "item": ["table-01", "table-08", "figure-01"],
@@ -510,37 +508,45 @@ def test_status_counts_what_is_rebuilt() -> None:
             "paper_scale_rows": [0, 0, 0],
         }
     )
-    sentence = status.status_sentence(frame)
-    assert "2 of 2 tables and 0 of 1 figures" in sentence
-    assert "116 cells of 2 tables" in sentence
-    shown = status.status_table(frame, ["table-08"], "caption").frame
-    assert shown.loc["table-08", ["cost", "proxy"]].tolist() == ["measured", "not run"]
-    assert shown.loc["table-01", "proxy"] == "–"
-    assert shown.loc["figure-01", "rebuilt"] == "not yet"
-
-
-def test_claims_are_counted_by_their_verdicts() -> None:
-    frame = pd.DataFrame(
-        {
-            "statement": ["a < b", "b"],
-            "section": ["1", "2"],
-            "relation": ["less_than", "between"],
-            "stated_low": [2.0, 1.0],
-            "stated_high": [math.nan, 3.0],
-            "unit": ["%", "B"],
-            "computed": [2.5, 2.0],
-            "verdict": ["mismatch", "holds"],
-            "note": ["", "why"],
-        }
-    )
-    assert claims.claims_sentence(frame) == "2 claims recomputed: 1 holds, 0 rounding, 1 mismatch."
-    page = Cells(claims.claims_table(frame, "caption")._repr_html_())
-    assert page.rows[1][:4] == ["a < b", "1", "less than 2 %", "2.5"]
-    assert page.rows[2][2] == "1 to 3 B"
+    table = tables.status(frame, ["table-08"], "caption")
+    assert table.frame.loc["table-08", ["cost", "proxy"]].tolist() == ["measured", "not run"]
+    assert table.frame.loc["table-01", "proxy"] == "–"
+    assert table.frame.loc["figure-01", "rebuilt"] == "not yet"
+    assert 'href="../notebooks/table_08.html"' in table._repr_html_()
 
 
 def test_the_browser_has_every_printed_cell_and_no_nan() -> None:
-    frame = browser.measurements("does-not-exist")
+    frame = tables.every_measurement("does-not-exist")
     printed = [len(paper_values(f"table-{number:02d}")) for number in range(1, 12)]
     assert (frame["source"] == "paper").sum() == sum(printed)
     assert not frame.isin(["nan", "NaN", "<NA>", "None"]).any().any()
+
+
+# Pages whose tables are made in their cells
+
+
+def test_the_page_on_training_has_every_setting_with_its_source() -> None:
+    text = shown("book/training.md", {})
+    for name in RECIPES["paper_detection"].sources:
+        assert name in text
+    assert "paper 5.1.1" in text
+    assert "5,000" in text  # trials of the search
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("paper_errors", ("Eff-SpineNet-D1", "mismatch", "43.5", "Claims that hold")),
+        ("released", ("mobile_spinenet_49", "within limits")),
+        ("costs", ("Table 11", "Costs that the paper does not print")),
+        ("which_network", ("36 printed cells are met to the digit", "SP-EfficientNet-B0, Table 8")),
+        ("intro", ("table-09",)),
+        ("status", ("figure-05",)),
+    ],
+)
+def test_a_page_shows_its_tables(page: str, words: tuple[str, ...]) -> None:
+    with torch.inference_mode():
+        text = shown(f"book/{page}.md", {})
+    for word in words:
+        assert word in text
+    assert "nan" not in text.lower().split()

@@ -30,8 +30,7 @@ from effspinenet_lib.models.specs import (
     parse_betas,
     round_dim,
 )
-from effspinenet_lib.report.search_space import read_statements
-from effspinenet_lib.results import ResultsStore, validate
+from effspinenet_lib.results import ResultsStore, read_table, validate
 from effspinenet_lib.search.export import best_trial, export_distribution
 from effspinenet_lib.search.record import equal_betas, plan_betas
 from effspinenet_lib.search.running import Penalty
@@ -268,7 +267,7 @@ def test_statements_on_the_space_are_counted_and_valid(tmp_path: Path):
     rows = space_statements(2000, seed=0)
     path = write_statements(tmp_path, rows)
     assert path == tmp_path / "search" / "space.csv"
-    frame = read_statements(tmp_path)
+    frame = read_table(path, "space")
     exact = frame[frame["equation"] == "exact"].set_index("claim")["computed"]
     betas = sample_betas(2000, seed=0)
     multi_adds, parameters = detector_costs(base_dims(betas), SCALES["D0"], 90, 512)

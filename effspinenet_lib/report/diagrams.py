@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -50,7 +47,6 @@ CURVE_POINTS = 40
 CLEARANCE = 0.06
 
 Point = tuple[float, float]
-Shape = tuple[int, int]  # side, channels
 
 
 @dataclass(frozen=True)
@@ -64,38 +60,43 @@ class Step:
 
 
 def resampling_steps(
-    spec: BackboneSpec, source: int, target: int, input_size: int
+    spec: BackboneSpec, source: int, target: int, input_size: int, space_to_depth: bool = True
 ) -> tuple[Step, ...]:
     """The features on the way from block `source` to the input of block `target` (Figure 2).
 
-    Down: space-to-depth by 2, pooling for the remaining factor, 1x1 convolution to the target's
-    feature dimension. Up: nearest neighbours, then the 1x1. A step that changes nothing is left
-    out.
+    As `models.layers.Resample` computes them. Each step but space-to-depth and nearest neighbours
+    is a convolution; a norm follows it, and an activation unless it is the 1x1.
 
     Args:
         spec: the backbone, scaled or not.
         source: number of the block that gives the features.
         target: number of the block that takes them.
         input_size: side of the square input image in pixels.
+        space_to_depth: Eff-SpineNet's way down, or the plain one of Table 9 and classification.
     """
     start, end = spec.blocks[source - 1], spec.blocks[target - 1]
+    level, channels = start.level, start.feature_dim
 
-    def step(name: str, level: int, channels: int) -> Step:
+    def step(name: str) -> Step:
         return Step(name, level, level_side(input_size, level), channels)
 
-    steps = [step(f"block {source}, L{start.level}", start.level, start.feature_dim)]
-    if end.level < start.level:
-        factor = 2 ** (start.level - end.level)
-        steps.append(step(f"nearest ×{factor}", end.level, start.feature_dim))
-    if end.level > start.level:
-        packed = 4 * start.feature_dim
-        steps.append(step("space-to-depth 2", start.level + 1, packed))
-        factor = 2 ** (end.level - start.level - 1)
-        if factor > 1:
-            steps.append(step(f"max pooling /{factor}", end.level, packed))
-    if (start.level, start.feature_dim) != (end.level, end.feature_dim):
-        steps.append(step("1×1 conv", end.level, end.feature_dim))
-    return tuple(steps)
+    steps = [step(f"block {source}, L{level}")]
+    if end.level < level:
+        name, level = f"nearest ×{2 ** (level - end.level)}", end.level
+        steps.append(step(name))
+    elif end.level > level and space_to_depth:
+        level, channels = level + 1, 4 * channels
+        steps.append(step("space-to-depth 2"))
+        rest = end.level - level
+        if rest:
+            level, kernel = end.level, 3 if rest == 1 else 5
+            steps.append(step(f"{kernel}×{kernel} depthwise /{2**rest}"))
+    else:
+        while level < end.level:
+            level += 1
+            steps.append(step("3×3 depthwise /2"))
+    channels = end.feature_dim
+    return (*steps, step("1×1 conv"))
 
 
 def resampling(spec: BackboneSpec, source: int, target: int, input_size: int) -> Picture:
@@ -103,7 +104,7 @@ def resampling(spec: BackboneSpec, source: int, target: int, input_size: int) ->
     steps = resampling_steps(spec, source, target, input_size)
     end = spec.blocks[target - 1]
     with drawing():
-        figure = new_figure(1.35 * (len(steps) + 1), 1.8)
+        figure = new_figure(1.4 * (len(steps) + 1), 1.8)
         axes = figure.add_subplot()
         largest = max(step.side for step in steps)
         for position, step in enumerate(steps):
@@ -123,48 +124,8 @@ def connections(spec: BackboneSpec) -> list[tuple[int, int]]:
     return [
         (source, block.index)
         for block in spec.blocks[spec.stem_blocks :]
-        for source in (*block.inputs, *spec.extra_inputs.get(block.index, ()))
+        for source in block.inputs
     ]
-
-
-def compare_shapes(
-    spec: BackboneSpec, input_size: int, traced: Mapping[tuple[int, int], Sequence[Shape]]
-) -> tuple[pd.DataFrame, str]:
-    """Set the drawn shapes of every connection beside those of a module.
-
-    Args:
-        spec: the backbone.
-        input_size: side of the square input image in pixels.
-        traced: by (source, target), the (side, channels) of the features in order.
-
-    Returns:
-        One row a connection, and a sentence with the number that agree. They agree when the ends
-        are the same and the module passes through every drawn shape in order.
-    """
-    rows = {}
-    for source, target in connections(spec):
-        steps = resampling_steps(spec, source, target, input_size)
-        drawn = [(step.side, step.channels) for step in steps]
-        module = [shape for shape, _ in itertools.groupby(traced[source, target])]
-        agree = (module[0], module[-1]) == (drawn[0], drawn[-1]) and _subsequence(drawn, module)
-        rows[f"{source} → {target}"] = {
-            "agree": "yes" if agree else "no",
-            "drawn": _shapes(drawn),
-            "module": _shapes(module),
-            "operations": ", ".join(step.name for step in steps[1:]) or "none",
-        }
-    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("blocks")
-    count = int((frame["agree"] == "yes").sum())
-    return frame, f"Of {len(frame)} connections, {count} agree."
-
-
-def _subsequence(short: Sequence[Shape], long: Sequence[Shape]) -> bool:
-    remaining = iter(long)
-    return all(shape in remaining for shape in short)
-
-
-def _shapes(shapes: Iterable[Shape]) -> str:
-    return " → ".join(f"{side}²×{channels}" for side, channels in shapes)
 
 
 def _draw_features(axes: Axes, position: int, step: Step, largest: int) -> None:

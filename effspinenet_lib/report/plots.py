@@ -1,4 +1,4 @@
-"""Plots of specifications, measurements, training curves and data."""
+"""Plots of specifications, measurements, costs, training curves and data."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from effspinenet_lib.models.specs import BackboneSpec, block_multi_adds
+from effspinenet_lib.models.specs import BackboneSpec
+from effspinenet_lib.report.statistics import PROXY, SOURCE_NAMES, resource_shares
 from effspinenet_lib.report.style import (
     FAMILY_COLOURS,
     INK,
+    NOT_RUN,
+    PANEL_HEIGHT,
+    PANEL_WIDTH,
+    WIDE,
     Gallery,
     Picture,
     drawing,
+    empty_picture,
     family_colour,
     new_figure,
     to_picture,
     words,
 )
-from effspinenet_lib.report.tables import NOT_RUN, PROXY
+from effspinenet_lib.report.tables import METRIC_NAMES, ItemResults, table_number
+from effspinenet_lib.report.tables import cost_differences as counted_differences
 
 if TYPE_CHECKING:
     from effspinenet_lib.data import Dataset
 
-PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.2  # inches
-WIDE_WIDTH, ROW_HEIGHT = 7.0, 0.6
-TILE = 2.4
+ROW_HEIGHT, COST_ROW_HEIGHT, TILE = 0.6, 0.24, 2.4  # inches
 BAR_SHARE = 0.8  # of the room between two blocks
-LEGEND_COLUMNS = 2  # three names would squeeze the plot
 MEAN_REACH = 0.28  # of the room between two rows, to either side
-PERCENT = 100.0
+CLOSE_PERCENT = 3.0  # the grey band of the cost plot
 
 
-def resource_shares(spec: BackboneSpec, input_size: int) -> tuple[float, ...]:
-    """Share of each block in the Multi-Adds of all blocks by Equation 2, in percent."""
-    costs = block_multi_adds(spec, input_size)
-    total = sum(costs)
-    return tuple(PERCENT * cost / total for cost in costs)
+def legend_above(axes: Axes, columns: int = 2) -> None:
+    """A legend over the plot, where it hides nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
 
 
 def distribution(specs: Mapping[str, BackboneSpec], input_size: int) -> Gallery:
@@ -76,100 +78,112 @@ def _block_bars(
         axes.set_xticks(range(1, len(levels) + 1), map(str, levels))
         axes.grid(visible=False, axis="x")
         axes.set(xlabel="level of blocks 1 to 18, in order", ylabel=label)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=LEGEND_COLUMNS)
-        lists = words(
-            f"{name}: {', '.join(map(number.format, heights))}" for name, heights in values.items()
-        )
+        legend_above(axes)
+        lists = words(f"{name}: {', '.join(map(number.format, v))}" for name, v in values.items())
         return to_picture(figure, f"Bars: {label} of the blocks in order. {lists}.")
 
 
-def seed_dots(
-    item: str,
-    measurements: pd.DataFrame,
-    rows: Sequence[str],
-    metric: str = "AP",
-    digits: int = 1,
-    source: str = PROXY,
-    called: str = PROXY,
-) -> Picture:
-    """A dot a seed and a bar at the mean, for each row, of the measurements of one source.
-
-    Rows without a measurement keep their place and say so.
+def seeds(results: ItemResults, metric: str = "AP") -> Picture:
+    """A dot a seed and a bar at the mean for each row of an item, measured by the proxy.
 
     Args:
-        item: which table.
-        measurements: measured rows.
-        rows: names of the rows, first at the top.
+        results: of an item; rows without a measurement keep their place and say so.
         metric: what is drawn.
-        digits: decimals of the numbers.
-        source: whose measurements are drawn.
-        called: what the source is called on the axis.
     """
-    chosen = measurements[
-        (measurements["item"] == item)
-        & (measurements["metric"] == metric)
-        & (measurements["source"] == source)
-    ]
-    sentences = []
+    rows = results.measured.query("metric == @metric and source == @PROXY")
+    names = dict.fromkeys(results.paper["row"])
+    values = {name: rows.loc[rows["row"] == name, "value"].dropna().tolist() for name in names}
+    return seed_dots(values, f"{metric} (%), {SOURCE_NAMES[PROXY]}, one dot a seed")
+
+
+def seed_dots(values: Mapping[str, Sequence[float]], label: str, digits: int = 1) -> Picture:
+    """A dot a value and a bar at the mean, a row a name; a row without values says "not run".
+
+    Args:
+        values: by name, first at the top.
+        label: of the axis.
+        digits: decimals of the numbers.
+    """
+    said = []
     with drawing():
-        figure = new_figure(WIDE_WIDTH, 0.9 + ROW_HEIGHT * len(rows))
+        figure = new_figure(WIDE, 0.9 + ROW_HEIGHT * len(values))
         axes = figure.add_subplot()
-        for place, name in enumerate(rows):
-            values = chosen.loc[chosen["row"] == name, "value"].dropna().tolist()
-            sentences.append(_seed_row(axes, place, name, values, digits))
-        axes.set_yticks(range(len(rows)), rows)
-        if chosen.empty:
+        for place, (name, own) in enumerate(values.items()):
+            if not own:
+                axes.text(0.5, place, NOT_RUN, transform=axes.get_yaxis_transform(), ha="center")
+                said.append(f"{name}: {NOT_RUN}")
+                continue
+            mean = sum(own) / len(own)
+            axes.plot(own, [place] * len(own), "o", color=family_colour(name), alpha=0.75, ms=9)
+            reach = [place - MEAN_REACH, place + MEAN_REACH]
+            axes.plot([mean] * 2, reach, color=INK, linewidth=2)
+            top: dict[str, Any] = {"ha": "center", "va": "bottom", "annotation_clip": False}
+            axes.annotate(f"{mean:.{digits}f}", (mean, reach[0]), **top)
+            shown = ", ".join(f"{value:.{digits}f}" for value in own)
+            said.append(f"{name}: {shown}, mean {mean:.{digits}f}")
+        axes.set_yticks(range(len(values)), list(values))
+        if not any(values.values()):
             axes.set_xticks([])
-        axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"{metric} (%), {called}, one dot a seed")
+        axes.set(ylim=(len(values) - 0.5, -0.5), xlabel=label)
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.15)
-        return to_picture(figure, f"{metric} by seed ({called}). {' '.join(sentences)}")
+        return to_picture(figure, f"{label}. {'; '.join(said)}.")
 
 
-def _seed_row(axes: Axes, place: int, name: str, values: list[float], digits: int) -> str:
-    if not values:
-        axes.text(0.5, place, NOT_RUN, transform=axes.get_yaxis_transform(), ha="center")
-        return f"{name}: {NOT_RUN}."
-    mean = sum(values) / len(values)
-    axes.plot(values, [place] * len(values), "o", color=family_colour(name), alpha=0.75, ms=9)
-    axes.plot([mean] * 2, [place - MEAN_REACH, place + MEAN_REACH], color=INK, linewidth=2)
-    axes.annotate(
-        f"{mean:.{digits}f}",
-        (mean, place - MEAN_REACH),
-        ha="center",
-        va="bottom",
-        annotation_clip=False,
-    )
-    shown = ", ".join(f"{value:.{digits}f}" for value in values)
-    return f"{name}: {shown}, mean {mean:.{digits}f}."
-
-
-def training_curves(curves: Mapping[str, pd.DataFrame]) -> Picture:
-    """Loss against step, a line a run, in the colour of the family that its label begins with.
-
-    Args:
-        curves: by label of the run, rows of `curve.csv` (columns `step` and `loss`).
-    """
+def curves(results: ItemResults) -> Picture:
+    """Training loss against step, a line a run, in the colour of its model's family."""
+    if not results.curves:
+        return empty_picture("Training curves", "the runs' folders are not on this machine")
     dashes = ("-", "--", ":", "-.")
     with drawing():
-        figure = new_figure(WIDE_WIDTH, PANEL_HEIGHT)
+        figure = new_figure(WIDE, PANEL_HEIGHT)
         axes = figure.add_subplot()
-        for number, (label, curve) in enumerate(curves.items()):
-            axes.plot(
-                curve["step"],
-                curve["loss"],
-                dashes[number % len(dashes)],
-                color=family_colour(label),
-                label=label,
-            )
+        for number, (label, curve) in enumerate(results.curves.items()):
+            style: dict[str, Any] = {
+                "linestyle": dashes[number % len(dashes)],
+                "color": family_colour(label),
+            }
+            axes.plot(curve["step"], curve["loss"], label=label, **style)
         axes.set(xlabel="step", ylabel="training loss (mean of the last steps)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         ends = words(
             f"{label} from {curve['loss'].iloc[0]:.2f} to {curve['loss'].iloc[-1]:.2f}"
-            for label, curve in curves.items()
+            for label, curve in results.curves.items()
         )
         return to_picture(figure, f"Training loss against step: {ends}.")
+
+
+def cost_differences(costs: pd.DataFrame) -> Picture:
+    """The difference of every counted cost from the printed one in percent, a row a model.
+
+    Args:
+        costs: rows of `cost/costs.csv` with a printed number.
+    """
+    numbers = costs["item"].map(table_number).astype(str)
+    costs = costs.assign(label=costs["row"] + ", table " + numbers, off=counted_differences(costs))
+    places = {label: place for place, label in enumerate(dict.fromkeys(costs["label"]))}
+    with drawing():
+        figure = new_figure(WIDE, 0.9 + COST_ROW_HEIGHT * len(places))
+        axes = figure.add_subplot()
+        axes.axvspan(-CLOSE_PERCENT, CLOSE_PERCENT, color=INK, alpha=0.15, linewidth=0)
+        for metric, marker in (("multi_adds", "o"), ("parameters", "s")):
+            cells = costs[costs["metric"] == metric]
+            colours = [family_colour(name) for name in cells["row"]]
+            axes.scatter(
+                cells["off"],
+                cells["label"].map(places),
+                marker=marker,
+                edgecolors=colours,
+                facecolors=colours if metric == "multi_adds" else "none",
+                label=METRIC_NAMES[metric],
+            )
+        axes.set_yticks(range(len(places)), list(places))
+        axes.set(ylim=(len(places) - 0.5, -0.5), xlabel="counted over printed, difference in %")
+        axes.legend(loc="lower right", title=f"grey band: ±{CLOSE_PERCENT:g} %")
+        alt = f"Differences of {len(costs)} counted costs from the printed ones, at most"
+        worst = costs["off"].abs().max()
+        return to_picture(figure, f"{alt} {worst:.1f} %; the tables below have each.")
 
 
 def contact_sheet(dataset: Dataset, count: int = 12, columns: int = 3) -> Picture:

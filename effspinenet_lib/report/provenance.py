@@ -13,71 +13,58 @@ from effspinenet_lib.results import current_commit
 # keeps its copies of notebooks and CSVs.
 BOOK_FILES_VARIABLE = "EFFSPINENET_BOOK_FILES"
 REPOSITORY_VARIABLE = "EFFSPINENET_REPOSITORY_URL"
-NOT_YET = "none yet"
+
+Dir = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Sources of an item; shows itself as links in the book, as paths elsewhere.
+    """Sources of a page; shows itself as links in the book, as paths elsewhere.
 
     Attributes:
-        notebook: path of the notebook inside the repository.
-        files: paths of the CSVs inside the results folder, those that exist.
+        files: paths of CSVs inside the results folder.
+        notebook: path of the notebook inside the repository; "" for none.
         commit: short hash, "+dirty" where files differ from it.
     """
 
-    notebook: str
     files: tuple[str, ...]
-    commit: str
+    notebook: str = ""
+    commit: str = ""
 
     def _repr_html_(self) -> str:
         files = ", ".join(_link(f"results/{file}") + _warning(file) for file in self.files)
-        files = files or NOT_YET
-        return (
-            f'<p class="esn-provenance">Notebook: {_link(self.notebook)}<br>CSV: {files}<br>'
-            f"Commit: {_commit_link(self.commit)}</p>"
-        )
+        lines = [f"Notebook: {_link(self.notebook)}"] if self.notebook else []
+        lines.append(f"CSV: {files or 'none yet'}")
+        lines += [f"Commit: {_commit_link(self.commit)}"] if self.commit else []
+        return f'<p class="esn-provenance">{"<br>".join(lines)}</p>'
 
     def __repr__(self) -> str:
-        files = ", ".join(self.files) or NOT_YET
-        return f"Notebook: {self.notebook}\nCSV: {files}\nCommit: {self.commit}"
+        return f"Notebook: {self.notebook}\nCSV: {', '.join(self.files)}\nCommit: {self.commit}"
 
 
-def provenance(item: str, notebook: str, *results_dirs: str | os.PathLike[str]) -> Provenance:
+def provenance(
+    item: str, notebook: str, *results_dirs: Dir, also: tuple[str, ...] = ()
+) -> Provenance:
     """Collect where an item's page comes from.
 
     Args:
         item: such as `table-08`.
         notebook: stem of its notebook.
-        results_dirs: results folders; the paper's numbers may lie in another than the measured.
+        *results_dirs: results folders; the paper's numbers may lie in another than the measured.
+        also: other files that the page shows, those that exist.
     """
-    folders = {folder for results in results_dirs for folder in Path(results).glob("*/")}
-    holding = sorted(folder for folder in folders if (folder / f"{item}.csv").is_file())
+    folders = sorted({path for root in results_dirs for path in Path(root).glob("*/")})
+    holding = [folder for folder in folders if (folder / f"{item}.csv").is_file()]
     files = [f"{folder.name}/{item}.csv" for folder in holding]
     files += [f"{folder.name}/runs.csv" for folder in holding if (folder / "runs.csv").is_file()]
-    return Provenance(f"notebooks/{notebook}.ipynb", tuple(dict.fromkeys(files)), current_commit())
+    files += [file for file in also if any((Path(root) / file).is_file() for root in results_dirs)]
+    return Provenance(tuple(dict.fromkeys(files)), f"notebooks/{notebook}.ipynb", current_commit())
 
 
-@dataclass(frozen=True)
-class ResultFiles:
-    """Every results file; shows itself as links in the book, as paths elsewhere."""
-
-    files: tuple[str, ...]
-
-    def _repr_html_(self) -> str:
-        items = "".join(
-            f"<li>{_link(f'results/{file}')}{_warning(file)}</li>" for file in self.files
-        )
-        return f'<ul class="esn-provenance">{items}</ul>'
-
-    def __repr__(self) -> str:
-        return "\n".join(self.files)
-
-
-def result_files(*results_dirs: str | os.PathLike[str]) -> ResultFiles:
-    """List the CSVs of results folders, by their paths inside the folder."""
-    found = (path for results in results_dirs for path in sorted(Path(results).glob("*/*.csv")))
-    return ResultFiles(tuple(dict.fromkeys(f"{path.parent.name}/{path.name}" for path in found)))
+def result_files(*results_dirs: Dir) -> Provenance:
+    """Every CSV of results folders."""
+    found = (path for root in results_dirs for path in sorted(Path(root).glob("*/*.csv")))
+    return Provenance(tuple(dict.fromkeys(f"{path.parent.name}/{path.name}" for path in found)))
 
 
 def _warning(file: str) -> str:

@@ -1,37 +1,61 @@
-"""The search for a resource distribution: its record, and what was trained again."""
+"""The search for a resource distribution: its record as tables and plots."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from scipy import stats
 
 from effspinenet_lib.models.specs import (
+    EQUAL_BETAS,
     LEARNED_BETAS,
-    MODELS,
-    BackboneSpec,
+    SEARCH_SPACE,
     backbone_spec,
     betas_text,
     parse_betas,
 )
-from effspinenet_lib.report.provenance import Provenance, ResultFiles
-from effspinenet_lib.report.tables import (
+from effspinenet_lib.report.plots import legend_above, seed_dots
+from effspinenet_lib.report.statistics import (
+    LEAST_SEEDS,
+    LEVEL_GROUPS,
+    PERCENT,
+    PROXY,
+    SOURCE_NAMES,
+    block_parameters,
+    by_level_group,
+    compare_seeds,
+    difference,
+    mean_std,
+)
+from effspinenet_lib.report.style import (
+    INK,
     NOT_PRINTED,
     NOT_RUN,
-    PAPER_SCALE,
-    PROXY,
-    Spread,
+    PANEL_HEIGHT,
+    PANEL_WIDTH,
+    WIDE,
+    Gallery,
+    Picture,
     Table,
-    spreads,
+    Text,
+    drawing,
+    empty_picture,
+    family_colour,
+    new_figure,
+    to_picture,
+    words,
 )
-from effspinenet_lib.results import FOLDERS, REFERENCE, ResultsStore
+from effspinenet_lib.results import FOLDERS, REFERENCE, ResultsStore, read_table
 from effspinenet_lib.results.paper import RESULTS_DIR
-from effspinenet_lib.results.tables import read_table
 
 METHOD_NAMES = {
     "ppo": "PPO",
@@ -39,40 +63,50 @@ METHOD_NAMES = {
     "random": "random search",
     "evolution": "evolution",
 }
-POLICIES = ("ppo", "reinforce")  # the methods that learn one
-SP, D0, FOUND = "SP-EfficientNet-B0", "Eff-SpineNet-D0", "search's best"
-GIVEN = "given distribution"
-BILLION, MILLION = 1e9, 1e6
-SECONDS_AN_HOUR = 3600
-ALL_FAILED, TOO_FEW = "every trial failed", "too few samples"
-NOTHING = (
-    "The search is **not run**: no sample of it is on record. `effspinenet search --profile proxy` "
-    "runs a small one in about three hours of one core, `--profile paper` the paper's on "
-    "accelerators."
+# Of Okabe and Ito's palette, without the colours of the models that are drawn in the same plots.
+METHOD_COLOURS = {
+    "ppo": "#D55E00",
+    "reinforce": "#CC79A7",
+    "random": "#56B4E9",
+    "evolution": "#009E73",
+}
+METHOD_MARKERS = {"ppo": "o", "reinforce": "v", "random": "s", "evolution": "^"}
+METHOD_LINES = {"ppo": "-", "reinforce": ":", "random": "--", "evolution": "-."}
+SP, D0, FOUND, GIVEN = (
+    "SP-EfficientNet-B0",
+    "Eff-SpineNet-D0",
+    "search's best",
+    "given distribution",
 )
-# What the pages call the AP of a record, by its source; the first source that there is is shown.
-# A smoke search says nothing, so none is ever read.
-SOURCE_NAMES = {PAPER_SCALE: "paper's settings", PROXY: "proxy"}
 PROFILE_OF = {source: profile for profile, source in FOLDERS.items()}
+SPACE_FILE = "search/space.csv"
+BILLION, MILLION, THOUSAND, HOUR = 1e9, 1e6, 1e3, 3600
+FLOPS_PERCENT, AXIS_PERCENT = 10.0, 20.0  # section 5.1.5 and the caption of Figure 5
+BEST_SHARE = 0.1  # our choice: the best tenth of the samples
+BLOCKS = range(1, len(LEARNED_BETAS) + 1)
+BEFORE = backbone_spec(EQUAL_BETAS)
+LEVELS = [block.level for block in BEFORE.blocks]
+COST_COLUMNS = {
+    "multi_adds_d0": "Multi-Adds at D0",
+    "parameters_d0": "#Params at D0",
+    "multi_adds": "Multi-Adds of the trained model",
+    "parameters": "#Params of the trained model",
+}
+
+Dir = str | os.PathLike[str]
+Cost = tuple[float, float]  # Multi-Adds, parameters
 
 
-class Given(Protocol):
-    """A distribution that stands in a file, as `zoo.distributions.read_distribution` gives it."""
-
-    @property
-    def name(self) -> str:
-        """For people."""
-
-    @property
-    def betas(self) -> tuple[int, ...]:
-        """Of the 18 blocks."""
+# The record
 
 
-def read_trials(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
-    """The search on record, of one source: at the paper's settings, or else the proxy's.
+def read_trials(*results_dirs: Dir) -> pd.DataFrame:
+    """The search on record: at the paper's settings where there is one, else the proxy's.
+
+    A smoke search is never read.
 
     Args:
-        results_dirs: at least one; the first that has a record of the source is read.
+        *results_dirs: at least one; the first that has a record of the source is read.
 
     Returns:
         The columns of the record and `source`; empty where there is no record.
@@ -80,7 +114,7 @@ def read_trials(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
     Raises:
         DataError: a record is broken.
     """
-    for source in SOURCE_NAMES:
+    for source in reversed(SOURCE_NAMES):
         for folder in results_dirs:
             trials = ResultsStore(Path(folder), PROFILE_OF[source]).trials()
             if len(trials):
@@ -88,56 +122,14 @@ def read_trials(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
     return trials.assign(source="")
 
 
-def source_of(trials: pd.DataFrame) -> str:
-    """Where the trials of `read_trials` are from; the proxy where there are none."""
-    return PROXY if trials.empty else str(trials["source"].iloc[0])
-
-
-def profile_of(trials: pd.DataFrame) -> str:
-    """The profile whose search is shown; the proxy's where there is none."""
-    return PROFILE_OF[source_of(trials)]
-
-
-def source_name(trials: pd.DataFrame) -> str:
-    """What an AP of these trials is called on axes and in sentences."""
-    return SOURCE_NAMES[source_of(trials)]
-
-
-def with_files(found: Provenance, *lists: ResultFiles) -> Provenance:
-    """Where a page comes from that also shows other files."""
-    return replace(found, files=(*found.files, *(file for one in lists for file in one.files)))
-
-
-def record_files(trials: pd.DataFrame) -> ResultFiles:
-    """The record that `read_trials` read as a file to look at; none where there is none."""
-    return ResultFiles(() if trials.empty else (f"{source_of(trials)}/search_trials.csv",))
-
-
-def chosen(trials: pd.DataFrame) -> pd.DataFrame:
-    """The samples of the methods, failed ones too."""
-    return trials[trials["method"] != REFERENCE]
-
-
-def absent(trials: pd.DataFrame) -> str:
-    """Why trials without any AP have none, in a few words."""
-    return NOT_RUN if chosen(trials).empty else ALL_FAILED
-
-
-def nothing(trials: pd.DataFrame) -> str:
-    """Why a record without any sample that has an AP has none, as a sentence."""
-    count = len(chosen(trials))
-    if not count:
-        return NOTHING
-    return (
-        f"The search has no result: {ALL_FAILED} ({count} of {count}); the column `note` of the "
-        "record says why."
-    )
+def record_file(trials: pd.DataFrame) -> str:
+    """Path inside the results folder of the record that `read_trials` read; "" without one."""
+    return "" if trials.empty else f"{trials['source'].iloc[0]}/search_trials.csv"
 
 
 def searched(trials: pd.DataFrame) -> pd.DataFrame:
     """The samples of the methods that have an AP, in the order of the record."""
-    rows = chosen(trials)
-    return rows[rows["AP"].notna()]
+    return trials[(trials["method"] != REFERENCE) & trials["AP"].notna()]
 
 
 def sampled(trials: pd.DataFrame) -> pd.DataFrame:
@@ -145,142 +137,15 @@ def sampled(trials: pd.DataFrame) -> pd.DataFrame:
     return searched(trials).drop_duplicates("run")
 
 
-def every_search(trials: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """The searches on record: their name for people, the method, and all their trials in order."""
-    for method in METHOD_NAMES:
-        own = trials[trials["method"] == method]
-        for seed, rows in own.groupby("seed"):
-            several = own["seed"].nunique() > 1
-            name = METHOD_NAMES[method] + (f", seed {seed}" if several else "")
-            yield name, method, rows.sort_values("trial")
-
-
-def searches(trials: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """As `every_search`, of the trials that have an AP; a search without any is left out."""
-    for name, method, rows in every_search(trials):
-        samples = searched(rows)
-        if len(samples):
-            yield name, method, samples
-
-
 def best_sample(trials: pd.DataFrame) -> Any | None:
-    """The sample that `effspinenet search export` takes; None without samples.
+    """The sample of the highest reward, of several the one with the fewest parameters.
 
-    It has the highest reward; of several such, the fewest parameters.
+    None without samples.
     """
-    rows = searched(trials)
-    if rows.empty:
-        return None
-    order = rows.sort_values(["reward", "parameters", "trial"], ascending=[False, True, True])
-    return order.iloc[0]
-
-
-def found_spec(trials: pd.DataFrame) -> BackboneSpec | None:
-    """The distribution of the best sample at the scale D0; None without samples."""
-    best = best_sample(trials)
-    return None if best is None else backbone_spec(parse_betas(best["betas"]))
-
-
-def shown_distribution(trials: pd.DataFrame, given: Given | None = None) -> dict[str, BackboneSpec]:
-    """The distribution beside the paper's two, by its name: the one given, else the best sample's.
-
-    Empty where none is given and no sample is on record.
-    """
-    if given is not None:
-        return {GIVEN: backbone_spec(given.betas)}
-    found = found_spec(trials)
-    return {} if found is None else {FOUND: found}
-
-
-def shown_sentence(trials: pd.DataFrame, given: Given | None = None) -> str:
-    """Say what `shown_distribution` gives."""
-    if given is not None:
-        return f"The {GIVEN} is {given.name}: {_described(given.betas)}"
-    best = best_sample(trials)
-    if best is None:
-        return nothing(trials)
-    return (
-        f"The {FOUND} is {where(best)} ({source_name(trials)}, seed {best['seed']}), with an AP of "
-        f"{best['AP']:.2f}: {_described(parse_betas(best['betas']))} A trial is {setting(trials)}."
+    order = searched(trials).sort_values(
+        ["reward", "parameters", "trial"], ascending=[False, True, True]
     )
-
-
-def _described(betas: Sequence[int]) -> str:
-    dims = ", ".join(str(block.feature_dim) for block in backbone_spec(betas).blocks)
-    return f"β {', '.join(map(str, betas))}; feature dimensions at D0 {dims}."
-
-
-def bullets(sentences: Iterable[str]) -> str:
-    """Sentences as a Markdown list."""
-    return "\n".join(f"- {sentence}" for sentence in sentences)
-
-
-def best_of(method: str) -> str:
-    """What the best sample of a method is called."""
-    return f"best of {METHOD_NAMES[method]}"
-
-
-def where(sample: Any) -> str:
-    """A sample by its search and number: "PPO's trial 41"."""
-    return f"{METHOD_NAMES[sample['method']]}'s trial {sample['trial']}"
-
-
-def setting(trials: pd.DataFrame) -> str:
-    """What a trial is, in the record's own words."""
-    return "; ".join(dict.fromkeys(trials["setting"]))
-
-
-def trial_sentence(trials: pd.DataFrame) -> str:
-    """Say which record is shown, and what a trial of it is."""
-    if searched(trials).empty:
-        return nothing(trials)
-    return (
-        f"Shown is the search of the profile `{profile_of(trials)}`. A trial is {setting(trials)}."
-    )
-
-
-def summary_table(trials: pd.DataFrame) -> Table:
-    """One row a search: what it ran, the best and the mean of what it found, and the time."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name, _, every in every_search(trials):
-        states, found = every["state"].value_counts(), every["AP"].dropna()
-        rows[name] = {
-            "samples": len(every),
-            "trained": int(states.get("finished", 0)),
-            "duplicates": int(states.get("duplicate", 0)),
-            "failed": int(states.get("failed", 0)),
-            "best AP": two_digits(found.max()),
-            "mean AP": two_digits(found.mean()),
-            "sd of AP": two_digits(found.std()),
-            "hours of trials": f"{every['seconds'].sum() / SECONDS_AN_HOUR:.1f}",
-        }
-    columns = ["samples", "trained", "duplicates", "failed", "best AP", "mean AP", "sd of AP"]
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[*columns, "hours of trials"])
-    title = f"Searches on record: {setting(trials)}" if rows else f"Searches: {NOT_RUN}"
-    return Table(frame.rename_axis("method"), title)
-
-
-def two_digits(value: float) -> str:
-    """A number as a cell; a dash where it is not defined."""
-    return NOT_PRINTED if math.isnan(value) else f"{value:.2f}"
-
-
-class ModelCost(NamedTuple):
-    """Multiply-adds and parameters of a detector."""
-
-    multi_adds: int
-    parameters: int
-
-
-def cost_at_d0(name: str) -> ModelCost:
-    """What the detector of a distribution costs at the scale D0, from `cost/costs.csv`."""
-    costs = read_table(RESULTS_DIR / "cost" / "costs.csv", "cost")
-    rows = costs[(costs["model"] == name) & (costs["task"] == "detection")]
-    of = rows.drop_duplicates("metric").set_index("metric")["measured"]
-    return ModelCost(round(of["multi_adds"] * 1e9), round(of["parameters"] * 1e6))
-
-
-# Distributions that were trained with several seeds
+    return None if order.empty else order.iloc[0]
 
 
 def references(trials: pd.DataFrame) -> pd.DataFrame:
@@ -290,89 +155,451 @@ def references(trials: pd.DataFrame) -> pd.DataFrame:
     """
     rows = trials[(trials["method"] == REFERENCE) & trials["AP"].notna()]
     rows = rows[~rows["run"].isin(searched(trials)["run"])]
-    found = _names(trials)
-    names = {betas: _name(betas, found) for betas in rows["betas"].unique()}
-    return rows.assign(row=rows["betas"].map(names).astype(str))
-
-
-def reference_names(trials: pd.DataFrame) -> list[str]:
-    """SP-EfficientNet-B0, Eff-SpineNet-D0 and the search's best, then what else was run."""
-    return list(dict.fromkeys((SP, D0, FOUND, *references(trials)["row"])))
+    return rows.assign(row=rows["betas"].replace(_names(trials)).astype(str))
 
 
 def _names(trials: pd.DataFrame) -> dict[str, str]:
-    """Names by betas: of the best sample of each method, and of all."""
+    """Names of distributions by betas: the best of each method and of all, and the paper's two."""
     rows = searched(trials)
-    groups = [(best_of(method), rows[rows["method"] == method]) for method in METHOD_NAMES]
-    found = ((name, best_sample(own)) for name, own in [*groups, (FOUND, rows)])
-    return {best["betas"]: name for name, best in found if best is not None}
+    groups = {f"best of {name}": rows[rows["method"] == m] for m, name in METHOD_NAMES.items()}
+    found = {name: best_sample(own) for name, own in {**groups, FOUND: rows}.items()}
+    named = {best["betas"]: name for name, best in found.items() if best is not None}
+    equal = (text for text in trials["betas"].unique() if len(set(parse_betas(text))) == 1)
+    return named | dict.fromkeys(equal, SP) | {betas_text(LEARNED_BETAS): D0}
 
 
-def _name(text: str, found: Mapping[str, str]) -> str:
-    betas = parse_betas(text)
-    if len(set(betas)) == 1:
-        return SP
-    return D0 if betas == LEARNED_BETAS else found.get(text, f"β {text}")
+def _searches(trials: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """The searches on record: name, method, and all trials in order."""
+    for method, name in METHOD_NAMES.items():
+        own = trials[trials["method"] == method]
+        for seed, rows in own.groupby("seed"):
+            several = own["seed"].nunique() > 1
+            yield name + (f", seed {seed}" if several else ""), method, rows.sort_values("trial")
 
 
-def reference_measurements(trials: pd.DataFrame) -> pd.DataFrame:
-    """The runs of `references` as measurements of the record's source, for plots and tables."""
-    rows = references(trials)[["row", "AP", "seed"]].rename(columns={"AP": "value"})
-    return rows.assign(item=REFERENCE, metric="AP", source=source_of(trials))
+def _setting(trials: pd.DataFrame) -> str:
+    """What a trial is, in the record's own words, and its source."""
+    if trials.empty:
+        return NOT_RUN
+    return f"{SOURCE_NAMES[trials['source'].iloc[0]]}; {'; '.join(trials['setting'].unique())}"
 
 
-def reference_spreads(trials: pd.DataFrame) -> dict[str, Spread]:
-    """AP over seeds of each chosen distribution, by name."""
-    found = spreads(reference_measurements(trials))
-    return {row: spread for (row, _, _), spread in found.items()}
+def _digits(value: float, form: str = "{:.2f}") -> str:
+    return NOT_PRINTED if math.isnan(value) else form.format(value)
 
 
-def reference_table(trials: pd.DataFrame, given: Given | None = None) -> Table:
-    """The search's best beside the distributions that no search chose, at equal budget.
+# Tables
+
+
+def summary(trials: pd.DataFrame) -> Table:
+    """One row a search: what it ran, what it found, and its later half against random search's."""
+    chance = searched(trials[trials["method"] == "random"])["reward"]
+    rows = {}
+    for name, method, every in _searches(trials):
+        states, own = every["state"].value_counts(), searched(every)
+        batches = own.groupby("step")["reward"].mean()
+        later = difference(own["reward"].iloc[len(own) // 2 :], chance)
+        rows[name] = {
+            "samples": len(every),
+            "trained": int(states.get("finished", 0)),
+            "failed": int(states.get("failed", 0)),
+            "best AP": _digits(own["AP"].max()),
+            "AP, mean ± sd": mean_std(own["AP"]).text(2) if len(own) else NOT_PRINTED,
+            "reward, first batch": _digits(batches.iloc[0] if len(own) else math.nan),
+            "last batch": _digits(batches.iloc[-1] if len(own) else math.nan),
+            "second half – random": NOT_PRINTED if method == "random" else later.text(2),
+            "hours": f"{every['seconds'].sum() / HOUR:.1f}",
+        }
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+    return Table(frame, f"Searches on record ({_setting(trials)})")
+
+
+def reference_table(
+    trials: pd.DataFrame, given: tuple[tuple[int, ...], Cost] | None = None
+) -> Table:
+    """Chosen distributions trained alike with several seeds, and what they cost at the scale D0.
 
     Args:
         trials: from `read_trials`.
-        given: a distribution in a row of its own, with its AP where the record has its betas.
+        given: betas and cost at the scale D0 of a distribution in a row of its own.
     """
-    known, again, found = reference_spreads(trials), references(trials), _names(trials)
-    named = {name: betas for betas, name in found.items()}
-    named |= dict(again[["row", "betas"]].itertuples(index=False, name=None))
-    specs = {name: backbone_spec(parse_betas(betas)) for name, betas in named.items()}
-    specs |= {SP: MODELS["sp_efficientnet_b0"].backbone, D0: MODELS["eff_spinenet_d0"].backbone}
-    picked = {name: best_sample(_with_betas(trials, betas)) for betas, name in found.items()}
-    names = reference_names(trials)
+    again, samples = references(trials), searched(trials)
+    betas = {name: text for text, name in _names(trials).items()}
+    betas |= {SP: betas_text(EQUAL_BETAS)} | dict(zip(again["row"], again["betas"], strict=True))
+    recorded = trials.drop_duplicates("betas").set_index("betas")
+    costs: dict[str, Cost] = {
+        str(text): (row["multi_adds_d0"], row["parameters_d0"]) for text, row in recorded.iterrows()
+    }
+    costs |= {betas[SP]: paper_cost("sp_efficientnet_b0"), betas[D0]: paper_cost("eff_spinenet_d0")}
+    names = list(dict.fromkeys((SP, D0, FOUND, *again["row"])))
     if given is not None:
-        text = betas_text(given.betas)
-        names, specs[GIVEN] = [*names, GIVEN], backbone_spec(given.betas)
-        picked[GIVEN] = best_sample(_with_betas(trials, text))
-        same = _with_betas(again, text)
-        if len(same):
-            known[GIVEN] = known[same["row"].iloc[0]]
-    rows = {
-        name: _reference_row(known.get(name), picked.get(name), specs.get(name)) for name in names
-    }
+        names.append(GIVEN)
+        betas[GIVEN] = betas_text(given[0])
+        costs[betas[GIVEN]] = given[1]
+    rows = {}
+    for name in names:
+        text = betas.get(name, "")
+        aps, picked = (
+            again.loc[again["betas"] == text, "AP"],
+            samples["AP"][samples["betas"] == text],
+        )
+        multi_adds, parameters = costs.get(text, (math.nan, math.nan))
+        rows[name] = {
+            "AP (%), mean ± sd (seeds)": mean_std(aps).text(2) if len(aps) else NOT_RUN,
+            "AP (%) it was chosen for": _digits(
+                math.nan if name in (SP, D0) else float(picked.max())
+            ),
+            "Multi-Adds at D0 (B)": _digits(multi_adds / BILLION),
+            "#Params at D0 (M)": _digits(parameters / MILLION),
+        }
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("distribution")
-    return Table(frame, f"Equal training of chosen distributions: {setting(trials) or NOT_RUN}")
+    return Table(frame, f"Chosen distributions at equal budget ({_setting(trials)})")
 
 
-def _with_betas(trials: pd.DataFrame, betas: str) -> pd.DataFrame:
-    return trials[trials["betas"] == betas]
+def reference_differences(trials: pd.DataFrame) -> Table:
+    """The chosen distributions against SP-EfficientNet-B0, and the search's best against D0."""
+    again = references(trials)
+    aps = {name: again.loc[again["row"] == name, "AP"] for name in (SP, D0, FOUND, *again["row"])}
+    pairs = [(name, SP) for name in aps if name != SP] + [(FOUND, D0)]
+    rows = {f"{one} – {two}": compare_seeds(aps[one], aps[two], digits=2) for one, two in pairs}
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("difference in AP")
+    return Table(frame, "Differences over seeds; a verdict takes an interval that leaves out zero")
 
 
-def _reference_row(
-    spread: Spread | None, picked: Any | None, spec: BackboneSpec | None
-) -> dict[str, str]:
-    costs: ModelCost | None = None
-    return {
-        "AP (%), mean ± sd (seeds)": _spread(spread),
-        "AP (%) it was chosen for": NOT_PRINTED if picked is None else f"{picked['AP']:.2f}",
-        "#FLOPs at D0 (B)": NOT_PRINTED if costs is None else f"{costs.multi_adds / BILLION:.2f}",
-        "#Params at D0 (M)": NOT_PRINTED if costs is None else f"{costs.parameters / MILLION:.2f}",
+def noise(trials: pd.DataFrame) -> Table:
+    """How much of the difference between samples is the seed's.
+
+    The share of right orders is of two random distributions, one trial each, were both the APs
+    and the noise normal; a coin has 50 %.
+    """
+    deviations = [own["AP"] - own["AP"].mean() for _, own in references(trials).groupby("row")]
+    freedom = sum(len(own) - 1 for own in deviations)
+    squares = sum(float((own**2).sum()) for own in deviations)
+    seeds = math.sqrt(squares / freedom) if freedom else math.nan
+    rows = sampled(trials)
+    blind = rows.loc[rows["method"] == "random", "AP"].std()
+    share = min(seeds / blind, 1.0) ** 2
+    right = 1 / 2 + math.asin(math.sqrt(1 - share)) / math.pi
+    cells = {
+        "sd over seeds of one distribution": _digits(seeds, "{:.2f} AP"),
+        "sd over samples of random search": _digits(blind, "{:.2f} AP"),
+        "share of the samples' variance that is the seed's": _digits(PERCENT * share, "{:.0f} %"),
+        "pairs that one trial each puts in the right order": _digits(PERCENT * right, "{:.0f} %"),
     }
+    frame = pd.Series(cells, name="").to_frame().rename_axis("quantity")
+    return Table(frame, "What one trial can tell")
 
 
-def _spread(found: Spread | None) -> str:
-    if found is None:
-        return NOT_RUN
-    spread = "" if math.isnan(found.sd) else f" ± {found.sd:.2f}"
-    return f"{found.mean:.2f}{spread} ({found.seeds})"
+def level_table(trials: pd.DataFrame) -> Table:
+    """Betas and parameters by group of levels: all samples, the best tenth, the difference."""
+    best = _is_best(trials)
+    specs = [backbone_spec(parse_betas(text)) for text in sampled(trials)["betas"]]
+    weights = [by_level_group(spec, block_parameters(spec)) / THOUSAND for spec in specs]
+    blocks = by_level_group(BEFORE, [1.0] * len(LEVELS))
+    betas = [by_level_group(BEFORE, row) / blocks for row in beta_frame(trials).to_numpy().tolist()]
+    before = by_level_group(BEFORE, block_parameters(BEFORE)) / THOUSAND
+    groups = ["L1", *LEVEL_GROUPS]
+    columns: dict[tuple[str, str], list[str]] = {}
+    for quantity, sums, digits in (("mean β", betas, 1), ("parameters (k)", weights, 0)):
+        values = pd.DataFrame(sums, columns=before.index, dtype=float)
+        if quantity != "mean β":
+            columns[quantity, SP] = [f"{before[group]:.0f}" for group in groups]
+        for name, own in (("all samples", values), ("best tenth", values[best])):
+            means = own.mean()
+            columns[quantity, name] = [_digits(means[g], f"{{:.{digits}f}}") for g in groups]
+        columns[quantity, "difference"] = [
+            difference(values.loc[best, group], values.loc[~best, group]).text(digits)
+            for group in groups
+        ]
+    frame = pd.DataFrame(columns, index=pd.Index(groups, name="levels"))
+    caption = "Levels in all samples and the best tenth; difference: the best tenth less the rest"
+    return Table(frame, caption if len(specs) else f"{caption}: {NOT_RUN}")
+
+
+def beta_frame(trials: pd.DataFrame) -> pd.DataFrame:
+    """The betas of the samples: a row a sample, columns 1 to 18."""
+    betas = [parse_betas(text) for text in sampled(trials)["betas"]]
+    return pd.DataFrame(betas, columns=list(BLOCKS), dtype=float)
+
+
+def _is_best(trials: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Which rows of `sampled` are the best tenth by AP; at least one where there are any."""
+    ranks = sampled(trials)["AP"].rank(ascending=False, method="first")
+    return np.asarray(ranks <= math.ceil(BEST_SHARE * len(ranks)))
+
+
+def correlation_table(trials: pd.DataFrame) -> Table:
+    """Rank correlation of the AP with what a sample costs, with the chance of such a one."""
+    every = sampled(trials)
+    groups = {"random search": every[every["method"] == "random"], "all methods": every}
+    columns: dict[tuple[str, str], dict[str, str]] = {}
+    for name, rows in groups.items():
+        heading = f"{name} ({len(rows)} samples)"
+        for column, label in COST_COLUMNS.items():
+            enough = len(rows) > LEAST_SEEDS
+            rho, chance = stats.spearmanr(rows["AP"], rows[column]) if enough else (math.nan,) * 2
+            columns.setdefault((heading, "ρ"), {})[label] = _digits(rho, "{:+.2f}")
+            columns.setdefault((heading, "p"), {})[label] = _digits(chance, "{:.2g}")
+    frame = pd.DataFrame(columns).rename_axis("AP against")
+    return Table(
+        frame, "Rank correlation (Spearman) of AP with cost; p: as far from zero by chance"
+    )
+
+
+def cost_table(samples: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> Table:
+    """Check the two statements of section 5.1.5 on costs at the scale D0: a row a group.
+
+    Args:
+        samples: by name, the Multi-Adds [N] and the parameters [N] of a group.
+    """
+    rows = {}
+    for name, counted in samples.items():
+        flops, weights = (
+            PERCENT * (np.asarray(values, float) / known - 1)
+            for values, known in zip(counted, paper_cost("sp_efficientnet_b0"), strict=True)
+        )
+        if not flops.size:
+            continue
+        rows[name] = {
+            "samples": f"{flops.size:,}",
+            f"Multi-Adds ±{FLOPS_PERCENT:g} %": _share(np.abs(flops) <= FLOPS_PERCENT),
+            "Multi-Adds range": f"{flops.min():+.0f} to {flops.max():+.0f} %",
+            "fewer #Params": _share(weights < 0),
+            "#Params range": f"{weights.min():+.0f} to {weights.max():+.0f} %",
+        }
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("samples of")
+    return Table(frame, f"Samples within a range of {SP}'s cost at D0")
+
+
+def _share(which: npt.NDArray[np.bool_]) -> str:
+    return f"{PERCENT * which.mean():.1f} %"
+
+
+def space_table(*results_dirs: Dir) -> Table:
+    """What section 5.1.5 says of the whole space, as `effspinenet search space` counted it."""
+    caption = "Section 5.1.5 on uniform samples of the space; most: more than half"
+    paths = [Path(folder) / SPACE_FILE for folder in results_dirs]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return Table(pd.DataFrame(), f"{caption}: {NOT_RUN}")
+    rows = read_table(path, "space")
+    rows = rows[rows["stated"] != ""].sort_values("claim", kind="stable")
+    frame = pd.DataFrame(
+        {
+            "stated": rows["stated"],
+            "computed": rows["computed"].map("{:.1f}".format) + " " + rows["unit"],
+            "verdict": rows["verdict"],
+            "samples": rows["samples"].map("{:,}".format),
+        }
+    )
+    names = pd.Index(list(map(Text, rows["statement"])), dtype=object, name="statement")
+    return Table(frame.set_axis(names), caption)
+
+
+def paper_cost(model: str) -> Cost:
+    """Multi-Adds and parameters of a model's detector, from `cost/costs.csv`."""
+    costs = read_table(RESULTS_DIR / "cost" / "costs.csv", "cost")
+    rows = costs[(costs["model"] == model) & (costs["task"] == "detection")]
+    found = rows.drop_duplicates("metric").set_index("metric")["measured"]
+    return found["multi_adds"] * BILLION, found["parameters"] * MILLION
+
+
+# Plots
+
+
+def progress(trials: pd.DataFrame) -> Gallery:
+    """The best reward so far (left) and the mean of each batch (right), a line a search."""
+    best, means = {}, {}
+    for name, method, every in _searches(trials):
+        rows = searched(every)
+        if len(rows):
+            best[name, method] = pd.Series(rows["reward"].cummax().array, rows["trial"] + 1)
+            batches = rows.groupby("step")
+            ends = batches["trial"].max() + 1
+            means[name, method] = pd.Series(batches["reward"].mean().array, ends)
+    if not best:
+        return Gallery((empty_picture("Reward over time"),))
+    return Gallery(
+        (_lines(best, "best reward so far", steps=True), _lines(means, "mean reward of a batch"))
+    )
+
+
+def entropy(trials: pd.DataFrame) -> Picture:
+    """The entropy of a choice by each policy against samples; a line where it is uniform."""
+    found = {
+        (name, method): pd.Series(known["entropy"].array, known["trial"] + 1)
+        for name, method, rows in _searches(trials)
+        if len(known := rows.dropna(subset="entropy"))
+    }
+    if not found:
+        return empty_picture("Entropy of a policy")
+    uniform = math.log(len(SEARCH_SPACE))
+    return _lines(found, "entropy of a choice (nats)", uniform=uniform)
+
+
+def _lines(
+    series: Mapping[tuple[str, str], pd.Series[float]],
+    label: str,
+    steps: bool = False,
+    uniform: float = math.nan,
+) -> Picture:
+    with drawing():
+        figure = new_figure(PANEL_WIDTH if math.isnan(uniform) else WIDE, PANEL_HEIGHT)
+        axes = figure.add_subplot()
+        for (name, method), values in series.items():
+            axes.plot(
+                values.index,
+                values,
+                METHOD_LINES[method],
+                color=METHOD_COLOURS[method],
+                drawstyle="steps-post" if steps else "default",
+                linewidth=2,
+                label=name,
+            )
+        if not math.isnan(uniform):
+            axes.axhline(uniform, color=INK, linestyle=":", label="uniform")
+            axes.set_ylim(0, 1.1 * uniform)
+        axes.set(xlabel="samples", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        legend_above(axes, columns=3)
+        listed = words(
+            f"{name} from {values.iloc[0]:.2f} to {values.iloc[-1]:.2f}"
+            for (name, _), values in series.items()
+        )
+        return to_picture(figure, f"Lines: {label} against samples. {listed}.")
+
+
+def block_preference(trials: pd.DataFrame) -> Picture:
+    """Mean beta of each block in the best tenth and in the rest.
+
+    The bar at a block of the best tenth is the 95 % interval of the difference, so a bar that
+    does not reach the rest's mark is a difference that leaves out zero.
+    """
+    best, betas = _is_best(trials), beta_frame(trials)
+    if best.all():
+        return empty_picture("Which blocks gain", "too few samples" if len(best) else NOT_RUN)
+    found = [difference(betas.loc[best, block], betas.loc[~best, block]) for block in BLOCKS]
+    means, rest = betas[best].mean(), betas[~best].mean()
+    with drawing():
+        figure = new_figure(WIDE, PANEL_HEIGHT)
+        axes = figure.add_subplot()
+        label = f"the rest ({(~best).sum()} samples)"
+        axes.plot([b - 0.12 for b in BLOCKS], rest, "s", color="#56B4E9", label=label)
+        axes.errorbar(
+            [block + 0.12 for block in BLOCKS],
+            means,
+            yerr=[one.half_width for one in found],
+            fmt="o",
+            color="#D55E00",
+            elinewidth=1.2,
+            label=f"best tenth ({best.sum()} samples), 95 % interval of the difference",
+        )
+        axes.set_xticks(list(BLOCKS), list(map(str, LEVELS)))
+        axes.grid(visible=False, axis="x")
+        axes.set(xlabel="level of blocks 1 to 18, in order", ylabel="mean β")
+        legend_above(axes)
+        clear = [
+            f"block {block} (L{LEVELS[block - 1]}) by {one.mean:+.1f}"
+            for block, one in zip(BLOCKS, found, strict=True)
+            if one.conclusive
+        ]
+        alt = "Mean β of the blocks, best tenth against the rest. Outside the interval:"
+        return to_picture(figure, f"{alt} {words(clear) if clear else 'none'}.")
+
+
+def reference_dots(trials: pd.DataFrame) -> Picture:
+    """A dot a seed of the distributions that were trained at equal budget."""
+    again = references(trials)
+    names = dict.fromkeys((SP, D0, FOUND, *again["row"]))
+    values = {name: again.loc[again["row"] == name, "AP"].tolist() for name in names}
+    return seed_dots(values, f"AP (%), {_source(trials)}, one dot a seed", digits=2)
+
+
+def _source(trials: pd.DataFrame) -> str:
+    return SOURCE_NAMES[PROXY if trials.empty else trials["source"].iloc[0]]
+
+
+def samples(trials: pd.DataFrame) -> Gallery:
+    """Figure 5: Multi-Adds (left) and parameters (right) at D0 against AP, methods by colour.
+
+    The axes reach ±20 % around SP-EfficientNet-B0, as the paper's, or further where samples do;
+    the grey bands are ±20 %, and for Multi-Adds ±10 %. Stars are chosen distributions with the
+    mean over their seeds.
+    """
+    if sampled(trials).empty:
+        return Gallery((empty_picture("Samples of the search"),))
+    multi_adds, parameters = paper_cost("sp_efficientnet_b0")
+    bands, label = (AXIS_PERCENT, FLOPS_PERCENT), "Multi-Adds at D0 (B)"
+    return Gallery(
+        (
+            _scatter(trials, "multi_adds_d0", BILLION, multi_adds, label, bands),
+            _scatter(trials, "parameters_d0", MILLION, parameters, "#Params at D0 (M)", bands[:1]),
+        )
+    )
+
+
+def _scatter(
+    trials: pd.DataFrame,
+    column: str,
+    unit: float,
+    centre: float,
+    label: str,
+    bands: Sequence[float],
+) -> Picture:
+    rows, middle = sampled(trials), centre / unit
+    with drawing():
+        figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT + 0.4)
+        axes = figure.add_subplot()
+        for percent in bands:
+            _band(axes, middle, percent)
+        axes.axvline(middle, color=INK, linewidth=1, linestyle=":")
+        for method, name in METHOD_NAMES.items():
+            own = rows[rows["method"] == method]
+            axes.plot(
+                own[column] / unit,
+                own["AP"],
+                METHOD_MARKERS[method],
+                color=METHOD_COLOURS[method],
+                markersize=4.5,
+                markeredgewidth=0,
+                alpha=0.75,
+                label=name if len(own) else None,
+            )
+        colours = {f"best of {METHOD_NAMES[m]}": colour for m, colour in METHOD_COLOURS.items()}
+        stars = []
+        for star, own in references(trials).groupby("row", sort=False):
+            place, mean = float(own[column].iloc[0]) / unit, float(own["AP"].mean())
+            axes.plot(
+                [place],
+                [mean],
+                "*",
+                color=colours.get(str(star), family_colour(str(star))),
+                markeredgecolor=INK,
+                markersize=14,
+                zorder=3,
+                label=star,
+            )
+            stars.append(f"{star} at {place:.2f} with AP {mean:.2f} ({len(own)} runs)")
+        reach = middle * AXIS_PERCENT / PERCENT
+        left = min(float(rows[column].min()) / unit, middle - reach)
+        right = max(float(rows[column].max()) / unit, middle + reach)
+        margin = 0.02 * (right - left)
+        axes.set(xlim=(left - margin, right + margin))
+        axes.set(xlabel=label, ylabel=f"AP (%), {_source(trials)}")
+        legend_above(axes)
+        alt = f"Scatter: {label} against AP of {len(rows)} samples ({_source(trials)})"
+        chosen = words(stars) if stars else NOT_RUN
+        return to_picture(figure, f"{alt}, {SP} at {middle:.2f}. Chosen distributions: {chosen}.")
+
+
+def _band(axes: Axes, middle: float, percent: float) -> None:
+    reach = middle * percent / PERCENT
+    axes.axvspan(middle - reach, middle + reach, color=INK, alpha=0.1, linewidth=0)
+    axes.annotate(
+        f"±{percent:g} %",
+        (middle + reach, 1),
+        xycoords=("data", "axes fraction"),
+        ha="right",
+        va="top",
+        fontsize=8,
+    )

@@ -1,7 +1,7 @@
-"""Colours, drawing defaults and pictures that carry alternative text.
+"""How pictures and tables look: colours, drawing defaults, inline SVG and HTML.
 
-Pictures are inline SVG. Their ink is the colour of the surrounding text and their background is
-transparent, so that they read in light and in dark mode.
+A picture's ink is the colour of the surrounding text and its background is transparent, so that it
+reads in light and in dark mode.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from html import escape
 from typing import Any
 
 import matplotlib as mpl
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+
+NOT_RUN = "not run"
+NOT_PRINTED = "–"
 
 # Okabe and Ito's palette, which readers with any common colour blindness can tell apart.
 FAMILY_COLOURS = {
@@ -48,6 +52,7 @@ GROUND = "#EEEEEF"  # stands for the page's background in the same way
 FONT_SIZE = 10.0
 PIXELS_PER_INCH = 96  # of CSS
 LEAST_SCALE = 0.8  # a picture scrolls sideways rather than shrink below this share of its size
+WIDE, PANEL_WIDTH, PANEL_HEIGHT, STRIP = 7.0, 4.2, 3.3, 0.8  # inches
 
 _RC: Any = {
     "figure.facecolor": "none",
@@ -60,13 +65,8 @@ _RC: Any = {
     "ytick.labelsize": FONT_SIZE - 1,
     "legend.fontsize": FONT_SIZE - 1,
     "legend.frameon": False,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.titlecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
+    **dict.fromkeys(("text.color", "xtick.color", "ytick.color", "grid.color"), INK),
+    **dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "axes.titlecolor"), INK),
     "grid.alpha": 0.25,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -78,7 +78,7 @@ _RC: Any = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing with its alternative text; shows itself in notebooks and in the book.
+    """A drawing that shows itself in notebooks and in the book.
 
     Attributes:
         svg: the inline SVG element.
@@ -114,6 +114,91 @@ class Gallery:
         return "\n".join(map(repr, self.pictures))
 
 
+class Text(str):
+    """A table cell of running words: left-aligned, and broken into lines."""
+
+
+class Link(str):
+    """A table cell that leads elsewhere.
+
+    Attributes:
+        target: relative or absolute address.
+    """
+
+    target: str
+
+    def __new__(cls, text: str, target: str) -> Link:
+        """A cell that shows `text`."""
+        link = super().__new__(cls, text)
+        link.target = target
+        return link
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that shows itself in notebooks and in the book, scrolling sideways where narrow.
+
+    A row whose name begins with a model family carries the family's colour. Every name and cell is
+    escaped; a missing value is an empty cell.
+
+    Attributes:
+        frame: the cells; the index gives the row names.
+        caption: what the table shows.
+    """
+
+    frame: pd.DataFrame
+    caption: str
+
+    def _repr_html_(self) -> str:
+        head = "".join(_header_rows(self.frame.columns, str(self.frame.index.name or "")))
+        body = "".join(
+            f"<tr>{_row_heading(name)}{''.join(map(_cell, row))}</tr>"
+            for name, row in zip(self.frame.index, self.frame.itertuples(index=False), strict=True)
+        )
+        label = escape(self.caption)
+        return (
+            '<figure class="esn-table" style="margin:0"><div role="region" tabindex="0" '
+            f'aria-label="{label}" style="overflow-x:auto"><table class="table">'
+            f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
+            f"<figcaption>{label}</figcaption></figure>"
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.caption}\n{self.frame.to_string(na_rep='')}"
+
+
+def _header_rows(columns: pd.Index[Any], corner: str) -> Iterable[str]:
+    if not isinstance(columns, pd.MultiIndex):
+        cells = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in columns)
+        yield f'<tr><th scope="col">{escape(corner)}</th>{cells}</tr>'
+        return
+    cells = "".join(
+        f'<th scope="colgroup" colspan="{span}">{escape(str(group))}</th>'
+        for group, span in columns.get_level_values(0).value_counts(sort=False).items()
+    )
+    yield f'<tr><th scope="col" rowspan="2">{escape(corner)}</th>{cells}</tr>'
+    names = columns.get_level_values(1)
+    yield "".join(["<tr>", *(f'<th scope="col">{escape(str(n))}</th>' for n in names), "</tr>"])
+
+
+def _row_heading(name: Any) -> str:
+    if isinstance(name, Text):
+        return f'<th scope="row" class="esn-text">{escape(name)}</th>'
+    colour = FAMILY_COLOURS.get(family_of(str(name)))
+    mark = f' style="border-left:4px solid {colour}"' if colour else ""
+    return f'<th scope="row"{mark}>{escape(str(name))}</th>'
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Link):
+        return f'<td><a href="{escape(value.target)}">{escape(value)}</a></td>'
+    if isinstance(value, Text):
+        return f'<td class="esn-text">{escape(value)}</td>'
+    text = "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+    kind = ' class="esn-absent"' if text in (NOT_RUN, NOT_PRINTED) else ""
+    return f"<td{kind}>{escape(text)}</td>"
+
+
 @contextmanager
 def drawing() -> Iterator[None]:
     """Drawing defaults for the block: transparent ground, text-coloured ink, small grids."""
@@ -132,30 +217,33 @@ def to_picture(figure: Figure, alt: str) -> Picture:
     The same figure gives the same bytes.
 
     Raises:
-        ValueError: `alt` is empty; a picture without it is lost on some readers.
+        ValueError: `alt` is empty.
     """
     if not alt.strip():
         raise ValueError("a picture needs alternative text")
     buffer = io.StringIO()
     with mpl.rc_context({**_RC, "svg.hashsalt": alt}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    width, _ = figure.get_size_inches()
-    return Picture(_inline(buffer.getvalue(), alt, float(width)), alt)
-
-
-def _inline(svg: str, alt: str, width: float) -> str:
-    body = svg[svg.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    svg = buffer.getvalue()
+    body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     opening, rest = body.split(">", 1)
     opening = re.sub(r'\s(width|height)="[^"]*"', "", opening)
-    pixels = width * PIXELS_PER_INCH
+    pixels = float(figure.get_size_inches()[0]) * PIXELS_PER_INCH
     style = f"width:100%;max-width:{pixels:.0f}px;min-width:{LEAST_SCALE * pixels:.0f}px"
     attributes = f' role="img" aria-label="{escape(alt)}" style="{style};height:auto"'
     # Markdown ends an HTML block at an empty line.
     lines = [line for line in rest.splitlines() if line.strip()]
-    drawn = opening + attributes + ">" + "\n".join(lines)
+    drawn = f"{opening}{attributes}>" + "\n".join(lines)
     drawn = drawn.replace(INK.lower(), "currentColor")
-    return drawn.replace(GROUND.lower(), "var(--pst-color-background, #eeeeef)")
+    return Picture(drawn.replace(GROUND.lower(), "var(--pst-color-background, #eeeeef)"), alt)
+
+
+def empty_picture(what: str, reason: str = NOT_RUN) -> Picture:
+    """A strip that says why there is nothing to draw."""
+    with drawing():
+        figure = new_figure(WIDE, STRIP)
+        figure.text(0.5, 0.5, f"{what}: {reason}", ha="center", va="center", color=INK)
+        return to_picture(figure, f"{what}: {reason}.")
 
 
 def family_of(name: str) -> str:

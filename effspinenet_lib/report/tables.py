@@ -1,34 +1,32 @@
-"""Tables of the paper's numbers beside the measured ones, and of what was just run."""
+"""Tables of the paper's numbers beside the measured ones, of costs, of runs and of speed."""
 
 from __future__ import annotations
 
 import math
 import os
-import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
-from effspinenet_lib.report.style import FAMILY_COLOURS, family_of
-from effspinenet_lib.results import ResultsStore
-from effspinenet_lib.results.schemas import COST_UNITS
+from effspinenet_lib.report.statistics import (
+    COST,
+    PAPER,
+    PAPER_SCALE,
+    PERCENT,
+    PROXY,
+    MeanStd,
+    cell_spreads,
+)
+from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Link, Table, Text
+from effspinenet_lib.results import CURVE_FILE, FOLDERS, ResultsStore, read_table
+from effspinenet_lib.results.paper import ITEMS, RESULTS_DIR, paper_values
 
 # Profiles whose accuracy may be shown as a result; that of a smoke run means nothing.
 RESULT_PROFILES = ("proxy", "paper")
-PAPER, COST, PROXY, PAPER_SCALE = "paper", "cost", "proxy", "paper_scale"
-
-PAPER_HEADING = "paper"
-COST_HEADING = "measured"
-DEVIATION_HEADING = "deviation"
-PROXY_HEADING = "proxy"
-PAPER_SCALE_HEADING = "measured, paper's settings"
-NOT_RUN = "not run"
-NOT_PRINTED = "–"
-
+SMOKE = "smoke"
 COST_METRICS = ("multi_adds", "parameters")
 AP_METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 # As the paper heads its columns.
@@ -41,105 +39,66 @@ METRIC_NAMES = {
     "AP_M": "APₘ",
     "AP_L": "APₗ",
 }
-PERCENT = 100.0
+PAPER_SCALE_HEADING = "measured, paper's settings"
+MEASURED = "measured"
+OWN_FAMILIES = ("eff_spinenet", "sp_efficientnet")
+NOT_KEPT = "not kept"  # run folders are not committed
+BROWSER_DIGITS = 6  # the CSVs have all of them
+MEASUREMENT_COLUMNS = ["item", "row", "metric", "value", "unit", "source", "model", "seed"]
+MEASUREMENT_COLUMNS += ["data", "date", "commit", "note"]
+RUN_COLUMNS = ["profile", "model", "seed", "state", "steps", "images", "wall_seconds"]
+RUN_COLUMNS += ["images_per_second", "precision", "hardware", "torch", "date", "commit", "run"]
+
+Dir = str | os.PathLike[str]
+Cells = Mapping[tuple[str, str], float]
 
 
-class Text(str):
-    """A cell of running words: left-aligned, and broken into lines."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """A cell that leads elsewhere.
-
-    Attributes:
-        text: what is shown.
-        target: relative or absolute address.
-    """
-
-    text: str
-    target: str
-
-    def __str__(self) -> str:
-        return self.text
+# The paper's tables and what was measured
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table that shows itself in notebooks and in the book, scrolling sideways where narrow.
+class ItemResults:
+    """What is known of a table of the paper, each CSV read once.
 
     Attributes:
-        frame: the cells; the index gives the row names.
-        caption: what the table shows.
+        item: such as `table-08`.
+        profile: the one that ran.
+        paper: the paper's cells as measurements.
+        measured: measurements that may be shown as results, see `measured`.
+        runs: records of the profile's runs with the column `label`, in the order planned.
+        curves: training curves by label (columns `step`, `loss`), where the run's folder is here.
     """
 
-    frame: pd.DataFrame
-    caption: str
-
-    def _repr_html_(self) -> str:
-        return to_html(self.frame, self.caption)
-
-    def __repr__(self) -> str:
-        return f"{self.caption}\n{self.frame.to_string()}"
+    item: str
+    profile: str
+    paper: pd.DataFrame
+    measured: pd.DataFrame
+    runs: pd.DataFrame
+    curves: Mapping[str, pd.DataFrame]
 
 
-def to_html(frame: pd.DataFrame, caption: str) -> str:
-    """Write a table as HTML: every name and cell escaped, in a box that scrolls sideways.
+def read_item(
+    item: str, profile: str, labels: Mapping[str, str], *results_dirs: Dir
+) -> ItemResults:
+    """Read what is known of an item.
 
-    A row whose name begins with a model family carries the family's colour. A missing value is
-    an empty cell.
+    Args:
+        item: such as `table-08`.
+        profile: the one that ran.
+        labels: run key to a name for people.
+        *results_dirs: where the profile's runs are, then where else measurements may be.
     """
-    head = "".join(_header_rows(frame.columns, str(frame.index.name or "")))
-    body = "".join(
-        f"<tr>{_row_heading(name)}{''.join(_cell(value) for value in row)}</tr>"
-        for name, row in zip(frame.index, frame.itertuples(index=False), strict=True)
-    )
-    label = escape(caption)
-    return (
-        '<figure class="esn-table" style="margin:0"><div role="region" tabindex="0" '
-        f'aria-label="{label}" style="overflow-x:auto"><table class="table">'
-        f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
-        f"<figcaption>{label}</figcaption></figure>"
+    store = ResultsStore(Path(results_dirs[0]), profile)
+    runs = store.runs()
+    runs = runs.assign(label=runs["run"].map(labels)).dropna(subset="label")
+    paths = {label: store.runs_folder / key / CURVE_FILE for key, label in labels.items()}
+    curves = {label: pd.read_csv(path) for label, path in paths.items() if path.is_file()}
+    return ItemResults(
+        item, profile, paper_values(item), measured(item, profile, *results_dirs), runs, curves
     )
 
 
-def _header_rows(columns: pd.Index[Any], corner: str) -> Iterable[str]:
-    if not isinstance(columns, pd.MultiIndex):
-        cells = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in columns)
-        yield f'<tr><th scope="col">{escape(corner)}</th>{cells}</tr>'
-        return
-    groups = columns.get_level_values(0)
-    spans = groups.value_counts(sort=False)
-    cells = "".join(
-        f'<th scope="colgroup" colspan="{span}">{escape(str(group))}</th>'
-        for group, span in spans.items()
-    )
-    yield f'<tr><th scope="col" rowspan="2">{escape(corner)}</th>{cells}</tr>'
-    cells = "".join(
-        f'<th scope="col">{escape(str(name))}</th>' for name in columns.get_level_values(1)
-    )
-    yield f"<tr>{cells}</tr>"
-
-
-def _row_heading(name: Any) -> str:
-    if isinstance(name, Text):
-        return f'<th scope="row" class="esn-text">{escape(name)}</th>'
-    colour = FAMILY_COLOURS.get(family_of(str(name)))
-    mark = f' style="border-left:4px solid {colour}"' if colour else ""
-    return f'<th scope="row"{mark}>{escape(str(name))}</th>'
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, Link):
-        return f'<td><a href="{escape(value.target)}">{escape(value.text)}</a></td>'
-    if isinstance(value, Text):
-        return f'<td class="esn-text">{escape(value)}</td>'
-    text = "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
-    kind = ' class="esn-absent"' if text in (NOT_RUN, NOT_PRINTED) else ""
-    return f"<td{kind}>{escape(text)}</td>"
-
-
-def measured(item: str, profile: str, *results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
+def measured(item: str, profile: str, *results_dirs: Dir) -> pd.DataFrame:
     """Measurements of an item that may be shown as results.
 
     Costs as the profile that runs measured them, accuracy from the profiles `proxy` and `paper`;
@@ -153,77 +112,22 @@ def measured(item: str, profile: str, *results_dirs: str | os.PathLike[str]) -> 
     return rows.drop_duplicates(["row", "metric", "source", "seed"]).reset_index(drop=True)
 
 
-class HasCost(Protocol):
-    """What a cost measurement gives."""
-
-    @property
-    def multi_adds(self) -> int:
-        """Multiplications with their additions, for one image."""
-
-    @property
-    def parameters(self) -> int:
-        """Trained numbers."""
-
-
-def cost_rows(row: str, model: str, cost: HasCost) -> list[dict[str, Any]]:
-    """A measured cost as measurements, in the units of the paper's columns."""
-    return [
-        {
-            "row": row,
-            "model": model,
-            "task": "detection",
-            "metric": metric,
-            "value": getattr(cost, metric) / scale,
-            "unit": unit,
-            "source": COST,
-        }
-        for metric, (scale, unit) in COST_UNITS.items()
-    ]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Values of one cell over seeds.
-
-    Attributes:
-        mean: over the seeds.
-        sd: standard deviation of the sample; NaN for a single seed.
-        seeds: number of seeds.
-    """
-
-    mean: float
-    sd: float
-    seeds: int
-
-    def __str__(self) -> str:
-        spread = "" if math.isnan(self.sd) else f" ± {self.sd:.1f}"
-        return f"{self.mean:.1f}{spread} ({self.seeds})"
-
-
-def spreads(rows: pd.DataFrame) -> dict[tuple[str, str, str], Spread]:
-    """Mean, standard deviation and number of seeds by (row, metric, source).
-
-    Undefined values (NaN) are left out.
-    """
-    samples: dict[tuple[str, str, str], list[float]] = {}
-    for row in _rows(rows.dropna(subset="value")):
-        samples.setdefault((row.row, row.metric, row.source), []).append(float(row.value))
-    return {
-        key: Spread(
-            statistics.fmean(values),
-            statistics.stdev(values) if len(values) > 1 else math.nan,
-            len(values),
-        )
-        for key, values in samples.items()
-    }
-
-
-def comparison(
-    item: str,
-    paper: pd.DataFrame,
-    measurements: pd.DataFrame,
+def compare(
+    results: ItemResults,
     metrics: Sequence[str] = (*COST_METRICS, *AP_METRICS),
-) -> pd.DataFrame:
+    caption: str = "The paper's numbers beside the measured ones",
+) -> Table:
+    """The paper's table beside what was measured; see `comparison`.
+
+    Args:
+        results: of an item.
+        metrics: in the order wanted; those that the paper does not print are left out.
+        caption: of the table.
+    """
+    return Table(comparison(results.paper, results.measured, metrics), caption)
+
+
+def comparison(paper: pd.DataFrame, measured: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """Put the paper's values beside the measured ones: a row a model, a group a metric.
 
     Costs are compared with the measured cost and the deviation from the print; other metrics
@@ -232,44 +136,44 @@ def comparison(
     paper cell without a number says "–". No number crosses from one side to the other.
 
     Args:
-        item: which rows to take.
         paper: rows of source `paper`.
-        measurements: rows of the sources `cost`, `proxy` and `paper_scale`; others are ignored.
+        measured: rows of the sources `cost`, `proxy` and `paper_scale`; others are ignored.
         metrics: in the order wanted; those that the paper does not print are left out.
 
     Returns:
         Text cells; index "model" in the paper's order; columns (metric and unit, origin).
     """
-    paper = paper[(paper["item"] == item) & (paper["source"] == PAPER)]
-    found = spreads(measurements[measurements["item"] == item])
-    origins = [(PROXY, PROXY_HEADING)]
-    if any(source == PAPER_SCALE for _, _, source in found):
-        origins.append((PAPER_SCALE, PAPER_SCALE_HEADING))
+    paper = paper[paper["source"] == PAPER]
+    found = cell_spreads(measured)
     names = list(dict.fromkeys(paper["row"]))
-    printed = {(cell.row, cell.metric): float(cell.value) for cell in _rows(paper)}
-    units = {cell.metric: cell.unit for cell in _rows(paper)}
+    printed = paper.pivot_table("value", "row", "metric", aggfunc="first").reindex(names)
+    units = dict(zip(paper["metric"], paper["unit"], strict=True))
+    at_scale = any(source == PAPER_SCALE for _, _, source in found)
     columns: dict[tuple[str, str], list[str]] = {}
     for metric in (metric for metric in metrics if metric in units):
         heading = f"{METRIC_NAMES.get(metric, metric)} ({units[metric]})"
-        values = [printed.get((name, metric), math.nan) for name in names]
-        columns[heading, PAPER_HEADING] = [_printed(value) for value in values]
+        values = [float(printed[metric][name]) if metric in printed else math.nan for name in names]
+        columns[heading, PAPER] = [_printed(value) for value in values]
+
+        def column(source: str, metric: str = metric) -> list[MeanStd | None]:
+            return [found.get((name, metric, source)) for name in names]
+
         if metric in COST_METRICS:
-            costs = [found.get((name, metric, COST)) for name in names]
-            columns[heading, COST_HEADING] = [_cost(cost) for cost in costs]
-            pairs = zip(costs, values, strict=True)
-            columns[heading, DEVIATION_HEADING] = [_deviation(cost, v) for cost, v in pairs]
+            costs = [None if cost is None else cost.mean for cost in column(COST)]
+            columns[heading, MEASURED] = [NOT_RUN if c is None else _three(c) for c in costs]
+            columns[heading, "deviation"] = [
+                NOT_PRINTED if c is None or math.isnan(v) else _deviation(c, v)
+                for c, v in zip(costs, values, strict=True)
+            ]
             continue
-        for source, origin in origins:
-            columns[heading, origin] = [
-                str(found.get((name, metric, source), NOT_RUN)) for name in names
+        columns[heading, "proxy"] = [str(cell or NOT_RUN) for cell in column(PROXY)]
+        if at_scale:
+            columns[heading, PAPER_SCALE_HEADING] = [
+                str(cell or NOT_RUN) for cell in column(PAPER_SCALE)
             ]
     frame = pd.DataFrame(columns, index=pd.Index(names, name="model"))
     frame.columns = pd.MultiIndex.from_tuples(list(columns))
     return frame
-
-
-def _rows(frame: pd.DataFrame) -> Iterator[Any]:
-    return frame.itertuples(index=False)
 
 
 def _printed(value: float) -> str:
@@ -278,14 +182,249 @@ def _printed(value: float) -> str:
     return f"{value:.1f}" if value.is_integer() else f"{value:g}"
 
 
-def _cost(cost: Spread | None) -> str:
-    if cost is None:
-        return NOT_RUN
-    return f"{cost.mean:.2f}" if cost.mean >= 1 else f"{cost.mean:.3f}"
+def _three(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
 
 
-def _deviation(cost: Spread | None, printed: float) -> str:
-    if cost is None or math.isnan(printed):
-        return NOT_PRINTED
-    percent = round(PERCENT * (cost.mean / printed - 1), 1)
+def _deviation(value: float, printed: float) -> str:
+    percent = round(PERCENT * (value / printed - 1), 1)
     return f"{percent + 0.0:+.1f} %"  # adding zero turns -0.0 into 0.0
+
+
+def compare_cells(paper: pd.DataFrame, library: Cells) -> pd.DataFrame:
+    """Set every cell of a printed table beside the library's value for it.
+
+    Args:
+        paper: rows of source `paper`.
+        library: (row, metric) to value.
+
+    Returns:
+        Columns `row`, `metric`, `paper`, `library` (NaN where there is no number), `agrees` (a
+        cell that the print leaves empty is no disagreement) and `text`: "24 / 24", or with an
+        unequal sign where they differ.
+    """
+    printed = paper.set_index(["row", "metric"])["value"].astype(float)
+    own = pd.Series(library, dtype=float).rename_axis(["row", "metric"])
+    index = list(dict.fromkeys((*printed.index, *own.index)))
+    cells = pd.DataFrame({"paper": printed.reindex(index), "library": own.reindex(index)})
+    cells["agrees"] = cells["paper"].isna() | (cells["paper"] == cells["library"])
+    cells["text"] = [
+        f"{_number(c.paper)} {'/' if c.agrees else '≠'} {_number(c.library)}" for c in _rows(cells)
+    ]
+    return cells.reset_index()
+
+
+def agreement(cells: pd.DataFrame) -> str:
+    """Say how many of the printed cells of `compare_cells` the library's values match."""
+    printed = cells[cells["paper"].notna()]
+    return f"{int(printed['agrees'].sum())} of {len(printed)} printed cells agree."
+
+
+def _number(value: float) -> str:
+    return NOT_PRINTED if math.isnan(value) else f"{value:g}"
+
+
+def _rows(frame: pd.DataFrame) -> list[Any]:
+    return list(frame.itertuples(index=False))
+
+
+def runs(results: ItemResults) -> Table:
+    """What this machine ran: one row a run, with its loss but without any accuracy."""
+    rows = {}
+    for run in _rows(results.runs):
+        curve = results.curves.get(run.label)
+        ends = (
+            [NOT_KEPT] * 2 if curve is None else [f"{curve['loss'].iloc[i]:.2f}" for i in (0, -1)]
+        )
+        rows[run.label] = {
+            **{name: getattr(run, name) for name in ("model", "seed", "steps", "images")},
+            "seconds": f"{run.wall_seconds:.0f}",
+            "first loss": ends[0],
+            "last loss": ends[1],
+            "finished": "yes" if run.state == "finished" else "no",
+        }
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+    caption = f"Runs of the profile {results.profile}"
+    return Table(frame, caption if rows else f"{caption}: {NOT_RUN}")
+
+
+# Costs
+
+
+def cost_tables(costs: pd.DataFrame) -> list[Table]:
+    """One table for each table of the paper: printed and counted costs, and whether they agree.
+
+    Args:
+        costs: rows of `cost/costs.csv` with a printed number.
+    """
+    return [
+        Table(cost_frame(rows), f"Table {table_number(str(item))}")
+        for item, rows in costs.groupby("item", sort=True)
+    ]
+
+
+def table_number(item: str) -> int:
+    """8 of `table-08`."""
+    return int(item.removeprefix("table-"))
+
+
+def cost_frame(costs: pd.DataFrame, index: str = "row") -> pd.DataFrame:
+    """Printed and counted costs: a row a model, a group of columns a metric.
+
+    The last column of a group says "yes" where the count rounds to the printed digits, else by how
+    much it differs.
+
+    Args:
+        costs: rows of `cost/costs.csv` with a printed number, one for each metric and row.
+        index: column that names the rows.
+    """
+    names = list(dict.fromkeys(costs[index]))
+    columns: dict[tuple[str, str], Any] = {}
+    for metric, own in costs.groupby("metric", sort=False):
+        cells = own.set_index(index).reindex(names)
+        heading = f"{METRIC_NAMES[str(metric)]} ({own['unit'].iloc[0]})"
+        columns[heading, PAPER] = cells["printed"].map(_printed)
+        if metric == "multi_adds":
+            columns[heading, "authors' count"] = cells["authors_count"].map(_four)
+        counted = "multiply-adds" if metric == "multi_adds" else "counted"
+        columns[heading, counted] = cells["measured"].map(_four)
+        columns[heading, "as printed"] = [
+            "" if pd.isna(cell.printed) else "yes" if cell.as_printed == "yes" else _off(cell)
+            for cell in _rows(cells)
+        ]
+    frame = pd.DataFrame(columns, index=pd.Index(names, name="model"))
+    return frame.replace(NOT_PRINTED, "")
+
+
+def cost_differences(costs: pd.DataFrame) -> pd.Series[float]:
+    """Difference of each count from the print in percent.
+
+    The paper's own models are compared by the authors' count, the others by multiply-adds, as
+    their papers count.
+    """
+    own = costs["model"].str.startswith(OWN_FAMILIES)
+    return costs["authors_difference_percent"].where(own, costs["difference_percent"])
+
+
+def _four(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:#.4g}"
+
+
+def _off(cell: Any) -> str:
+    own = cell.model.startswith(OWN_FAMILIES)
+    percent = cell.authors_difference_percent if own else cell.difference_percent
+    return f"{round(percent, 1) + 0.0:+.1f} %"
+
+
+# The book's own tables
+
+
+def status(frame: pd.DataFrame, trained: Collection[str], caption: str) -> Table:
+    """What of the paper is rebuilt, with links to the pages as seen from `book/`.
+
+    Args:
+        frame: from `experiments.item_status`.
+        trained: items whose rows are trained.
+        caption: of the table.
+    """
+    rows = {}
+    for item in _rows(frame):
+        absent = NOT_RUN if item.item in trained else NOT_PRINTED
+        page = Link("page", f"../notebooks/{item.notebook}.html") if item.notebook else "not yet"
+        rows[item.item] = {
+            "shows": Text(item.title),
+            "rebuilt": page,
+            "cells": item.paper_values or NOT_PRINTED,
+            "cost": MEASURED if item.cost_rows else absent,
+            "proxy": MEASURED if item.proxy_rows else absent,
+            "paper's settings": MEASURED if item.paper_scale_rows else absent,
+        }
+    return Table(pd.DataFrame.from_dict(rows, orient="index").rename_axis("item"), caption)
+
+
+def every_measurement(results_dir: Dir) -> pd.DataFrame:
+    """Every number: the paper's and the measured ones, without the accuracy of smoke runs.
+
+    Args:
+        results_dir: the results folder; where it holds nothing of a profile, the checkout's.
+    """
+    frames = [paper_values(item) for item in ITEMS]
+    frames += [store.measurements() for store in _stores(results_dir)]
+    rows = pd.concat(frames, ignore_index=True)
+    rows = rows[rows["source"] != SMOKE]
+    rows = rows.drop_duplicates(["item", "row", "model", "metric", "source", "seed"])
+    return rows[MEASUREMENT_COLUMNS].reset_index(drop=True).map(_plain)
+
+
+def every_run(results_dir: Dir) -> pd.DataFrame:
+    """Every training run on record, smoke runs included: they have no accuracy here."""
+    rows = pd.concat([store.runs() for store in _stores(results_dir)], ignore_index=True)
+    return rows.drop_duplicates("run")[RUN_COLUMNS].reset_index(drop=True).map(_plain)
+
+
+def _stores(results_dir: Dir) -> list[ResultsStore]:
+    folders = dict.fromkeys((Path(results_dir).resolve(), RESULTS_DIR.resolve()))
+    return [ResultsStore(folder, profile) for folder in folders for profile in FOLDERS]
+
+
+def _plain(value: object) -> str:
+    """A cell as text, whole numbers without a point, nothing for a missing value."""
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.{BROWSER_DIGITS}g}"
+    return "" if value is pd.NA else str(value)
+
+
+# Speed
+
+
+def read_speed(results_dir: Dir) -> pd.DataFrame:
+    """The rows of `speed/speed.csv`."""
+    return read_table(Path(results_dir) / "speed" / "speed.csv", "speed")
+
+
+def speed_ratios(speed: pd.DataFrame, *benchmarks: str) -> Table:
+    """One row a comparison of some benchmarks: the ratio with its range, the goal, the times."""
+    rows = [
+        {
+            "ratio": f"{row.value:.2f}",
+            "range": f"{row.lowest:.2f} to {row.highest:.2f}",
+            "goal": "" if math.isnan(row.goal) else f"{row.goal:.1f}",
+            "reached": "" if math.isnan(row.goal) else "yes" if row.value >= row.goal else "no",
+            "ours, ms": _milliseconds(row.ours),
+            "peer, ms": _milliseconds(row.peer),
+            "settings": Text(row.settings),
+            "what": Text(row.what),
+        }
+        for row in _rows(speed[(speed["unit"] == "ratio") & speed["benchmark"].isin(benchmarks)])
+    ]
+    if not rows:
+        return Table(pd.DataFrame(), f"Ratios: {NOT_RUN}")
+    caption = "Medians of times taken in turn; above 1 this library is the faster one"
+    return Table(pd.DataFrame(rows).set_index("what"), caption)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+def speed_pivot(speed: pd.DataFrame, benchmark: str, caption: str) -> Table:
+    """Figures of a benchmark that are no ratios: a row a thing measured, a column a setting."""
+    found = speed[(speed["benchmark"] == benchmark) & (speed["unit"] != "ratio")]
+    if found.empty:
+        return Table(pd.DataFrame(), f"{caption}: {NOT_RUN}")
+    frame = found.pivot_table("value", "what", "settings", sort=False, aggfunc="first")
+    frame = frame.map(lambda value: "" if math.isnan(value) else f"{value:.0f}")
+    return Table(frame.rename(index=Text).rename_axis(None, axis="columns"), caption)
+
+
+def speed_figures(speed: pd.DataFrame, benchmark: str, caption: str) -> Table:
+    """Figures of a benchmark that are no ratios, one a row with its unit and settings."""
+    found = _rows(speed[(speed["benchmark"] == benchmark) & (speed["unit"] != "ratio")])
+    frame = pd.DataFrame(
+        {
+            "figure": [f"{row.value:.3g} {row.unit}" for row in found],
+            "settings": [Text("" if pd.isna(row.settings) else row.settings) for row in found],
+        },
+        index=pd.Index([Text(row.what) for row in found], dtype=object, name="what"),
+    )
+    return Table(frame, caption if found else f"{caption}: {NOT_RUN}")

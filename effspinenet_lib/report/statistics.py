@@ -1,0 +1,214 @@
+"""What seeds and specifications say in numbers: spreads, intervals, verdicts, shares of blocks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from scipy import stats
+
+from effspinenet_lib.models.specs import BackboneSpec, block_multi_adds, level_side
+from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Table
+
+if TYPE_CHECKING:
+    from effspinenet_lib.report.tables import ItemResults
+
+PAPER, COST, PROXY, PAPER_SCALE = "paper", "cost", "proxy", "paper_scale"
+# What the pages call measured accuracy, by its source. That of a smoke run is never shown.
+SOURCE_NAMES = {PROXY: "proxy", PAPER_SCALE: "paper's settings"}
+AGREES, DISAGREES, INCONCLUSIVE = "agrees", "disagrees", "inconclusive"
+CONFIDENCE = 0.95
+LEAST_SEEDS = 2  # a single seed has no spread
+PERCENT = 100.0
+# Section 5.1.4 names these groups of levels; level 1 is in none of them.
+LEVEL_GROUPS: dict[str, tuple[int, ...]] = {"L2": (2,), "L3 to L5": (3, 4, 5), "L6 and L7": (6, 7)}
+
+
+@dataclass(frozen=True)
+class MeanStd:
+    """Values of one cell over seeds.
+
+    Attributes:
+        mean: over the seeds.
+        sd: standard deviation of the sample; NaN for a single seed.
+        seeds: number of seeds.
+    """
+
+    mean: float
+    sd: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, digits: int = 1) -> str:
+        """Mean ± standard deviation (number of seeds)."""
+        spread = "" if math.isnan(self.sd) else f" ± {self.sd:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread} ({self.seeds})"
+
+
+def mean_std(values: pd.Series[float]) -> MeanStd:
+    """Mean, standard deviation and number of the values that are defined."""
+    return MeanStd(float(values.mean()), float(values.std()), int(values.count()))
+
+
+def cell_spreads(rows: pd.DataFrame) -> dict[tuple[str, str, str], MeanStd]:
+    """Spread over seeds of measurements by (row, metric, source); undefined values are left out."""
+    groups = rows.dropna(subset="value").groupby(["row", "metric", "source"])["value"]
+    return {(str(r), str(m), str(s)): mean_std(values) for (r, m, s), values in groups}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of one row's seeds minus mean of another's.
+
+    Attributes:
+        mean: the difference of the means; NaN where a row has no seed.
+        half_width: of its 95 % interval (Welch); NaN where a row has fewer than two seeds.
+        seeds: seeds of the two rows.
+    """
+
+    mean: float
+    half_width: float
+    seeds: tuple[int, int]
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether the 95 % interval leaves out zero."""
+        return abs(self.mean) > self.half_width
+
+    def text(self, digits: int = 1) -> str:
+        """The difference with its interval; "–" where there is no interval."""
+        if math.isnan(self.half_width):
+            return NOT_PRINTED
+        return f"{self.mean:+.{digits}f} ± {self.half_width:.{digits}f}"
+
+
+def difference(first: Sequence[float] | Any, second: Sequence[float] | Any) -> Difference:
+    """Welch's comparison of two samples, one value a seed."""
+    one, two = pd.Series(first, dtype=float), pd.Series(second, dtype=float)
+    counts = (len(one), len(two))
+    mean = float(one.mean() - two.mean())
+    if min(counts) < LEAST_SEEDS:
+        return Difference(mean, math.nan, counts)
+    shares = [float(values.var()) / len(values) for values in (one, two)]
+    if not any(shares):
+        return Difference(mean, 0.0, counts)
+    freedom = sum(shares) ** 2 / sum(s**2 / (n - 1) for s, n in zip(shares, counts, strict=True))
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+    return Difference(mean, quantile * math.sqrt(sum(shares)), counts)
+
+
+def compare_seeds(
+    first: pd.Series[float], second: pd.Series[float], claimed: float = math.nan, digits: int = 1
+) -> dict[str, str]:
+    """Cells of a comparison of two rows: their difference, its interval and a verdict.
+
+    Args:
+        first: values of one row, one a seed.
+        second: values of the other.
+        claimed: the paper's difference; NaN asks only whether the two differ.
+        digits: decimals.
+    """
+    found = difference(first, second)
+    seeds = "{} and {}".format(*found.seeds)
+    if not min(found.seeds):
+        return {"measured": NOT_RUN, "95 % interval": NOT_PRINTED, "seeds": seeds, "verdict": ""}
+    if not found.conclusive:
+        verdict = INCONCLUSIVE
+    elif math.isnan(claimed):
+        verdict = "higher" if found.mean > 0 else "lower"
+    else:
+        verdict = AGREES if found.mean * claimed > 0 else DISAGREES
+    low, high = found.mean - found.half_width, found.mean + found.half_width
+    return {
+        "measured": f"{found.mean:+.{digits}f}",
+        "95 % interval": NOT_PRINTED
+        if math.isnan(low)
+        else f"{low:+.{digits}f} to {high:+.{digits}f}",
+        "seeds": seeds,
+        "verdict": verdict,
+    }
+
+
+def compare(results: ItemResults, *names: str, metric: str = "AP") -> Table:
+    """Compare each named row with the next one: the paper's difference and the measured one.
+
+    "agrees" and "disagrees" take a 95 % interval (Welch) that leaves out zero.
+
+    Args:
+        results: of an item.
+        *names: rows, the one that the paper puts ahead first.
+        metric: what is compared.
+    """
+    printed = results.paper.query("metric == @metric").set_index("row")["value"]
+    measured = results.measured.query("metric == @metric").dropna(subset="value")
+    sources = [name for name in SOURCE_NAMES if name == PROXY or name in set(measured["source"])]
+    rows = {}
+    for better, worse in itertools.pairwise(names):
+        claimed = float(printed[better] - printed[worse])
+        for source in sources:
+            own = measured[measured["source"] == source]
+            first, second = (own.loc[own["row"] == name, "value"] for name in (better, worse))
+            label = f"{better} – {worse}, {SOURCE_NAMES[source]}"
+            cells = compare_seeds(first, second, claimed)
+            rows[label] = {"paper": f"{claimed:+.1f}", **cells}
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("difference")
+    return Table(frame, f"Differences in {metric}: the paper's and the measured ones")
+
+
+# Shares of a network
+
+
+def resource_shares(spec: BackboneSpec, input_size: int) -> tuple[float, ...]:
+    """Share of each block in the Multi-Adds of all blocks by Equation 2, in percent."""
+    costs = block_multi_adds(spec, input_size)
+    return tuple(PERCENT * cost / sum(costs) for cost in costs)
+
+
+def block_parameters(spec: BackboneSpec) -> tuple[float, ...]:
+    """Weights of each block by Equation 2, without the feature map's sides, repeats included."""
+    side = 2 ** max(block.level for block in spec.blocks)
+    costs = block_multi_adds(spec, side)
+    return tuple(
+        cost / level_side(side, block.level) ** 2
+        for cost, block in zip(costs, spec.blocks, strict=True)
+    )
+
+
+def by_level_group(spec: BackboneSpec, values: Sequence[float]) -> pd.Series[float]:
+    """Sums of a value of the blocks over groups of levels, and over all."""
+    levels = [block.level for block in spec.blocks]
+    groups = {"L1": (1,), **LEVEL_GROUPS, "all": tuple(range(1, 8))}
+    return pd.Series(
+        {
+            group: sum(v for v, level in zip(values, levels, strict=True) if level in own)
+            for group, own in groups.items()
+        }
+    )
+
+
+def level_shift(
+    before: tuple[str, BackboneSpec], after: tuple[str, BackboneSpec], input_size: int
+) -> pd.DataFrame:
+    """Parameters and Multi-Adds of the blocks by group of levels, by Equation 2 (section 5.1.4).
+
+    Args:
+        before: printed name and backbone before learning.
+        after: the same after it.
+        input_size: side of the square input image in pixels.
+    """
+    columns = {}
+    for quantity, unit, count in (
+        ("parameters (k)", 1e3, block_parameters),
+        ("Multi-Adds (M)", 1e6, lambda spec: block_multi_adds(spec, input_size)),
+    ):
+        old, new = (by_level_group(spec, count(spec)) / unit for _, spec in (before, after))
+        columns[quantity, before[0]] = old.map("{:.0f}".format)
+        columns[quantity, after[0]] = new.map("{:.0f}".format)
+        columns[quantity, "change"] = (new - old).map("{:+.0f}".format)
+    return pd.DataFrame(columns).rename_axis("levels")
