@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import socket
 import struct
 import tarfile
@@ -144,17 +143,20 @@ def fetched(server: FileServer, path: Path, **changes: object) -> bytes:
     return fetching.download(archive, path, server.url).read_bytes()
 
 
+@pytest.mark.parametrize("resets", [True, False])
 @pytest.mark.parametrize("knows_ranges", [True, False])
-def test_a_broken_connection_is_gone_on_with(
-    server: FileServer, tmp_path: Path, knows_ranges: bool
+def test_a_broken_connection_is_resumed(
+    server: FileServer, tmp_path: Path, knows_ranges: bool, resets: bool
 ) -> None:
     server.files["a.bin"] = CONTENT
     server.breaks_after, server.knows_ranges = [100_000, 50_000], knows_ranges
+    server.resets = resets
     assert fetched(server, tmp_path / "a.bin") == CONTENT
-    # Without ranges the answers begin anew, and 50,000 bytes are less than there were.
-    assert [asked for _, asked in server.asked[:2]] == [None, "bytes=100000-"]
-    third = "bytes=150000-" if knows_ranges else "bytes=50000-"
-    assert server.asked[2] == ("a.bin", third)
+    if not resets:  # what a reset connection has delivered is up to the system
+        # Without ranges the answers begin again, and 50,000 bytes are less than there were.
+        assert [asked for _, asked in server.asked[:2]] == [None, "bytes=100000-"]
+        third = "bytes=150000-" if knows_ranges else "bytes=50000-"
+        assert server.asked[2] == ("a.bin", third)
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
 
 
@@ -211,51 +213,6 @@ def test_an_unreachable_server_and_another_scheme_are_one_line(
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="only http"):
         fetching.download(archive, tmp_path / "a.bin", "file:///etc")
-
-
-def test_a_connection_that_is_reset_is_tried_again(server: FileServer, tmp_path: Path) -> None:
-    server.files["a.bin"] = CONTENT
-    server.breaks_after, server.resets = [100_000, 100_000], True
-    assert fetched(server, tmp_path / "a.bin") == CONTENT
-    assert len(server.asked) == 3
-
-
-@pytest.fixture
-def files_of_100_kb() -> Iterator[None]:
-    """A disk that takes no larger files, as FAT32 takes none from 4 GB on."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.usefixtures("files_of_100_kb")
-def test_a_file_that_cannot_grow_ends_the_fetch_and_is_kept(
-    server: FileServer, tmp_path: Path
-) -> None:
-    server.files["a.bin"] = CONTENT
-    with pytest.raises(UserError, match=r"a\.bin\.part: .*too large.*is kept") as caught:
-        fetched(server, tmp_path / "a.bin")
-    assert not isinstance(caught.value, DataError)
-    assert server.url not in str(caught.value)
-    assert len(server.asked) == 1
-    assert (tmp_path / "a.bin.part").read_bytes() == CONTENT[:100_000]
-
-
-@pytest.mark.parametrize("spoil", [
-    lambda folder: (folder / "a.bin.part").mkdir(),
-    lambda folder: (folder / "a.bin.part").symlink_to(folder / "missing" / "a.bin.part"),
-    lambda folder: (folder / "a.bin.part").symlink_to("a.bin.part"),
-])  # fmt: skip
-def test_a_file_that_cannot_be_opened_ends_the_fetch(
-    server: FileServer, tmp_path: Path, spoil: Callable[[Path], object]
-) -> None:
-    server.files["a.bin"] = CONTENT
-    spoil(tmp_path)
-    with pytest.raises(UserError, match=r"a\.bin\.part: cannot be used \(") as caught:
-        fetched(server, tmp_path / "a.bin")
-    assert not isinstance(caught.value, DataError)
-    assert len(server.asked) == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from effspinenet_lib.data import (
     open_dataset,
     require_same_categories,
 )
+from effspinenet_lib.data.dataset import InvalidData
 from effspinenet_lib.data.folders import DataWarning
 from effspinenet_lib.errors import DataError
 
@@ -171,102 +172,88 @@ def test_degenerate_boxes_are_dropped_with_one_counted_warning(tmp_path: Path) -
         assert len(dataset.ground_truth()["annotations"]) == 3
 
 
-def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    content = coco_content()
-    change(content)
-    return content
+GONE = object()
+# Table, index and changes of a record, and what is said of it.
+BAD_RECORDS: list[tuple[str, int, dict[str, Any], str]] = [
+    ("images", 1, {"width": GONE}, "image 10: lacks the key 'width'"),
+    ("images", 1, {"id": 30}, "image 30: the id occurs twice"),
+    ("images", 0, {"height": 0}, "image 30: height is 0"),
+    ("images", 0, {"id": "x"}, "image x: id is 'x'"),
+    ("images", 0, {"id": 10**400}, "an integer is needed"),
+    ("images", 0, {"file_name": "gone.png"}, "names the image gone.png, not found in"),
+    ("images", 0, {"file_name": "x" * 5000}, "names the image xxx"),
+    ("images", 0, {"file_name": "../../etc/passwd"}, "image 30: the file name .* leads out"),
+    ("images", 0, {"file_name": "/etc/passwd"}, "leads out of the data folder"),
+    ("images", 0, {"file_name": "..\\x.png"}, "leads out of the data folder"),
+    ("images", 0, {"file_name": ""}, "is not a name"),
+    ("images", 0, {"file_name": "\ud800.png"}, "is not a name"),
+    ("annotations", 0, {"bbox": GONE}, "annotation 1: lacks the key 'bbox'"),
+    ("annotations", 1, {"category_id": 99}, "annotation 2: category 99 is not listed"),
+    ("annotations", 2, {"image_id": 99}, "annotation 3: image 99 is not listed"),
+    ("annotations", 0, {"bbox": [1, 2, 3]}, "annotation 1: bbox is"),
+    ("annotations", 0, {"bbox": [1, 2, 3, "4"]}, "annotation 1: bbox is"),
+    ("annotations", 0, {"bbox": [1, 2, 3, float("nan")]}, "annotation 1: bbox is"),
+    ("annotations", 0, {"bbox": [1, 2, 3, 10**400]}, "annotation 1: bbox is"),
+    ("annotations", 0, {"area": "big"}, "area is 'big'"),
+    ("annotations", 0, {"iscrowd": 2}, "iscrowd is 2"),
+    ("annotations", 0, {"id": GONE, "bbox": 3}, "annotation number 1: bbox is"),
+]
+BAD_FILES: list[tuple[Any, str]] = [
+    ('{"images": [', r"is not JSON \(line 1"),
+    ("[]", "must be an object"),
+    ({"annotations": GONE}, "lacks the key 'annotations'"),
+    ({"images": {}}, "images must be a list"),
+    ({"images": [3]}, "image number 1: must be an object"),
+    ({"images": [], "annotations": []}, "lists no images"),
+    ({"categories": [], "annotations": []}, "lists no categories"),
+]
 
 
-BAD_COCO: dict[str, tuple[Any, str]] = {
-    "not JSON": ('{"images": [', r"is not JSON \(line 1"),
-    "a list": ("[]", "must be an object"),
-    "no annotations": (changed(lambda c: c.pop("annotations")), "lacks the key 'annotations'"),
-    "images no list": (changed(lambda c: c.update(images={})), "images must be a list"),
-    "no images": (changed(lambda c: c.update(images=[], annotations=[])), "lists no images"),
-    "no categories": (
-        changed(lambda c: c.update(categories=[], annotations=[])),
-        "lists no categories",
-    ),
-    "image without width": (
-        changed(lambda c: c["images"][1].pop("width")),
-        "image 10: lacks the key 'width'",
-    ),
-    "image id twice": (changed(lambda c: c["images"][1].update(id=30)), "image 30: .* twice"),
-    "image without height": (
-        changed(lambda c: c["images"][0].update(height=0)),
-        "image 30: height is 0",
-    ),
-    "image id no number": (changed(lambda c: c["images"][0].update(id="x")), "id is 'x'"),
-    "image no object": (changed(lambda c: c["images"].append(3)), "image number 4: must be"),
-    "no bbox": (
-        changed(lambda c: c["annotations"][0].pop("bbox")),
-        "annotation 1: lacks the key 'bbox'",
-    ),
-    "unlisted category": (
-        changed(lambda c: c["annotations"][1].update(category_id=99)),
-        "annotation 2: category 99 is not listed",
-    ),
-    "unlisted image": (
-        changed(lambda c: c["annotations"][2].update(image_id=99)),
-        "annotation 3: image 99 is not listed",
-    ),
-    "bbox of three": (
-        changed(lambda c: c["annotations"][0].update(bbox=[1, 2, 3])),
-        "annotation 1: bbox is",
-    ),
-    "bbox of text": (
-        changed(lambda c: c["annotations"][0].update(bbox=[1, 2, 3, "4"])),
-        "annotation 1: bbox is",
-    ),
-    "bbox not finite": (
-        changed(lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")])),
-        "annotation 1: bbox is",
-    ),
-    "area of text": (changed(lambda c: c["annotations"][0].update(area="big")), "area is 'big'"),
-    "iscrowd 2": (changed(lambda c: c["annotations"][0].update(iscrowd=2)), "iscrowd is 2"),
-    "missing image": (
-        changed(lambda c: c["images"][0].update(file_name="gone.png")),
-        r"names the image gone.png",
-    ),
-    "traversal": (
-        changed(lambda c: c["images"][0].update(file_name="../../etc/passwd")),
-        "image 30: the file name .* leads out",
-    ),
-    "absolute": (
-        changed(lambda c: c["images"][0].update(file_name="/etc/passwd")),
-        "leads out of the data folder",
-    ),
-    "windows traversal": (
-        changed(lambda c: c["images"][0].update(file_name="..\\x.png")),
-        "leads out of the data folder",
-    ),
-    "name too long for a file": (
-        changed(lambda c: c["images"][0].update(file_name="x" * 5000)),
-        "names the image x",
-    ),
-    "integer too large": (
-        changed(lambda c: c["images"][0].update(id=10**400)),
-        "an integer is needed",
-    ),
-    "bbox too large": (
-        changed(lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 10**400])),
-        "annotation 1: bbox is",
-    ),
-    "empty name": (changed(lambda c: c["images"][0].update(file_name="")), "is not a name"),
-    "name of half a character": (
-        changed(lambda c: c["images"][0].update(file_name="\ud800.png")),
-        "is not a name",
-    ),
-}
+def changed(record: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in {**record, **changes}.items() if value is not GONE}
 
 
-@pytest.mark.parametrize("case", BAD_COCO)
-def test_bad_coco_files_are_refused_in_one_line(tmp_path: Path, case: str) -> None:
-    content, message = BAD_COCO[case]
-    path = write_coco(tmp_path, content)
+def refused(root: Path, content: Any, message: str) -> DataError:
+    path = write_coco(root, content)
     with pytest.raises(DataError, match=message) as caught:
-        open_folder(tmp_path)
+        open_folder(root)
     assert one_line(caught).startswith(str(path))
+    return caught.value
+
+
+@pytest.mark.parametrize(("table", "index", "changes", "message"), BAD_RECORDS)
+def test_bad_records_are_refused_in_one_line(
+    tmp_path: Path, table: str, index: int, changes: dict[str, Any], message: str
+) -> None:
+    content = coco_content()
+    content[table][index] = changed(content[table][index], changes)
+    refused(tmp_path, content, message)
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_FILES)
+def test_bad_annotation_files_are_refused_in_one_line(
+    tmp_path: Path, content: Any, message: str
+) -> None:
+    if isinstance(content, dict):
+        content = changed(coco_content(), content)
+    refused(tmp_path, content, message)
+
+
+def test_all_faults_of_a_folder_are_found_at_once(tmp_path: Path) -> None:
+    content = coco_content()
+    content["annotations"][0]["bbox"] = [1, 2]
+    content["annotations"][2]["category_id"] = 99
+    error = refused(tmp_path / "a", content, r"annotation 1: bbox is .*\(2 faults; `.* data check`")
+    assert isinstance(error, InvalidData)
+    assert [fault.split(": ")[1] for _, fault in error.faults] == ["annotation 1", "annotation 3"]
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.faults) == (str(error), error.faults)
+    content = coco_content()
+    for record in content["images"][:2]:
+        record["file_name"] = f"gone {record['id']}.png"
+    error = refused(tmp_path / "b", content, r"\(2 faults;")
+    assert isinstance(error, InvalidData)
+    assert [name for name, _ in error.faults] == ["gone 10.png", "gone 30.png"]
 
 
 def test_an_unknown_split_lists_those_found(tmp_path: Path) -> None:
@@ -328,7 +315,9 @@ def test_images_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
 
 def test_different_category_lists_are_noticed(tmp_path: Path) -> None:
     write_coco(tmp_path / "a", coco_content())
-    write_coco(tmp_path / "b", changed(lambda c: c["categories"][0].update(name="lion")))
+    other = coco_content()
+    other["categories"][0]["name"] = "lion"
+    write_coco(tmp_path / "b", other)
     first, second = open_folder(tmp_path / "a"), open_folder(tmp_path / "b")
     require_same_categories(first, first)
     with pytest.raises(DataError, match="a train and b train do not list the same categories"):
@@ -422,18 +411,6 @@ def test_real_voc_reads_as_its_text_says(bccd: Path) -> None:
             assert read == expected
         assert dataset.load(0).image.shape == (480, 640, 3)
     assert dropped == 2
-
-
-def test_voc_ground_truth_evaluates(bccd: Path) -> None:
-    dataset = open_folder(bccd, "test", images=5)
-    truth = dataset.ground_truth()
-    index = COCO()
-    index.dataset = truth
-    index.createIndex()
-    counts = Counter(record["image_id"] for record in truth["annotations"])
-    assert [counts[dataset.image_id(i)] for i in range(5)] == [
-        len(dataset.load(i).boxes) for i in range(5)
-    ]
 
 
 ENTITIES = "".join(

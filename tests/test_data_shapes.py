@@ -367,16 +367,6 @@ def test_an_unwritable_cache_is_an_error_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_labels_that_cannot_be_kept_say_so_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = ShapeScenes("train", 2, 64, seed=9)
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(made, "folder", tmp_path / "file" / "made")
-    with pytest.raises(UserError, match="environment variable EFFSPINENET_CACHE"):
-        made.prepare("segmentation")
-
-
 def test_the_exported_folder_is_the_same_data_set(tmp_path: Path) -> None:
     config = DataConfig("shapescenes", train_images=5, eval_images=3, seed=2, image_size=96)
     files = export_coco(config, tmp_path)

@@ -20,7 +20,6 @@ from effspinenet_lib.data import (
     ObjectCrops,
     ShapeScenes,
     classes_of,
-    export_coco,
     open_dataset,
     training_loader,
 )
@@ -60,13 +59,6 @@ def test_coco_masks_are_pycocotools_own(tiny_coco: Path) -> None:
         assert all(np.array_equal(*pair) for pair in zip(sample.masks, expected, strict=True))
         masks += len(expected)
     assert masks > 300
-
-
-def test_an_exported_folder_has_the_same_masks(scenes: ShapeScenes, tmp_path: Path) -> None:
-    export_coco(SCENES, tmp_path)
-    folder = open_dataset(DataConfig("coco", str(tmp_path)), "train")
-    for index in range(0, len(scenes), 7):
-        assert np.array_equal(folder.masks(index), scenes.masks(index))
 
 
 TRUTH: dict[str, Any] = {
@@ -185,9 +177,3 @@ def test_crops_are_a_data_set_of_one_box_an_image(scenes: ShapeScenes) -> None:
         assert sample.boxes[0].tolist() == [x, y, x + w, y + h]
         assert sample.file_name == truth["images"][index]["file_name"]
     assert crops.describe()["objects"] == scenes.describe()["objects"]
-
-
-def test_crops_of_a_folder_of_pictures(tiny_coco: Path) -> None:
-    crops = open_dataset(DataConfig("coco", str(tiny_coco)), "eval", "classification")
-    pictures = [crops.load_image(index) for index in range(0, len(crops), 25)]
-    assert all(picture.shape[0] == picture.shape[1] for picture in pictures)

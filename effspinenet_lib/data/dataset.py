@@ -37,10 +37,16 @@ class InvalidData(DataError):  # noqa: N818 - it says what is wrong
         kind: "missing" for image files, else "invalid".
     """
 
-    def __init__(self, faults: Sequence[tuple[str, str]], kind: str = "invalid") -> None:
-        self.faults, self.kind = tuple(faults), kind
+    faults: tuple[tuple[str, str], ...] = ()
+    kind: str = "invalid"
+
+    @classmethod
+    def of(cls, faults: Sequence[tuple[str, str]], kind: str = "invalid") -> InvalidData:
+        """The error that holds `faults`."""
         more = f" ({len(faults)} faults; `effspinenet data check` lists them)"
-        super().__init__(faults[0][1] + (more if len(faults) > 1 else ""))
+        error = cls(faults[0][1] + (more if len(faults) > 1 else ""))
+        error.faults, error.kind = tuple(faults), kind
+        return error
 
 
 def collect_faults(check: Callable[..., Any], records: Iterable[Any]) -> list[Any]:
@@ -56,7 +62,7 @@ def collect_faults(check: Callable[..., Any], records: Iterable[Any]) -> list[An
         except DataError as error:
             faults.append(("", str(error)))
     if faults:
-        raise InvalidData(faults)
+        raise InvalidData.of(faults)
     return good
 
 

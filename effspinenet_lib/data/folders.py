@@ -349,7 +349,7 @@ class FolderDataset(Dataset):
                 if file not in present and not os.path.isfile(image_folder / file)
             ]
             if missing:
-                raise InvalidData(missing, "missing")
+                raise InvalidData.of(missing, "missing")
 
     @classmethod
     @abstractmethod
