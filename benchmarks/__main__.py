@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks import evaluation, loading, machine, memory, models, profile, scaling
 from benchmarks.record import Figure, to_rows, write
-from effspinenet_lib.results.csvfile import Row
+from effspinenet_lib.results.tables import Row
 from effspinenet_lib.training.allocation import keep_freed_memory
 
 Benchmark = Callable[[int, bool], Iterator[Figure]]

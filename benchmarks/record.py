@@ -1,4 +1,4 @@
-"""What the benchmarks write down: one row a figure, as `results.speed.SPEED` has them."""
+"""What the benchmarks write down: one row a figure, of the schema `speed`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.pairs import Ratio
-from effspinenet_lib.results.csvfile import Row, to_row, write_rows
-from effspinenet_lib.results.keys import current_commit, today
-from effspinenet_lib.results.speed import SPEED
+from effspinenet_lib.results import current_commit, today
+from effspinenet_lib.results.tables import Row, to_row, write_rows
 from effspinenet_lib.training.loop import describe_hardware
 
 SHOWN_DIGITS = 4
@@ -21,7 +20,7 @@ SHOWN_DIGITS = 4
 
 @dataclass(frozen=True)
 class Figure:
-    """One thing that was measured; the fields are columns of `SPEED`."""
+    """One thing that was measured; the fields are columns of the schema `speed`."""
 
     benchmark: str
     what: str
@@ -66,7 +65,7 @@ def to_rows(figures: Iterable[Figure]) -> list[Row]:
         "date": today(),
     }
     return [
-        to_row({**_rounded(figure), **around}, SPEED, f"the figure {figure.what!r}")
+        to_row({**_rounded(figure), **around}, "speed", f"the figure {figure.what!r}")
         for figure in figures
     ]
 
@@ -81,4 +80,4 @@ def _rounded(figure: Figure) -> dict[str, object]:
 def write(rows: list[Row], path: Path) -> None:
     """Write the record."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(path, SPEED, rows)
+    write_rows(path, "speed", rows)
