@@ -9,8 +9,8 @@ from effspinenet_lib.experiments import default_results_dir
 from effspinenet_lib.experiments.cost_table import read_cost_table
 from effspinenet_lib.models.cost import measure_cost
 from effspinenet_lib.models.zoo import create_model, list_models, model_entry
+from effspinenet_lib.results import COST_UNITS
 from effspinenet_lib.results.paper import paper_values
-from effspinenet_lib.results.schemas import COST_UNITS
 
 ITEMS = ("table-03", "table-06", "table-07", "table-08", "table-09", "table-10", "table-11")
 

@@ -19,8 +19,7 @@ from benchmarks.record import Figure, ratio_figure, to_rows, write
 from benchmarks.traffic import Traffic
 from effspinenet_lib import create_model
 from effspinenet_lib.errors import DataError
-from effspinenet_lib.results.csvfile import read_rows
-from effspinenet_lib.results.speed import SPEED
+from effspinenet_lib.results.tables import read_rows
 
 SIDE, CLASSES = 128, 3
 # Allocates, fills and frees 64 MiB ten times, then says how many pages the system had to clear.
@@ -121,7 +120,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_the_record_follows_its_schema_and_says_on_what_it_was_measured(results: Path):
-    rows = read_rows(results / "speed" / "speed.csv", SPEED)
+    rows = read_rows(results / "speed" / "speed.csv", "speed")
     values = ["2", "0.75", "0.75", "11.9", "312.1", "341.2", "400", "200"]
     assert [row["value"] for row in rows] == values
     assert (rows[0]["ours"], rows[0]["peer"]) == ("1000", "2000")

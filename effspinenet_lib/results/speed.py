@@ -1,3 +1,0 @@
-"""Former name of a schema."""
-
-SPEED = "speed"
