@@ -75,7 +75,7 @@ def build_book(
         UserError: the library is not installed from a checkout, a page fails, or the book has
             warnings; the message names the page or the log.
     """
-    parameters = experiments.check_parameters(profile, data_root, results_dir, seeds=seeds)
+    parameters = experiments.resolve_parameters(profile, data_root, results_dir, seeds=seeds)
     folder = ensure_folder(output or CHECKOUT / "_build" / "book").resolve()
     source = _stage(folder / "source")
     arguments = {

@@ -589,16 +589,10 @@ def test_results_validate_names_the_file_of_a_broken_row(run, repository, tmp_pa
 def test_reproduce_all_runs_each_item_that_needs_runs_once(run, monkeypatch, tmp_path):
     asked = []
 
-    def record(name, parameters, forced, micro_batch):
+    def record(name, parameters, micro_batch):
         asked.append(
             (name, parameters.profile.name, parameters.seeds, parameters.force, micro_batch)
         )
-        return real(name, parameters)
-
-    def real(name, parameters):
-        from effspinenet_lib.results import ResultsStore
-
-        return ResultsStore(parameters.results_dir, parameters.profile.name)
 
     monkeypatch.setattr(experiments, "reproduce", record)
     options = ("--results-dir", tmp_path, "--seeds", "3,4", "--force", "--micro-batch", 5)

@@ -1,4 +1,6 @@
-"""Items, parameters, planning, and runs in processes of their own."""
+"""Items, their rows and parameters, and the runs that an item needs."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -6,44 +8,196 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from effspinenet_lib import experiments
-from effspinenet_lib.data import DataConfig
-from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.experiments import ITEMS, check_parameters, planned_runs
-from effspinenet_lib.experiments.fanout import run_all
+from effspinenet_lib.data import DataConfig, export_coco
+from effspinenet_lib.errors import (
+    CheckpointError,
+    DataError,
+    TrainingError,
+    UnknownName,
+    UserError,
+)
+from effspinenet_lib.experiments import (
+    ITEMS,
+    PROFILES,
+    RunParameters,
+    find_row,
+    planned_runs,
+    resolve_parameters,
+    train_row,
+)
+from effspinenet_lib.experiments.items import Item, Profile, Row
+from effspinenet_lib.experiments.launcher import Outcome
+from effspinenet_lib.models.zoo import model_entry
+from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.results.paper import paper_values
 from effspinenet_lib.training.recipes import get_recipe
-from effspinenet_lib.training.run import RunConfig
+from effspinenet_lib.training.run import RunConfig, RunResult, read_result
+
+TABLES = ("table-03", "table-04", "table-05", "table-06", "table-07", "table-10", "table-11")
+# Rows that the paper prints and that nothing here trains.
+UNTRAINED = {
+    "ResNet-50-FPN +SE",  # printed N/A
+    "MobileNetv2 + DeepLabv3",
+    "ResNet-101 + DeepLabv3",
+}
+
+
+def parameters_of(folder: Path, profile: str = "paper", **changes) -> RunParameters:
+    chosen = PROFILES[profile]
+    return replace(RunParameters(chosen, None, folder, chosen.seeds), **changes)
 
 
 @pytest.fixture
 def smoke(tmp_path):
-    return check_parameters("smoke", results_dir=tmp_path)
+    return resolve_parameters("smoke", results_dir=tmp_path)
 
 
-def test_the_suite_knows_every_table_and_figure_of_the_paper():
-    assert [name for name in ITEMS if name.startswith("table")] == [
-        f"table-{number:02}" for number in range(1, 12)
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory) -> Path:
+    """A folder with COCO's layout and names of splits."""
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    config = DataConfig(
+        "shapescenes", None, "train2017", "val2017", train_images=6, eval_images=4, image_size=64
+    )
+    export_coco(config, folder)
+    return folder
+
+
+def split_lists(folder: Path, lists: str, names: tuple[str, ...]) -> Path:
+    for name in names:
+        path = folder / lists.format(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    return folder
+
+
+COCO_LISTS = "annotations/instances_{}.json"
+
+
+# Items and rows
+
+
+def test_the_suite_knows_every_table_and_figure_of_the_paper(repository):
+    assert list(ITEMS) == [
+        *(f"table-{number:02}" for number in range(1, 12)),
+        *(f"figure-{number:02}" for number in range(1, 6)),
     ]
-    assert [name for name in ITEMS if name.startswith("figure")] == [
-        f"figure-{number:02}" for number in range(1, 6)
-    ]
-
-
-def test_every_named_notebook_exists(repository):
     for item in ITEMS.values():
         if item.notebook:
             assert (repository / "notebooks" / f"{item.notebook}.ipynb").exists()
-
-
-def test_rows_carry_the_labels_of_the_papers_tables():
-    for item in ITEMS.values():
         if item.rows:
-            printed = set(paper_values(item.id)["row"])
-            assert {row.label for row in item.rows} <= printed
+            assert {row.label for row in item.rows} <= set(paper_values(item.id)["row"])
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_printed_row_can_be_trained_as_the_paper_has_it(table):
+    printed = paper_values(table).drop_duplicates("row").set_index("row")
+    assert set(printed.index) - UNTRAINED == {row.label for row in ITEMS[table].rows}
+    for row in ITEMS[table].rows:
+        assert (row.model, row.task) == tuple(printed.loc[row.label, ["model", "task"]])
+        assert row.task in model_entry(row.proxy_model or row.model).image_sizes
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("table", TABLES)
+def test_every_recipe_and_option_exists(tmp_path, table, profile):
+    recipes = set(PROFILES[profile].recipes.values())
+    for run in planned_runs(ITEMS[table], parameters_of(tmp_path, profile)):
+        assert run.config.options is not None
+        assert run.config.recipe.name in {*run.row.recipes.values(), *recipes}
+
+
+def test_the_proxy_trains_what_has_a_counterpart_of_equal_cost(tmp_path):
+    planned = {
+        table: Counter(run.row.group for run in planned_runs(ITEMS[table], parameters))
+        for parameters in [parameters_of(tmp_path, "proxy", seeds=(0,))]
+        for table in (*TABLES, "table-08", "table-09")
+    }
+    assert not {**planned["table-04"], **planned["table-05"]}, "recipes have no counterpart"
+    for table in ("table-03", "table-07", "table-08", "table-09", "table-10"):
+        assert "" not in planned[table]
+        assert min(planned[table].values()) >= 2, table
+    names = {run.config.model for run in planned_runs(ITEMS["table-07"], parameters_of(tmp_path))}
+    assert "mobilenetv2_nas_fpn" in names
+    proxy = planned_runs(ITEMS["table-07"], parameters_of(tmp_path, "proxy"))
+    assert "mobilenetv2_nas_fpn" not in {run.config.model for run in proxy}
+
+
+def test_rows_of_table_4_add_one_strategy_each(tmp_path):
+    runs = planned_runs(ITEMS["table-04"], parameters_of(tmp_path))
+    settings = {
+        run.row.label.removeprefix("Eff-SpineNet-D2 "): (
+            run.config.options.get("squeeze_excitation", True),
+            run.config.options.get("activation", "swish"),
+            run.config.recipe.steps // 462,
+            run.config.recipe.scale_jitter,
+            run.config.options["stochastic_depth"],
+        )
+        for run in runs
+        if run.config.model == "eff_spinenet_d2"
+    }
+    assert settings == {
+        "baseline": (False, "relu", 72, (0.8, 1.2), 0.0),
+        "+SE": (True, "relu", 72, (0.8, 1.2), 0.0),
+        "+ms train": (True, "relu", 650, (0.1, 2.0), 0.0),
+        "+Swish": (True, "swish", 650, (0.1, 2.0), 0.0),
+        "+SD": (True, "swish", 650, (0.1, 2.0), 0.2),
+    }
+
+
+def test_tables_share_runs(tmp_path, smoke):
+    keys = {
+        table: {run.row.label: run.config.key for run in planned_runs(ITEMS[table], parameters)}
+        for parameters, tables in (
+            (parameters_of(tmp_path), ("table-03", "table-04", "table-05")),
+            (smoke, ("table-08", "table-09")),
+        )
+        for table in tables
+    }
+    d2 = keys["table-03"]["Eff-SpineNet-D2"]
+    assert d2 == keys["table-04"]["Eff-SpineNet-D2 +SD"]
+    assert d2 == keys["table-05"]["Eff-SpineNet-D2 650 epochs"]
+    assert keys["table-03"]["ResNet-50-FPN"] == keys["table-04"]["ResNet-50-FPN +SD"]
+    assert keys["table-08"]["Eff-SpineNet-D0"] == keys["table-09"]["Eff-SpineNet-D0"]
+    assert len(set(keys["table-09"].values())) == 3
+
+
+def test_the_paper_profile_plans_the_papers_models(tmp_path):
+    data = split_lists(tmp_path / "coco", COCO_LISTS, ("train2017", "val2017"))
+    parameters = resolve_parameters("paper", data_root=data, results_dir=tmp_path)
+    configs = [run.config for run in planned_runs(ITEMS["table-08"], parameters)]
+    assert [c.model for c in configs] == ["sp_efficientnet_b0", "eff_spinenet_d0"]
+    assert {c.data.train_split for c in configs} == {"train2017"}
+    sizes = {
+        (table, run.config.model): run.config.image_size
+        for table in ("table-06", "table-07", "table-08", "table-10", "table-11")
+        for run in planned_runs(ITEMS[table], parameters_of(tmp_path))
+    }
+    assert sizes["table-06", "eff_spinenet_d1"] == 640
+    assert sizes["table-07", "eff_spinenet_m0"] == 256
+    assert sizes["table-08", "sp_efficientnet_b0"] == 512
+    assert sizes["table-10", "eff_spinenet_d1"] == 240
+    assert sizes["table-11", "eff_spinenet_d2"] == 512
+
+
+def test_a_row_is_found_by_label_or_model():
+    for name in ("Eff-SpineNet-D2", "eff-spinenet-d2", "eff_spinenet_d2"):
+        assert find_row(ITEMS["table-03"], name).label == "Eff-SpineNet-D2"
+    with pytest.raises(UnknownName, match="eff_spinenet_d2"):
+        find_row(ITEMS["table-03"], "eff_spinenet_d3")
+    with pytest.raises(UserError, match=r"5 rows of eff_spinenet_d2.*72 epochs"):
+        find_row(ITEMS["table-05"], "eff_spinenet_d2")
+
+
+# Parameters
 
 
 @pytest.mark.parametrize(
@@ -51,21 +205,21 @@ def test_rows_carry_the_labels_of_the_papers_tables():
     [
         ({"profile": "smok"}, "unknown profile 'smok'; did you mean smoke"),
         ({"accelerator": "cuda"}, "unknown accelerator 'cuda'"),
-        ({"engine": "rays"}, "unknown engine"),
+        ({"engine": "rays"}, "unknown engine 'rays'; did you mean ray?"),
         ({"seeds": "0,one"}, "seeds is '0,one'"),
         ({"seeds": "-1"}, "seeds is '-1'"),
         ({"devices": "0"}, "devices is '0'"),
         ({"devices": "many"}, "devices is 'many'"),
         ({"force": "yes"}, "force is 'yes'"),
         ({"profile": "paper"}, "set data_root"),
-        ({"profile": "paper", "data_root": "/nowhere"}, "/nowhere is none"),
+        ({"profile": "paper", "data_root": "/nowhere"}, "/nowhere does not exist"),
         ({"results_dir": "/proc/results"}, "cannot write in /proc/results"),
         ({"accelerator": "tpu"}, "'tpu' is not on this machine; it has cpu"),
     ],
 )
 def test_bad_parameters_stop_before_any_work(tmp_path, changes, message):
     with pytest.raises(UserError, match=r"^[^\n]+$") as caught:
-        check_parameters(**{"results_dir": tmp_path, **changes})
+        experiments.reproduce("table-08", **{"results_dir": tmp_path, **changes})
     assert message in str(caught.value)
     assert not list(tmp_path.rglob("*.csv"))
 
@@ -75,21 +229,18 @@ def test_bad_parameters_stop_before_any_work(tmp_path, changes, message):
     [("", (0,)), (None, (0,)), (0, (0,)), (1, (1,)), ("0,1, 2", (0, 1, 2)), ([3, 3], (3,))],
 )
 def test_seeds_come_as_papermill_gives_them(tmp_path, seeds, resolved):
-    assert check_parameters("smoke", results_dir=tmp_path, seeds=seeds).seeds == resolved
+    assert resolve_parameters("smoke", results_dir=tmp_path, seeds=seeds).seeds == resolved
 
 
-def test_unknown_item_lists_the_near_ones(smoke):
+def test_a_clusters_devices_are_not_this_machines(tmp_path):
+    on_ray = resolve_parameters("smoke", results_dir=tmp_path, engine="ray", accelerator="tpu")
+    assert (on_ray.device, on_ray.devices) == ("tpu", 0)
+    assert resolve_parameters("smoke", results_dir=tmp_path, devices="3").devices == 3
+
+
+def test_unknown_item_lists_the_near_ones(tmp_path):
     with pytest.raises(UnknownName, match="table-08"):
-        experiments.reproduce("table-8", smoke)
-
-
-def test_rows_of_two_tables_share_a_run(smoke):
-    keys = {
-        name: {run.row.label: run.config.key for run in planned_runs(ITEMS[name], smoke)}
-        for name in ("table-08", "table-09")
-    }
-    assert keys["table-08"]["Eff-SpineNet-D0"] == keys["table-09"]["Eff-SpineNet-D0"]
-    assert len(set(keys["table-09"].values())) == 3
+        experiments.reproduce("table-8", results_dir=tmp_path)
 
 
 def test_a_run_key_depends_on_what_changes_the_result(smoke):
@@ -118,42 +269,130 @@ def test_moved_data_is_the_same_data():
     assert first.key == second.key
 
 
-def test_the_paper_profile_plans_the_papers_models(tmp_path):
-    (tmp_path / "coco" / "annotations").mkdir(parents=True)
-    for split in ("train2017", "val2017"):
-        (tmp_path / "coco" / "annotations" / f"instances_{split}.json").write_text("{}")
-    parameters = check_parameters("paper", data_root=tmp_path / "coco", results_dir=tmp_path)
-    configs = [run.config for run in planned_runs(ITEMS["table-08"], parameters)]
-    assert [c.model for c in configs] == ["sp_efficientnet_b0", "eff_spinenet_d0"]
-    assert {c.image_size for c in configs} == {512}
-    assert {c.data.train_split for c in configs} == {"train2017"}
+# Data
 
 
-def test_a_smoke_table_is_measured_reused_and_labelled(smoke):
-    store = experiments.reproduce("table-08", smoke, progress=False)
+@pytest.mark.parametrize("names", [("train2017", "val2017"), ("train", "val")])
+def test_splits_of_a_coco_folder_are_found_by_name(tmp_path, names):
+    folder = split_lists(tmp_path / "own", COCO_LISTS, names)
+    config = planned_runs(ITEMS["table-03"], parameters_of(tmp_path, data_root=folder))[0].config
+    assert (config.data.train_split, config.data.eval_split) == names
+    assert config.data.root == str(folder)
+
+
+def test_segmentation_takes_the_augmented_list_where_there_is_one(tmp_path):
+    lists = "ImageSets/Segmentation/{}.txt"
+    folder = split_lists(tmp_path / "voc", lists, ("train", "val"))
+    (tmp_path / "weights").write_bytes(b"")
+    parameters = parameters_of(tmp_path, data_root=folder, initial_weights=tmp_path / "weights")
+    assert planned_runs(ITEMS["table-11"], parameters)[0].config.data.train_split == "train"
+    split_lists(folder, lists, ("train_aug",))
+    data = planned_runs(ITEMS["table-11"], parameters)[0].config.data
+    assert (data.format, data.train_split) == ("voc_segmentation", "train_aug")
+
+
+def test_a_folder_without_the_splits_is_one_clear_line(tmp_path):
+    folder = split_lists(tmp_path / "own", COCO_LISTS, ("training",))
+    with pytest.raises(DataError, match=r"no splits train2017/val2017 nor train/val"):
+        planned_runs(ITEMS["table-03"], parameters_of(tmp_path, data_root=folder))
+
+
+def test_a_row_that_starts_from_another_says_which_weights_are_missing(tmp_path):
+    run = planned_runs(ITEMS["table-11"], parameters_of(tmp_path))[0]
+    d0 = planned_runs(ITEMS["table-03"], parameters_of(tmp_path))[0].config
+    assert run.config.initial_weights is not None
+    assert Path(run.config.initial_weights).parent.name == d0.key
+    with pytest.raises(CheckpointError, match=rf"{d0.key}.*initial weights cannot be read"):
+        _ = run.config.key
+
+
+# Reproducing an item
+
+
+def test_a_smoke_table_is_measured_reused_and_labelled(tmp_path, monkeypatch):
+    results = experiments.reproduce("table-08", results_dir=tmp_path, progress=False)
+    store = results.parameters.store
     frame = store.measurements("table-08")
-    costs = frame[frame["source"] == "cost"].set_index(["row", "metric"])["value"]
-    assert costs["Eff-SpineNet-D0", "multi_adds"] == pytest.approx(2.51, abs=0.005)
-    assert costs["SP-EfficientNet-B0", "parameters"] == pytest.approx(4.44, abs=0.005)
     assert set(frame["source"]) == {"cost", "smoke"}
     runs = store.runs()
-    assert set(runs["state"]) == {"finished"}
-    assert set(runs["profile"]) == {"smoke"}
-    assert len(runs) == 2
+    assert runs[["state", "profile"]].to_numpy().tolist() == [["finished", "smoke"]] * 2
+
+    assert results.paper.equals(paper_values("table-08"))
+    costs = frame[frame["source"] == "cost"].set_index(["row", "metric"])["value"]
+    shown = results.measured[results.measured["source"] == "cost"]
+    assert shown.set_index(["row", "metric"])["value"].equals(costs)
+    assert "smoke" not in set(results.measured["source"]), "says nothing about accuracy"
+    assert set(results.runs["label"]) == set(results.labels.values()) == set(results.curves)
+    assert results.runs["label"].tolist()[0].endswith(", seed 0")
+    assert {"step", "loss"} <= set(results.curves["Eff-SpineNet-D0, seed 0"])
 
     stamps = {path: path.stat().st_mtime_ns for path in store.folder.glob("runs/*/run.json")}
-    again = experiments.reproduce("table-08", smoke, progress=False)
+    opened: list[Path] = []
+    read = ResultsStore.runs
+    monkeypatch.setattr(ResultsStore, "runs", lambda self: opened.append(self.folder) or read(self))
+    again = experiments.reproduce("table-08", results_dir=tmp_path, progress=False)
+    assert max(Counter(opened).values()) <= 2, "before the runs and after them, not for every run"
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    assert again.measurements("table-08").equals(frame)
+    assert again.parameters.store.measurements("table-08").equals(frame)
 
     # Table 9 shares one of the runs: two more are run, not three.
-    experiments.reproduce("table-09", smoke, progress=False)
-    assert len(store.runs()) == 4
+    trained = pretend(monkeypatch)
+    experiments.reproduce("table-09", results_dir=tmp_path, progress=False)
+    assert len(trained) == 2
     assert len(store.measurements("table-09").query("metric == 'AP'")) == 3
 
 
-def test_seeds_of_other_settings_are_dropped(smoke):
-    store = experiments.reproduce("table-08", smoke, progress=False)
+def pretend(monkeypatch, failing: str = "") -> list[str]:
+    """Put runs that take no training in place of the launcher's; the keys of those that ran."""
+    trained: list[str] = []
+
+    def run(configs, *_):
+        for config in configs:
+            trained.append(config.key)
+            key, images = config.key, 12 * config.recipe.batch_size
+            record = {
+                **{"run": key, "state": "finished", "model": config.model, "task": config.task},
+                **{"seed": config.seed, "steps": config.recipe.steps, "images": images},
+                **{"config": config.to_dict(), "commit": "0123456789", "date": "2026-01-31"},
+            }
+            result = RunResult(
+                key, {"AP": float(len(trained))}, 12, images, 1.0, 1.0, Path(key), record
+            )
+            if config.model == failing:
+                error = TrainingError("the loss of step 3 is not finite")
+                yield Outcome(config, 1, Path(key) / "worker.log", error=error)
+            else:
+                yield Outcome(config, 1, Path(key) / "worker.log", result)
+
+    monkeypatch.setattr("effspinenet_lib.experiments.reproduction.run_many", run)
+    return trained
+
+
+def test_items_share_what_force_has_trained(smoke, monkeypatch):
+    """`reproduce table-08 table-09 --force` trains what both need once."""
+    trained = pretend(monkeypatch)
+    experiments.reproduce("table-08", smoke, progress=False)
+    assert len(trained) == 2
+    forced = replace(smoke, force=True, started=set())
+    for name in ("table-08", "table-09", "table-08"):
+        experiments.reproduce(name, forced, progress=False)
+    assert len(trained) == 2 + 2 + 2
+
+
+def test_an_item_without_runs_in_the_profile_has_its_costs(tmp_path):
+    results = experiments.reproduce(
+        "table-05", profile="proxy", results_dir=tmp_path, progress=False
+    )
+    assert set(results.measured["source"]) == {"cost"}
+    assert results.labels == {}
+    assert results.runs.empty
+    assert experiments.reproduce("figure-02", results_dir=tmp_path).measured.empty
+
+
+def test_seeds_of_other_settings_are_dropped(smoke, monkeypatch):
+    pretend(monkeypatch)
+    experiments.reproduce("table-08", smoke, progress=False)
+    store = smoke.store
     (run, *_) = planned_runs(ITEMS["table-08"], smoke)
     config = run.config.to_dict()
     record = {**store.run(run.config.key), "seed": 7}
@@ -168,58 +407,107 @@ def test_seeds_of_other_settings_are_dropped(smoke):
     assert set(store.measurements("table-08")["seed"].dropna().astype(int)) == {0, 7}
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_a_failed_run_names_its_log_and_the_others_are_kept(tmp_path, smoke, force):
-    good, bad = (run.config for run in planned_runs(ITEMS["table-08"], smoke))
-    bad = RunConfig.from_dict(
-        {**bad.to_dict(), "data": DataConfig("coco", root=str(tmp_path / "none")).to_dict()}
+def test_a_failed_run_names_its_log_and_the_others_are_recorded(smoke, monkeypatch):
+    pretend(monkeypatch, failing="eff_spinenet_m0")
+    said = (
+        r"^1 of 2 runs failed; .* the loss of step 3 is not finite \(log: .*worker\.log\).*resume"
     )
-    results = []
-
-    def collect():
-        for result in run_all(
-            [good, bad], tmp_path / "runs", processes=2, force=force, progress=False
-        ):
-            results.append(result.key)
-
-    with pytest.raises(UserError, match=r"1 of 2 runs failed.*worker\.log") as caught:
-        collect()
-    assert results == [good.key]
-    assert "Traceback" not in str(caught.value)
+    with pytest.raises(TrainingError, match=said):
+        experiments.reproduce("table-08", smoke, progress=False)
+    assert smoke.store.runs()["model"].tolist() == ["sp_efficientnet_m0"]
 
 
-def test_workers_end_with_the_process_that_started_them(tmp_path, smoke):
-    config = planned_runs(ITEMS["table-08"], smoke)[0].config
-    endless = RunConfig.from_dict(
-        {**config.to_dict(), "recipe": get_recipe("proxy_detection").to_dict()}
+def test_the_status_counts_what_the_files_hold(tmp_path):
+    store = ResultsStore(tmp_path, "proxy")
+    row = {"row": "Eff-SpineNet-D0", "model": "eff_spinenet_m0", "task": "detection"}
+    row = {**row, "data": "-", "metric": "AP", "unit": "%"}
+    store.add_measurements("table-08", [{**row, "value": 1.0, "seed": seed} for seed in (0, 1)])
+    status = experiments.item_status(tmp_path, tmp_path).set_index("item")
+    assert list(status.index) == list(ITEMS)
+    assert status.loc["table-08", ["cost_rows", "proxy_rows", "paper_scale_rows"]].tolist() == [
+        *(0, 2, 0)
+    ]
+    assert status.loc["table-08", "paper_values"] == len(paper_values("table-08"))
+    assert isinstance(status, pd.DataFrame)
+
+
+# One row, trained in this process. The paper's profile at a size that a test can train.
+
+TINY = Profile("paper", {"detection": "paper_detection"}, (0,), 64, None)
+ITEM = Item("table-07", "Mobile detection", rows=(Row("Eff-SpineNet-M0", "eff_spinenet_m0"),))
+
+
+def tiny(folder: Path, coco: Path, **changes) -> RunParameters:
+    return replace(RunParameters(TINY, coco, folder, (0,)), **changes)
+
+
+def test_a_row_of_a_few_steps_is_recorded_and_says_so(tmp_path, coco):
+    parameters = tiny(tmp_path, coco)
+    result = train_row(ITEM, ITEM.rows[0], parameters, max_steps=2, progress=False)
+    store = ResultsStore(tmp_path, "paper")
+    frame = store.measurements("table-07")
+    measured = frame[frame["source"] == "paper_scale"]
+    assert set(measured["row"]) == {"Eff-SpineNet-M0"}
+    assert set(measured["note"]) == {"2 of 38,438,400 steps, recipe scaled from batch 256 to 2"}
+    assert set(measured["data"]) == {"coco (pictures), train2017/val2017, 64x64"}
+    assert dict(zip(measured["metric"], measured["value"], strict=True)) == pytest.approx(
+        result.metrics, nan_ok=True
     )
-    request = tmp_path / "request.json"
-    request.write_text(json.dumps(endless.to_dict()))
-    script = (
-        "import json, sys; from effspinenet_lib.experiments.fanout import run_all; "
-        "from effspinenet_lib.training.run import RunConfig; "
-        "config = RunConfig.from_dict(json.load(open(sys.argv[1]))); "
-        "list(run_all([config], sys.argv[2], processes=1, progress=False))"
+    assert {"multi_adds", "parameters"} <= set(frame[frame["source"] == "cost"]["metric"])
+    record = store.run(result.key)
+    assert (record["state"], int(record["steps"])) == ("partial", 2)
+    shown = experiments.read_results(ITEM, parameters).measured
+    assert set(shown["source"]) == {"cost"}, "a partial run is never shown"
+
+    more = train_row(ITEM, ITEM.rows[0], parameters, max_steps=3, progress=False)
+    assert more.key == result.key
+    notes = set(store.measurements("table-07").query("source != 'cost'")["note"])
+    assert notes == {"3 of 38,438,400 steps, recipe scaled from batch 256 to 2"}
+
+
+def test_a_batch_in_parts_is_not_scaled(tmp_path, coco):
+    profile = replace(TINY, recipes={"detection": "smoke_detection"})
+    parameters = tiny(tmp_path, coco, profile=profile)
+    result = train_row(ITEM, ITEM.rows[0], parameters, micro_batch=2, max_steps=1, progress=False)
+    assert result.images == get_recipe("smoke_detection").batch_size == 4
+    notes = set(ResultsStore(tmp_path, "paper").measurements("table-07")["note"].fillna(""))
+    assert notes == {"", "1 of 12 steps"}
+
+
+def test_a_few_steps_do_not_replace_what_a_longer_run_measured(tmp_path, coco):
+    parameters = tiny(tmp_path, coco)
+    first = train_row(ITEM, ITEM.rows[0], parameters, max_steps=2, progress=False)
+    store = ResultsStore(tmp_path, "paper")
+    before = store.measurements("table-07")
+    with pytest.raises(UserError, match=rf"run {first.key}, of 4 images.*another results folder"):
+        train_row(ITEM, ITEM.rows[0], parameters, batch_size=3, max_steps=1, progress=False)
+    assert store.measurements("table-07").equals(before)
+
+
+def test_a_row_is_killed_and_resumed(tmp_path, coco):
+    """In a process of its own, as a user does it."""
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
+        "from test_experiments import *; "
+        "train_row(ITEM, ITEM.rows[0], tiny(Path(sys.argv[2]), Path(sys.argv[3])), max_steps=3)"
     )
-    runs = tmp_path / "runs"
-    parent = subprocess.Popen([sys.executable, "-c", script, str(request), str(runs)])
-    try:
-        _wait((runs / endless.key / "curve.csv").exists)
-        (worker,) = _children(parent.pid)
-    finally:
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
-    _wait(lambda: not os.path.exists(f"/proc/{worker}"))
-
-
-def _children(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as handle:
-        return [int(child) for child in handle.read().split()]
-
-
-def _wait(condition, seconds=300):
-    """Wait for a condition; the limit is generous, as machines that test are often busy."""
-    deadline = time.monotonic() + seconds
-    while not condition():
+    folder = tmp_path / "results"
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(folder), str(coco)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, **quiet)
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("paper_scale/runs/*/config.json")):
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(folder.glob("paper_scale/*.csv"))
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    (run,) = (folder / "paper_scale" / "runs").iterdir()
+    result = read_result(run)
+    assert result is not None
+    assert result.steps == 3
+    assert (folder / "paper_scale" / "table-07.csv").exists()

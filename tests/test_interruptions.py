@@ -35,7 +35,7 @@ from effspinenet_lib.errors import (
     TrainingError,
     UserError,
 )
-from effspinenet_lib.experiments import fanout, reproduction
+from effspinenet_lib.experiments import launcher, reproduction
 from effspinenet_lib.files import write_json
 from effspinenet_lib.training import logs, loop, stopping, trainer
 from effspinenet_lib.training.checkpoint import list_checkpoints, load_checkpoint
@@ -166,9 +166,10 @@ def train(config: RunConfig, runs: Path, **options: Any) -> int:
     return 0
 
 
-def train_as_fanout_does(runs: Path) -> int:
-    write_json(runs / "request.json", DETECTION.to_dict())
-    return fanout.main([str(runs / "request.json"), str(runs)])
+def train_as_the_launcher_does(runs: Path) -> int:
+    request = {"config": DETECTION.to_dict(), "runs_dir": str(runs), "options": {}}
+    write_json(runs / "request.json", {**request, "function": launcher.TRAIN})
+    return launcher.main(str(runs / "request.json"))
 
 
 def in_forks(root: Path) -> None:
@@ -179,7 +180,7 @@ def in_forks(root: Path) -> None:
     }
     cases["told to stop"] = (
         lambda: os.kill(os.getpid(), signal.SIGTERM),
-        train_as_fanout_does,
+        train_as_the_launcher_does,
     )
     cases["interrupted"] = (
         lambda: os.kill(os.getpid(), signal.SIGINT),
@@ -366,11 +367,13 @@ def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path) -> None:
         train_run(DETECTION, tmp_path, progress=False, checkpoints=0)
 
 
-def test_a_run_of_a_fan_out_can_be_computed_in_parts(tmp_path: Path) -> None:
+def test_a_run_of_the_launcher_can_be_computed_in_parts(tmp_path: Path) -> None:
     config = replace(DETECTION, recipe=RECIPE.with_(batch_size=4))
-    (result,) = fanout.run_all([config], tmp_path, 1, progress=False, micro_batch=2)
-    assert result.key == config.key
-    assert result.record["hardware"].endswith("parts a step: 2")
+    with launcher.open_pool("local", 1, "cpu") as pool:
+        (outcome,) = launcher.run_many([config], tmp_path, pool, progress=False, micro_batch=2)
+    assert outcome.result is not None
+    assert outcome.result.key == config.key
+    assert outcome.result.record["hardware"].endswith("parts a step: 2")
 
 
 @pytest.mark.parametrize(
@@ -385,30 +388,32 @@ def test_the_papers_batches_are_computed_in_parts_on_a_processor(
 ) -> None:
     seen: list[tuple[int, int | None]] = []
 
-    def take(configs: list[RunConfig], *_: Any, micro_batch: int | None, **__: Any) -> list[Any]:
-        seen.extend((config.recipe.batch_size, micro_batch) for config in configs)
+    def take(configs: list[RunConfig], *given: Any) -> list[Any]:
+        seen.extend((config.recipe.batch_size, given[-1]) for config in configs)
         return []
 
     annotations = tmp_path / "annotations"
     annotations.mkdir()
     for split in ("train2017", "val2017"):
         (annotations / f"instances_{split}.json").write_text("{}")
-    parameters = experiments.check_parameters(
+    parameters = experiments.resolve_parameters(
         profile, tmp_path, tmp_path / "results", accelerator="cpu", seeds=0
     )
-    monkeypatch.setattr(reproduction, "run_all", take)
+    monkeypatch.setattr(reproduction, "run_many", take)
     monkeypatch.setattr(reproduction, "cost_rows", lambda rows: [])
     experiments.reproduce("table-08", parameters, progress=False, micro_batch=asked)
     assert seen == [(256 if profile == "paper" else 4, given)] * 2
 
 
-def test_a_fan_out_that_is_told_to_stop_lets_its_runs_save(tmp_path: Path) -> None:
+def test_a_launcher_that_is_told_to_stop_lets_its_runs_save(tmp_path: Path) -> None:
     endless = replace(DETECTION, recipe=RECIPE.scaled_to(10_000))
     write_json(tmp_path / "request.json", endless.to_dict())
     script = (
         "from test_interruptions import *\n"
         "config = RunConfig.from_dict(json.load(open(sys.argv[1])))\n"
-        "try: list(fanout.run_all([config], sys.argv[2], processes=1, progress=False))\n"
+        "try:\n"
+        "    with launcher.open_pool('local', 1, 'cpu') as pool:\n"
+        "        list(launcher.run_many([config], sys.argv[2], pool, progress=False))\n"
         "except UserError as error: sys.exit(error.exit_code)"
     )
     runs = tmp_path / "runs"

@@ -68,9 +68,9 @@ def test_every_parameter_is_documented_and_checked_before_anything_else(path: Pa
     parameters, check = code_cells(path)[:2]
     assert "parameters" in parameters.metadata.tags
     documented = re.findall(r"^(\w+) = .+  # \S.+$", parameters.source, re.MULTILINE)
-    common = list(inspect.signature(experiments.check_parameters).parameters)
+    common = list(inspect.signature(experiments.resolve_parameters).parameters)
     assert documented == [*common, *OWN_PARAMETERS.get(path.stem, [])]
-    assert "check_parameters" in check.source
+    assert "resolve_parameters" in check.source
     names: dict[str, Any] = {}
     exec(parameters.source, names)
     names["profile"] = "smokey"

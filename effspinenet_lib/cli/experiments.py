@@ -30,13 +30,13 @@ from effspinenet_lib.cli.train import (
 from effspinenet_lib.errors import UserError
 
 if TYPE_CHECKING:
-    from effspinenet_lib.experiments import Parameters
+    from effspinenet_lib.experiments import RunParameters
 
 ALL = "all"
 GIBI = 2**30
 # Options of `reproduce` that only a single row takes, and those that it does not take.
 ROW_OPTIONS = ("batch_size", "max_steps", "checkpoints", "workers", "initial_weights")
-ITEM_OPTIONS = ("accelerator", "devices")
+ITEM_OPTIONS = ("accelerator", "devices", "engine")
 
 Profile = Annotated[
     str,
@@ -70,6 +70,7 @@ def reproduce(
     seeds: Seeds = None,
     accelerator: Annotated[str, typer.Option(help="`auto`, `cpu`, `gpu` or `tpu`.")] = "auto",
     devices: Annotated[str, typer.Option(metavar="N|auto", help="Runs at the same time.")] = "auto",
+    engine: Annotated[str, typer.Option(help="`local` processes, or a `ray` cluster.")] = "local",
     batch_size: BatchSize = None,
     micro_batch: MicroBatch = None,
     max_steps: MaxSteps = None,
@@ -103,13 +104,14 @@ def reproduce(
             problem = "needs --row" if row is None else "has no meaning with --row"
             raise UserError(f"{option_name(name)} {problem}")
     chosen = [] if row is not None else _chosen(items)
-    parameters = experiments.check_parameters(
+    parameters = experiments.resolve_parameters(
         profile=profile,
         data_root=data_root,
         results_dir=results_dir,
         accelerator=accelerator,
         devices=devices,
         seeds=seeds,
+        engine=engine,
         force=force,
     )
     if row is not None:
@@ -123,7 +125,6 @@ def reproduce(
         _train_row(items[0], row, parameters, options)
         return
     rows = []
-    forced: set[str] = set()
     for name in chosen:
         item = experiments.get_item(name)
         if not item.rows:
@@ -131,8 +132,8 @@ def reproduce(
             continue
         typer.echo(f"{name}: {item.title}", err=True)
         began = time.monotonic()
-        store = experiments.reproduce(name, parameters, forced=forced, micro_batch=micro_batch)
-        measured = len(store.measurements(name))
+        experiments.reproduce(name, parameters, micro_batch=micro_batch)
+        measured = len(parameters.store.measurements(name))
         rows.append((name, item.title, f"{measured} values, {time.monotonic() - began:.0f} s"))
     print_table(f"Profile {profile}", ("item", "title", "done"), rows)
     _print_folder(parameters)
@@ -158,7 +159,7 @@ def _chosen(names: list[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _train_row(name: str, row: str, parameters: Parameters, options: dict[str, Any]) -> None:
+def _train_row(name: str, row: str, parameters: RunParameters, options: dict[str, Any]) -> None:
     """Train one row of an item with each seed."""
     from effspinenet_lib import experiments
 
@@ -173,11 +174,8 @@ def _train_row(name: str, row: str, parameters: Parameters, options: dict[str, A
     _print_folder(parameters)
 
 
-def _print_folder(parameters: Parameters) -> None:
-    from effspinenet_lib.results import ResultsStore
-
-    folder = ResultsStore(parameters.results_dir, parameters.profile.name).folder
-    typer.echo(f"Results: {folder}")
+def _print_folder(parameters: RunParameters) -> None:
+    typer.echo(f"Results: {parameters.store.folder}")
 
 
 def plan(
@@ -241,7 +239,6 @@ def plan(
     names = {
         "own": "runs of the paper's authors",
         "search": "the search's samples",
-        "carried": "runs whose numbers they quoted",
         "quoted": "runs whose numbers they quoted",
         "all": "all",
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from effspinenet_lib.results import ResultsStore
-    from effspinenet_lib.search.engines import Engine
-    from effspinenet_lib.search.settings import SearchSettings
+    from effspinenet_lib.search.search import Runner, SearchSettings
 
 ALL = "all"
 
@@ -50,50 +51,56 @@ AcceleratorName = Annotated[str, typer.Option(help="`auto`, `cpu`, `gpu` or `tpu
 app = typer.Typer(invoke_without_command=True)
 
 
-def _engine(
-    name: str,
+@contextmanager
+def _runner(
+    engine: str,
+    store: ResultsStore,
     settings: SearchSettings,
     processes: int | None,
     accelerator: str,
     workers: int,
-) -> Engine:
+) -> Iterator[Runner]:
+    from functools import partial
+
     from effspinenet_lib.errors import UnknownName, UserError
-    from effspinenet_lib.experiments.items import PAPER
-    from effspinenet_lib.experiments.parameters import find_device, run_count
-    from effspinenet_lib.search.engines import LOCAL, get_engine
-    from effspinenet_lib.search.trials import Device
+    from effspinenet_lib.experiments.launcher import ENGINES, open_pool, run_many
+    from effspinenet_lib.experiments.reproduction import resolve_devices
     from effspinenet_lib.training.devices import ACCELERATORS, AUTO, CPU
 
-    make = get_engine(name)
-    kind, count = accelerator, processes or 0  # a cluster's devices are not this machine's
-    if name == LOCAL:
-        kind = find_device(accelerator)
-        count = run_count(processes or AUTO, kind)
-    elif accelerator not in ACCELERATORS:
-        raise UnknownName("accelerator", accelerator, ACCELERATORS)
-    device = Device(kind, workers)
-    engine = make(workers=count, timeout=settings.timeout, device=device)
-    whole = settings.micro_batch is None and settings.recipe.scaled_from_batch is None
-    if settings.profile == PAPER and engine.device.kind == CPU and whole:
-        engine.close()
-        raise UserError(
-            f"a step of a trial has {settings.recipe.batch_size} images, more than a processor's "
-            "memory holds: use an accelerator, or give --micro-batch or --batch-size"
+    for kind, name, known in (
+        ("engine", engine, ENGINES),
+        ("accelerator", accelerator, ACCELERATORS),
+    ):
+        if name not in known:
+            raise UnknownName(kind, name, known)
+    device, count = resolve_devices(engine, accelerator, processes or AUTO)
+    with open_pool(engine, count, device, workers, settings.timeout) as pool:
+        whole = settings.micro_batch is None and settings.recipe.scaled_from_batch is None
+        if settings.profile == "paper" and pool.device == CPU and whole:
+            raise UserError(
+                f"a step of a trial has {settings.recipe.batch_size} images, more than a CPU's "
+                "memory holds: use an accelerator, or give --micro-batch or --batch-size"
+            )
+        typer.echo(f"Trials at once: {pool.processes}, each on one {pool.device}", err=True)
+        yield partial(
+            run_many,
+            runs_dir=store.runs_folder,
+            pool=pool,
+            progress=False,
+            micro_batch=settings.micro_batch,
         )
-    typer.echo(f"Trials at once: {engine.workers}, each on one {engine.device.kind}", err=True)
-    return engine
 
 
 def _store(results_dir: Path | None, profile: str) -> ResultsStore:
     from effspinenet_lib.experiments import default_results_dir
     from effspinenet_lib.results import ResultsStore
 
-    # the processes of a cluster stand in folders of their own
+    # the processes of a cluster have other working folders
     return ResultsStore((results_dir or default_results_dir()).resolve(), profile)
 
 
 def _tell_of_a_failure(trials: pd.DataFrame) -> None:
-    from effspinenet_lib.search.record import FAILED
+    from effspinenet_lib.search.search import FAILED
 
     failed = trials[trials["state"] == FAILED]
     if len(failed):
@@ -143,18 +150,16 @@ def search(
     """
     if pass_down(context):
         return
-    from effspinenet_lib.search.run import Search, run_search
-    from effspinenet_lib.search.running import Penalty
-    from effspinenet_lib.search.settings import get_search
+    from effspinenet_lib.search.search import Search, check_penalty, get_search, run_search
 
-    settings, cost = get_search(profile).on(data, batch_size, micro_batch), Penalty(penalty)
+    settings, cost = get_search(profile).on(data, batch_size, micro_batch), check_penalty(penalty)
     store = _store(results_dir, profile)
     names = settings.methods if method == ALL else (method,)
     rows = []
-    with _engine(engine, settings, processes, accelerator, workers) as running:
+    with _runner(engine, store, settings, processes, accelerator, workers) as runner:
         for name in names:
             one = Search(settings, store, name, seed, trials or settings.trials, cost)
-            record = run_search(one, running, force=force)
+            record = run_search(one, runner, force=force)
             _tell_of_a_failure(record)
             states = record["state"].value_counts()
             rows.append(
@@ -214,14 +219,13 @@ def compare(
     """
     from effspinenet_lib.report.search import references
     from effspinenet_lib.search.export import compared_betas
-    from effspinenet_lib.search.references import run_references
-    from effspinenet_lib.search.settings import get_search
+    from effspinenet_lib.search.search import get_search, run_references
 
     settings = get_search(profile).on(data, batch_size, micro_batch)
     store = _store(results_dir, profile)
     named = compared_betas(store.trials())
-    with _engine(engine, settings, processes, accelerator, workers) as running:
-        _tell_of_a_failure(run_references(settings, store, named, range(seeds), running))
+    with _runner(engine, store, settings, processes, accelerator, workers) as runner:
+        _tell_of_a_failure(run_references(settings, store, named, range(seeds), runner))
     rows = [
         (name, len(own), float(own["AP"].mean()), float(own["AP"].std()))
         for name, own in references(store.trials()).groupby("row", sort=False)
@@ -242,11 +246,11 @@ def space(
     """
     from effspinenet_lib.experiments import default_results_dir
     from effspinenet_lib.results import write_datapackage
-    from effspinenet_lib.search.statements import space_statements, write_statements
+    from effspinenet_lib.search.space import space_claims, write_claims
 
     folder = results_dir or default_results_dir()
-    rows = space_statements(samples, seed)
-    path = write_statements(folder, rows)
+    rows = space_claims(samples, seed)
+    path = write_claims(folder, rows)
     write_datapackage(folder)
     shown = ("statement", "equation", "stated", "computed", "unit", "verdict")
     print_table(f"{samples} samples", shown, [[str(row[name]) for name in shown] for row in rows])

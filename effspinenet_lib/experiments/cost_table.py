@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from effspinenet_lib.experiments.items import ITEMS
@@ -32,6 +34,28 @@ OTHER_DECIMALS = 1
 FEWER_DECIMALS = ("mnasnet_a1_ssdlite",)
 
 
+@cache
+def model_cost(
+    model: str,
+    task: str,
+    image_size: int,
+    options: tuple[tuple[str, Any], ...] = (),
+    num_classes: int | None = None,
+) -> Cost:
+    """The cost of a model, built without memory for its weights.
+
+    Args:
+        model: a name of the zoo.
+        task: of the model.
+        image_size: side in pixels.
+        options: of `create_model`, as pairs.
+        num_classes: default as many as the paper's data has.
+    """
+    with torch.device("meta"):
+        built = create_model(model, task, num_classes, **dict(options))
+    return measure_cost(built, image_size)
+
+
 def cost_table(progress: bool = True) -> list[dict[str, Any]]:
     """Count every model for every task that it can do, at the paper's image size and classes.
 
@@ -42,21 +66,18 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
         Records of the schema `cost`: one for each cell that the paper prints, in the order of its
         tables, then those that it does not print.
     """
-    known: dict[tuple[Any, ...], Cost] = {}
     stamp = {"commit": current_commit(), "date": today()}
     records = []
     for cell in tqdm(_cells(), "count", disable=None if progress else True):
         options = _options(cell["item"], cell["row"])
         name, task, printed = cell["model"], cell["task"], cell["value"]
         size = default_image_size(name, task)
-        key = (name, task, size, tuple(options.items()))
-        if key not in known:
-            known[key] = measure_cost(create_model(name, task, **options), size)
+        cost = model_cost(name, task, size, tuple(options.items()))
         scale, unit = COST_UNITS[cell["metric"]]
-        measured = getattr(known[key], cell["metric"]) / scale
+        measured = getattr(cost, cell["metric"]) / scale
         counted = measured
         if cell["metric"] == "multi_adds":
-            counted = known[key].authors_count / scale
+            counted = cost.authors_count / scale
         records.append(
             {
                 **{column: cell[column] for column in ("item", "row", "model", "task", "metric")},

@@ -1,4 +1,21 @@
-"""The tables and figures of the paper, what each trains, and the profiles that say how much."""
+"""The tables and figures of the paper as experiments: what each trains, on what, and how much.
+
+Every item is run by one command, whose profile says how much is trained:
+
+    effspinenet reproduce table-09                                       # smoke: minutes
+    effspinenet reproduce table-09 --profile proxy                       # hours of two CPU cores
+    effspinenet reproduce table-09 --profile paper --data-root coco      # the paper's settings
+    effspinenet reproduce table-09 --row "model 1" --data-root coco      # one row, in this process
+    effspinenet plan table-09                                            # how long that takes
+
+The profile `paper` trains the printed rows on the paper's data: COCO 2017 (Tables 3 to 9), ImageNet
+(Table 10), PASCAL VOC 2012 with SBD (Table 11). The paper's values are in `results/paper`. `smoke`
+and `proxy` train on ShapeScenes, which is made from a seed; `smoke` runs every step once at the
+smallest size and says nothing about accuracy. In the proxy, rows that a table compares at equal
+cost have models and image sizes of equal multiply-adds (`Row.group`), in the paper's proportion of
+sizes; rows that are too large for two cores, or quoted from other papers without a counterpart of
+equal cost, are not part of it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +28,27 @@ from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.models.zoo import TASKS
 from effspinenet_lib.training.recipes.ablations import SCHEDULE_EPOCHS
 
+SMOKE, PROXY, PAPER = "smoke", "proxy", "paper"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is trained.
+
+    Attributes:
+        name: `smoke`, `proxy` or `paper`.
+        recipes: task -> name of the training recipe.
+        seeds: one run a seed.
+        image_size: in pixels, where a row names no other; None takes each model's own (Table 2).
+        data: what is trained on; None takes the paper's data from the data root.
+    """
+
+    name: str
+    recipes: Mapping[str, str]
+    seeds: tuple[int, ...]
+    image_size: int | None
+    data: DataConfig | None
+
 
 @dataclass(frozen=True)
 class Row:
@@ -19,24 +57,43 @@ class Row:
     Attributes:
         label: the row's name in `results/paper`.
         model: the paper's model.
-        proxy_model: the small model that stands for it in the `smoke` and `proxy` profiles.
+        proxy_model: the model that is trained in its place in the profile `proxy`; empty: the
+            row is not part of it.
+        proxy_size: image size of that model; None: the profile's.
+        group: what the table compares the row with, at equal cost.
         options: options of `create_model` that the row switches.
         task: of the model.
         recipes: profile -> training recipe, where the row has its own; empty: the profile's for
-            the task.
-        carried: whether the paper took the row's numbers over from other papers.
-        starts_from: item whose run of the same model gives the initial weights at the paper's
+            the task. A row with own recipes is trained in their profiles alone.
+        quoted: whether the paper quotes the row's numbers from other papers.
+        init_from: item whose run of the same model gives the initial weights at the paper's
             settings; empty: fresh weights.
     """
 
     label: str
     model: str
-    proxy_model: str
+    proxy_model: str = ""
+    proxy_size: int | None = None
+    group: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     task: str = "detection"
     recipes: Mapping[str, str] = field(default_factory=dict)
-    carried: bool = False
-    starts_from: str = ""
+    quoted: bool = False
+    init_from: str = ""
+
+    def trains_in(self, profile: str) -> bool:
+        """Whether the row is trained in a profile."""
+        if profile == PROXY and not self.proxy_model:
+            return False
+        return not self.recipes or profile in self.recipes
+
+    def model_in(self, profile: Profile) -> tuple[str, int | None]:
+        """The model that a profile trains, and its image size; None: the model's own."""
+        if profile.name == PROXY:
+            return self.proxy_model, self.proxy_size or profile.image_size
+        if profile.name == SMOKE:
+            return self.proxy_model or self.model, profile.image_size
+        return self.model, profile.image_size
 
 
 @dataclass(frozen=True)
@@ -56,38 +113,18 @@ class Item:
     rows: tuple[Row, ...] = ()
 
 
-@dataclass(frozen=True)
-class Profile:
-    """How much is trained.
-
-    Attributes:
-        name: `smoke`, `proxy` or `paper`.
-        recipes: task -> name of the training recipe.
-        seeds: one run a seed.
-        image_size: in pixels; None takes each model's own (Table 2).
-        data: what is trained on; None takes the paper's data from the data root.
-    """
-
-    name: str
-    recipes: Mapping[str, str]
-    seeds: tuple[int, ...]
-    image_size: int | None
-    data: DataConfig | None
-
-
-PAPER = "paper"
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
         Profile(
-            "smoke",
+            SMOKE,
             dict.fromkeys(TASKS, "smoke_detection"),
             seeds=(0,),
             image_size=64,
             data=DataConfig("shapescenes", train_images=32, eval_images=8, image_size=64),
         ),
         Profile(
-            "proxy",
+            PROXY,
             {
                 "detection": "proxy_detection",
                 "instances": "proxy_detection",
@@ -108,41 +145,70 @@ PROFILES: dict[str, Profile] = {
     )
 }
 
-_DEPTHWISE = {"space_to_depth": False}
-_DEPTHWISE_SUM = {"space_to_depth": False, "weighted_fusion": False}
-_RELU = {"activation": "relu"}
-_NEITHER = {**_RELU, "squeeze_excitation": False}
-# Stand-ins of the scaled models: as many models, each smaller than the next.
-_STAND_INS = {"d0": "eff_spinenet_m0", "d1": "eff_spinenet_m1", "d2": "eff_spinenet_m2"}
-
-
-def _scaled(task: str = "detection", **changes: Any) -> tuple[Row, ...]:
-    """The rows of Eff-SpineNet-D0 to D2."""
-    return tuple(
-        Row(f"Eff-SpineNet-{size.upper()}", f"eff_spinenet_{size}", small, task=task, **changes)
-        for size, small in _STAND_INS.items()
-    )
+# Small models in place of D0, D1 and D2 where no row is compared at equal cost.
+_SMALL = {"d0": "eff_spinenet_m0", "d1": "eff_spinenet_m1", "d2": "eff_spinenet_m2"}
 
 
 def _itself(label: str, model: str, task: str = "detection", **changes: Any) -> Row:
-    """The row of a model that has no smaller one in its place."""
+    """The row of a model that is its own proxy."""
     return Row(label, model, model, task=task, **changes)
 
 
+def _scaled(task: str, **changes: Any) -> dict[str, Row]:
+    """The rows of Eff-SpineNet-D0 to D2, with smaller models in the proxy."""
+    return {
+        size: Row(
+            f"Eff-SpineNet-{size.upper()}", f"eff_spinenet_{size}", small, task=task, **changes
+        )
+        for size, small in _SMALL.items()
+    }
+
+
+# Table 3: detection on COCO at 512 to 768 pixels. Compared at equal cost: D0, D1 and D2 each with
+# EfficientNet-FPN and EfficientDet of its size. The proxy has the D0 size; the others take 2 to 40
+# times as long. EfficientDet's numbers are quoted.
+_R50 = "ResNet-50-FPN"
+_TABLE_3 = (
+    _itself("Eff-SpineNet-D0", "eff_spinenet_d0", group="D0"),
+    Row("Eff-SpineNet-D1", "eff_spinenet_d1", group="D1"),
+    Row("Eff-SpineNet-D2", "eff_spinenet_d2", group="D2"),
+    _itself("EfficientNet-B0-FPN", "efficientnet_b0_fpn", group="D0"),
+    Row("EfficientNet-B1-FPN", "efficientnet_b1_fpn", group="D1"),
+    Row("EfficientNet-B2-FPN", "efficientnet_b2_fpn", group="D2"),
+    _itself("EfficientDet-D0", "efficientdet_d0", group="D0", quoted=True),
+    Row("EfficientDet-D1", "efficientdet_d1", group="D1", quoted=True),
+    Row("EfficientDet-D2", "efficientdet_d2", group="D2", quoted=True),
+    # Table 4: its 42.3 AP are those of 250 epochs.
+    Row(
+        _R50,
+        "resnet50_fpn",
+        recipes={SMOKE: "smoke_detection", PAPER: "paper_detection_250_epochs"},
+    ),
+    Row("SpineNet-49", "spinenet_49"),
+)
+
+# Tables 4 and 5: training strategies and lengths, which have no counterpart in the proxy's short
+# recipe.
+_D2, _D2_MODEL = "Eff-SpineNet-D2", "eff_spinenet_d2"
+_RELU = {"activation": "relu"}
+
+
 def _strategy(label: str, model: str, options: Mapping[str, Any], recipe: str) -> Row:
-    """A row of Table 4 or 5; their recipes have no counterpart in the profile `proxy`."""
-    small = _STAND_INS["d2"] if model == "eff_spinenet_d2" else model
-    recipes = {PAPER: recipe, "smoke": "smoke_detection"}
-    return Row(label, model, small, options, recipes=recipes)
+    """A row of Table 4 or 5."""
+    return Row(label, model, options=options, recipes={PAPER: recipe, SMOKE: "smoke_detection"})
 
 
-_D2, _R50 = "Eff-SpineNet-D2", "ResNet-50-FPN"
 _TABLE_4 = (
-    _strategy(f"{_D2} baseline", "eff_spinenet_d2", _NEITHER, "paper_strategies_baseline"),
-    _strategy(f"{_D2} +SE", "eff_spinenet_d2", _RELU, "paper_strategies_baseline"),
-    _strategy(f"{_D2} +ms train", "eff_spinenet_d2", _RELU, "paper_strategies_ms_train"),
-    _strategy(f"{_D2} +Swish", "eff_spinenet_d2", {}, "paper_strategies_ms_train"),
-    _strategy(f"{_D2} +SD", "eff_spinenet_d2", {}, "paper_detection"),
+    _strategy(
+        f"{_D2} baseline",
+        _D2_MODEL,
+        {**_RELU, "squeeze_excitation": False},
+        "paper_strategies_baseline",
+    ),
+    _strategy(f"{_D2} +SE", _D2_MODEL, _RELU, "paper_strategies_baseline"),
+    _strategy(f"{_D2} +ms train", _D2_MODEL, _RELU, "paper_strategies_ms_train"),
+    _strategy(f"{_D2} +Swish", _D2_MODEL, {}, "paper_strategies_ms_train"),
+    _strategy(f"{_D2} +SD", _D2_MODEL, {}, "paper_detection"),
     _strategy(f"{_R50} baseline", "resnet50_fpn", _RELU, "paper_strategies_baseline"),
     _strategy(f"{_R50} +ms train", "resnet50_fpn", _RELU, "paper_strategies_ms_train_250_epochs"),
     _strategy(f"{_R50} +Swish", "resnet50_fpn", {}, "paper_strategies_ms_train_250_epochs"),
@@ -150,53 +216,61 @@ _TABLE_4 = (
 )
 _TABLE_5 = (
     *(
-        _strategy(
-            f"{_D2} {epochs} epochs", "eff_spinenet_d2", {}, f"paper_detection_{epochs}_epochs"
-        )
+        _strategy(f"{_D2} {epochs} epochs", _D2_MODEL, {}, f"paper_detection_{epochs}_epochs")
         for epochs in SCHEDULE_EPOCHS
     ),
-    _strategy(f"{_D2} 650 epochs", "eff_spinenet_d2", {}, "paper_detection"),
+    _strategy(f"{_D2} 650 epochs", _D2_MODEL, {}, "paper_detection"),
 )
-_TABLE_3 = (
-    *_scaled(),
-    *(_itself(f"EfficientNet-B{size}-FPN", f"efficientnet_b{size}_fpn") for size in range(3)),
-    *(_itself(f"EfficientDet-D{size}", f"efficientdet_d{size}", carried=True) for size in range(3)),
-    # Table 4: its 42.3 AP are those of 250 epochs.
-    _itself(
-        _R50,
-        "resnet50_fpn",
-        recipes={
-            **{name: profile.recipes["detection"] for name, profile in PROFILES.items()},
-            PAPER: "paper_detection_250_epochs",
-        },
-    ),
-    _itself("SpineNet-49", "spinenet_49"),
-)
+
+# Table 7: mobile detection on COCO, Eff-SpineNet at 256, 320 and 384 pixels beside others at 320,
+# all quoted. The proxy has half of these sizes. NAS-FPN's 15 repeats are a fit to the printed cost,
+# so it is compared in cost alone.
 _TABLE_7 = (
-    *(_itself(f"Eff-SpineNet-M{size}", f"eff_spinenet_m{size}") for size in range(3)),
+    _itself("Eff-SpineNet-M0", "eff_spinenet_m0", group="M0", proxy_size=128),
+    _itself("Eff-SpineNet-M1", "eff_spinenet_m1", group="M1", proxy_size=160),
+    _itself("Eff-SpineNet-M2", "eff_spinenet_m2", group="M2", proxy_size=192),
     *(
-        _itself(label, model, carried=True)
-        for label, model in (
-            ("MobileNetV3-Small-SSDLite", "mobilenetv3_small_ssdlite"),
-            ("MobileNetV3-SSD", "mobilenetv3_large_ssdlite"),
-            ("MobileNetV2 + MnasFPN", "mobilenetv2_mnasfpn"),
-            ("MnasNet-A1-SSD", "mnasnet_a1_ssdlite"),
-            ("MobileNetV2-NAS-FPN", "mobilenetv2_nas_fpn"),
-            ("MobileNetV2-FPN", "mobilenetv2_fpn"),
+        Row(label, model, model if group else "", 160 if group else None, group, quoted=True)
+        for label, model, group in (
+            ("MobileNetV3-Small-SSDLite", "mobilenetv3_small_ssdlite", "M0"),
+            ("MobileNetV3-SSD", "mobilenetv3_large_ssdlite", "M1"),
+            ("MobileNetV2 + MnasFPN", "mobilenetv2_mnasfpn", "M2"),
+            ("MnasNet-A1-SSD", "mnasnet_a1_ssdlite", ""),
+            ("MobileNetV2-NAS-FPN", "mobilenetv2_nas_fpn", ""),
+            ("MobileNetV2-FPN", "mobilenetv2_fpn", "M2"),
         )
     ),
 )
-_TABLE_10 = (
-    *_scaled("classification"),
-    *(
-        _itself(f"EfficientNet-B{size}", f"efficientnet_b{size}", "classification", carried=True)
-        for size in range(3)
-    ),
+
+# Table 8: SP-EfficientNet-B0 beside the distribution that was learned from it. Table 9: D0 without
+# space-to-depth (model 1), and without weighted fusion too (model 2).
+_TABLE_8 = (
+    Row("SP-EfficientNet-B0", "sp_efficientnet_b0", "sp_efficientnet_m0", group="D0"),
+    Row("Eff-SpineNet-D0", "eff_spinenet_d0", "eff_spinenet_m0", group="D0"),
 )
-# The two DeepLabv3 rows are carried over and start from COCO weights of networks that no item here
-# trains: they have costs alone.
+_TABLE_9 = tuple(
+    Row(label, "eff_spinenet_d0", "eff_spinenet_m0", group="D0", options=options)
+    for label, options in (
+        ("Eff-SpineNet-D0", {}),
+        ("model 1", {"space_to_depth": False}),
+        ("model 2", {"space_to_depth": False, "weighted_fusion": False}),
+    )
+)
+
+# Table 10: ImageNet at 224 to 260 pixels; EfficientNet is quoted.
+_TABLE_10 = tuple(
+    Row(label, model, model if size == 0 else "", group=f"D{size}", task="classification", quoted=q)
+    for size in range(3)
+    for label, model, q in (
+        (f"Eff-SpineNet-D{size}", f"eff_spinenet_d{size}", False),
+        (f"EfficientNet-B{size}", f"efficientnet_b{size}", True),
+    )
+)
+
+# Table 11: segmentation of VOC from the backbones of Table 3. The two DeepLabv3 rows are quoted and
+# start from COCO weights of networks that no item trains: they have costs alone.
 _TABLE_11 = tuple(
-    row for row in _scaled("segmentation", starts_from="table-03") if row.model != "eff_spinenet_d1"
+    row for size, row in _scaled("segmentation", init_from="table-03").items() if size != "d1"
 )
 
 ITEMS: dict[str, Item] = {
@@ -210,27 +284,17 @@ ITEMS: dict[str, Item] = {
         Item(
             "table-06",
             "Two-stage detection and instance segmentation on COCO",
-            rows=_scaled("instances"),
+            rows=tuple(_scaled("instances").values()),
         ),
         Item("table-07", "Mobile-size object detection on COCO", rows=_TABLE_7),
         Item(
-            "table-08",
-            "Learned resource distribution",
-            "table_08_learned_distribution",
-            (
-                Row("SP-EfficientNet-B0", "sp_efficientnet_b0", "sp_efficientnet_m0"),
-                Row("Eff-SpineNet-D0", "eff_spinenet_d0", "eff_spinenet_m0"),
-            ),
+            "table-08", "Learned resource distribution", "table_08_learned_distribution", _TABLE_8
         ),
         Item(
             "table-09",
             "Weighted fusion and space-to-depth",
             "table_09_architecture_ablation",
-            (
-                Row("Eff-SpineNet-D0", "eff_spinenet_d0", "eff_spinenet_m0"),
-                Row("model 1", "eff_spinenet_d0", "eff_spinenet_m0", _DEPTHWISE),
-                Row("model 2", "eff_spinenet_d0", "eff_spinenet_m0", _DEPTHWISE_SUM),
-            ),
+            _TABLE_9,
         ),
         Item("table-10", "ImageNet classification", rows=_TABLE_10),
         Item("table-11", "Semantic segmentation on PASCAL VOC 2012", rows=_TABLE_11),

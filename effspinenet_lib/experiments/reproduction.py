@@ -1,28 +1,224 @@
-"""Which runs an item needs, and running those that are missing."""
+"""Running what a table or figure of the paper still needs, and reading what was measured.
+
+    results = reproduce("table-09", profile="proxy")
+
+counts what the rows' models cost, trains the runs that are missing and returns the paper's rows,
+the measured ones, the runs and their curves. A finished run is not trained again unless `force`;
+an interrupted one is resumed. So after an interruption the same call is simply made again.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from accelerate import PartialState
 
-from effspinenet_lib.errors import UserError
-from effspinenet_lib.experiments.fanout import run_all
-from effspinenet_lib.experiments.items import ITEMS, PROFILES, Item, Profile, Row, get_item
-from effspinenet_lib.experiments.paper_data import paper_data
-from effspinenet_lib.experiments.parameters import CPU_BATCH, Parameters
-from effspinenet_lib.models.cost import measure_cost
-from effspinenet_lib.models.zoo import TASKS, create_model, default_image_size
-from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.data import DataConfig, detect_format
+from effspinenet_lib.data.source import UNKNOWN_ROOT
+from effspinenet_lib.errors import DataError, UnknownName, UserError
+from effspinenet_lib.experiments.cost_table import model_cost
+from effspinenet_lib.experiments.items import (
+    ITEMS,
+    PAPER,
+    PROFILES,
+    PROXY,
+    SMOKE,
+    Item,
+    Profile,
+    Row,
+    get_item,
+)
+from effspinenet_lib.experiments.launcher import (
+    ENGINES,
+    LOCAL,
+    Outcome,
+    open_pool,
+    run_many,
+    usable_cores,
+)
+from effspinenet_lib.files import ensure_folder
+from effspinenet_lib.models.zoo import TASKS, default_image_size
+from effspinenet_lib.results import CURVE_FILE, ResultsStore
 from effspinenet_lib.results.paper import paper_values
 from effspinenet_lib.results.schemas import COST_UNITS
+from effspinenet_lib.training.accelerator import present_accelerators
+from effspinenet_lib.training.checkpoint import KEPT
+from effspinenet_lib.training.devices import ACCELERATORS, AUTO, CPU
 from effspinenet_lib.training.recipes import get_recipe
-from effspinenet_lib.training.run import WEIGHTS, RunConfig
+from effspinenet_lib.training.run import WEIGHTS, RunConfig, RunResult, train_run
+
+# Our choice: the paper's batches of 256 and more take days a step on a CPU. The activations of two
+# images of the largest own model, Eff-SpineNet-D2, take 5 GB in float32 (`plan` counts them), which
+# a machine with 8 GB holds; a number that depended on the memory would make the same command
+# another run on another machine.
+CPU_BATCH = 2
+SHOWN_PROFILES = (PROXY, PAPER)  # whose accuracy may be shown; a smoke run's means nothing
+# Format -> the names that its two splits may have, the paper's first.
+SPLITS: dict[str, tuple[tuple[str, str], ...]] = {
+    "coco": (("train2017", "val2017"), ("train", "val")),
+    "imagenet": (("train", "val"),),
+    "voc_segmentation": (("train_aug", "val"), ("train", "val")),
+    "voc": (("train", "val"),),
+}
+# Task -> format of the data that the paper trains it on.
+FORMATS = {
+    "detection": "coco",
+    "instances": "coco",
+    "classification": "imagenet",
+    "segmentation": "voc_segmentation",
+}
+# Format -> where the list of a split lies in the folder.
+SPLIT_LISTS = {
+    "coco": "annotations/instances_{}.json",
+    "imagenet": "{}",
+    "voc_segmentation": "ImageSets/Segmentation/{}.txt",
+    "voc": "ImageSets/Main/{}.txt",
+}
+
+
+# Parameters
+
+
+@dataclass(frozen=True)
+class RunParameters:
+    """A notebook's parameters, checked and resolved by `resolve_parameters`.
+
+    Attributes:
+        profile: how much is trained.
+        data_root: folder of the paper's data.
+        results_dir: where the CSVs and runs go.
+        seeds: one run a seed.
+        engine: `local` or `ray`.
+        device: `cpu`, `gpu` or `tpu`; with Ray also `auto`, as the cluster decides it.
+        devices: runs at once; 0: as many as a Ray cluster has room for.
+        force: train finished runs again.
+        initial_weights: weights file that the paper's runs start from, in place of the run that
+            an item names.
+        started: keys of the runs that calls with these parameters have trained, which `force`
+            does not train a second time.
+    """
+
+    profile: Profile
+    data_root: Path | None
+    results_dir: Path
+    seeds: tuple[int, ...]
+    engine: str = LOCAL
+    device: str = CPU
+    devices: int = 1
+    force: bool = False
+    initial_weights: Path | None = None
+    started: set[str] = field(default_factory=set, compare=False)
+
+    @property
+    def store(self) -> ResultsStore:
+        """The profile's CSV files."""
+        return ResultsStore(self.results_dir, self.profile.name)
+
+
+def resolve_parameters(
+    profile: str = "smoke",
+    data_root: str | os.PathLike[str] | None = None,
+    results_dir: str | os.PathLike[str] | None = None,
+    accelerator: str = AUTO,
+    devices: int | str = AUTO,
+    seeds: str | int | Sequence[int] | None = None,
+    engine: str = LOCAL,
+    force: bool = False,
+) -> RunParameters:
+    """Check a notebook's parameters before any work starts; "" and None take the default.
+
+    Args:
+        profile: `smoke`, `proxy` or `paper`.
+        data_root: folder of the data that the paper uses for an item's task, such as COCO 2017;
+            only the profile `paper` reads it.
+        results_dir: where the CSVs and runs go.
+        accelerator: `auto`, `cpu`, `gpu` or `tpu`; `auto` takes an accelerator where there is
+            one.
+        devices: runs at once; `auto` is one for each CPU core or one on an accelerator, and as
+            many as a Ray cluster has room for. An accelerator of this machine takes one.
+        seeds: such as "0,1,2", a number or a list; default the profile's own.
+        engine: `local` processes, or a `ray` cluster.
+        force: train finished runs again.
+
+    Raises:
+        UnknownName: an unknown profile, accelerator or engine.
+        UserError: an accelerator that is missing, an invalid seed or number of devices, a missing
+            data root, a folder that cannot be written.
+    """
+    for kind, name, known in (
+        ("profile", profile, PROFILES),
+        ("engine", engine, ENGINES),
+        ("accelerator", accelerator, ACCELERATORS),
+    ):
+        if name not in known:
+            raise UnknownName(kind, str(name), known)
+    if not isinstance(force, bool):
+        raise UserError(f"force is {force!r}; write True or False")
+    device, count = resolve_devices(engine, accelerator, devices)
+    numbers, chosen = _parse_seeds(seeds), PROFILES[profile]
+    root = Path(data_root).resolve() if data_root else None
+    if chosen.data is None and (root is None or not root.is_dir()):
+        raise UserError(
+            f"the profile {profile!r} trains on the paper's data (COCO 2017 for detection): set "
+            "data_root to its folder" + (f" ({root} does not exist)" if root else "")
+        )
+    folder = (Path(results_dir) if results_dir else default_results_dir()).resolve()
+    ensure_folder(ResultsStore(folder, profile).folder)
+    return RunParameters(
+        chosen, root, folder, numbers or chosen.seeds, engine, device, count, force
+    )
+
+
+def resolve_devices(engine: str, accelerator: str, devices: int | str) -> tuple[str, int]:
+    """The kind of device that runs use, and how many run at once; 0: as many as Ray has room for.
+
+    Raises:
+        UserError: the accelerator is missing, or the number is invalid.
+    """
+    count = 0
+    if devices not in (AUTO, ""):
+        count = int(devices) if str(devices).isdecimal() else 0
+        if count < 1:
+            raise UserError(f"devices is {devices!r}; give a positive number or 'auto'")
+    if engine != LOCAL:
+        return accelerator, count
+    present = {CPU} | present_accelerators()
+    device = accelerator
+    if accelerator == AUTO:
+        device = next(iter(sorted(present - {CPU})), CPU)
+    if device not in present:
+        there = ", ".join(sorted(present))
+        raise UserError(f"accelerator {device!r} is not on this machine; it has {there}")
+    if count > 1 and device != CPU:
+        raise UserError(f"devices is {devices!r}; {device} takes one run at a time: give 1")
+    return device, count or (usable_cores() if device == CPU else 1)
+
+
+def default_results_dir() -> Path:
+    """`results` of the checkout that the library is installed from, else of the current folder."""
+    checkout = Path(__file__).resolve().parents[2]
+    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "results"
+
+
+def _parse_seeds(seeds: str | int | Sequence[int] | None) -> tuple[int, ...]:
+    if isinstance(seeds, int):
+        values: list[str] = [str(seeds)]
+    elif isinstance(seeds, str):
+        values = [part.strip() for part in seeds.split(",") if part.strip()]
+    else:
+        values = [str(seed) for seed in seeds or ()]
+    if not all(value.isdecimal() for value in values):
+        raise UserError(f"seeds is {seeds!r}; give numbers from 0 up, such as '0,1,2'")
+    return tuple(dict.fromkeys(int(value) for value in values))
+
+
+# From rows to runs
 
 
 @dataclass(frozen=True)
@@ -32,140 +228,220 @@ class PlannedRun:
     row: Row
     config: RunConfig
 
+    @property
+    def label(self) -> str:
+        """The run's name for people."""
+        return f"{self.row.label}, seed {self.config.seed}"
 
-def planned_runs(item: Item, parameters: Parameters) -> list[PlannedRun]:
-    """Runs that an item needs under a profile; rows may share a run.
+
+def planned_runs(item: Item, parameters: RunParameters) -> list[PlannedRun]:
+    """Runs that an item needs under a profile; rows may share a run, or need none in it.
 
     Seed by seed, so that an interrupted item has every row before any has a second seed.
 
     Raises:
-        UserError: a row has no recipe for the profile.
         DataError: the data root does not hold the data of a row's task.
     """
+    rows = [row for row in item.rows if row.trains_in(parameters.profile.name)]
     return [
         PlannedRun(row, configure_row(item, row, parameters, seed))
         for seed in parameters.seeds
-        for row in item.rows
+        for row in rows
     ]
 
 
-def configure_row(item: Item, row: Row, parameters: Parameters, seed: int) -> RunConfig:
+def configure_row(item: Item, row: Row, parameters: RunParameters, seed: int) -> RunConfig:
     """The run that a row needs under a profile.
 
     Raises:
-        UserError: the row has no recipe for the profile.
+        UserError: the row is not trained in the profile.
         DataError: the data root does not hold the data of the row's task.
     """
     profile = parameters.profile
-    small = profile.data is not None
-    data = profile.data or paper_data(parameters.data_root, row.task)
+    if not row.trains_in(profile.name):
+        raise UserError(f"{item.id}, {row.label}: is not trained in the profile {profile.name}")
+    model, size = row.model_in(profile)
     return RunConfig(
-        model=row.proxy_model if small else row.model,
+        model=model,
         task=row.task,
-        image_size=profile.image_size or default_image_size(row.model, row.task),
-        data=data,
-        recipe=get_recipe(_recipe_name(item, row, profile)),
+        image_size=size or default_image_size(model, row.task),
+        data=profile.data or paper_data(parameters.data_root, row.task),
+        recipe=get_recipe(row.recipes.get(profile.name) or profile.recipes[row.task]),
         seed=seed,
         model_options=dict(row.options),
-        initial_weights=None if small else _initial_weights(row, parameters, seed),
+        initial_weights=None if profile.data else _initial_weights(row, parameters, seed),
     )
 
 
-def has_recipe(row: Row, profile: Profile) -> bool:
-    """Whether a row can be trained under a profile."""
-    return not row.recipes or profile.name in row.recipes
-
-
-def _recipe_name(item: Item, row: Row, profile: Profile) -> str:
-    if not has_recipe(row, profile):
-        raise UserError(
-            f"{item.id}, {row.label}: has no recipe in the profile {profile.name}, only in "
-            f"{' and '.join(row.recipes)}"
-        )
-    return row.recipes[profile.name] if row.recipes else profile.recipes[row.task]
-
-
-def _initial_weights(row: Row, parameters: Parameters, seed: int) -> str | None:
+def _initial_weights(row: Row, parameters: RunParameters, seed: int) -> str | None:
     """Where the run that a row starts from leaves its weights; None for fresh weights."""
     if parameters.initial_weights is not None:
         return str(parameters.initial_weights)
-    if not row.starts_from:
+    if not row.init_from:
         return None
-    item = get_item(row.starts_from)
+    item = get_item(row.init_from)
     (origin,) = (other for other in item.rows if other.model == row.model)
     # where the data lies is no part of the key
     config = configure_row(item, origin, replace(parameters, data_root=None), seed)
-    store = ResultsStore(parameters.results_dir, parameters.profile.name)
-    return str(store.runs_folder / config.key / WEIGHTS)
+    return str(parameters.store.runs_folder / config.key / WEIGHTS)
+
+
+def paper_data(root: Path | None, task: str) -> DataConfig:
+    """The paper's data of a task in a folder of any layout that has it, its splits found by name.
+
+    Args:
+        root: the folder; None takes the paper's layout without looking, to plan a run.
+        task: of the model.
+
+    Raises:
+        DataError: the folder has no known layout, or none of the known splits.
+    """
+    layout = FORMATS[task] if root is None else detect_format(root, task)
+    splits = SPLITS[layout]
+    if root is None:
+        return DataConfig(layout, UNKNOWN_ROOT, *splits[0])
+    for names in splits:
+        if all((root / SPLIT_LISTS[layout].format(name)).exists() for name in names):
+            return DataConfig(layout, str(root.resolve()), *names)
+    wanted = " nor ".join(f"{train}/{evaluate}" for train, evaluate in splits)
+    lists = SPLIT_LISTS[layout].format("<split>")
+    raise DataError(f"{root}: has no splits {wanted} ({lists}); name them so")
+
+
+# Running
+
+
+@dataclass(frozen=True)
+class ItemResults:
+    """What is known of an item, each CSV read once.
+
+    Attributes:
+        item: the table or figure.
+        parameters: of the call.
+        paper: the paper's rows.
+        measured: measurements that may be shown as results: costs, and accuracy of the profiles
+            `proxy` and `paper`, first of the call's results folder, then of the checkout's.
+            Without runs that stopped before their last step.
+        labels: run key -> name, of the runs that the item needs in the profile.
+        runs: those of them that are in `runs.csv`, with a column `label`.
+        curves: label -> rows of its `curve.csv` (`step`, `loss`, ...), where the folder is kept.
+    """
+
+    item: Item
+    parameters: RunParameters
+    paper: pd.DataFrame
+    measured: pd.DataFrame
+    labels: dict[str, str]
+    runs: pd.DataFrame
+    curves: dict[str, pd.DataFrame]
 
 
 def reproduce(
     name: str,
-    parameters: Parameters,
+    parameters: RunParameters | None = None,
+    *,
     progress: bool = True,
-    forced: set[str] | None = None,
     micro_batch: int | None = None,
-) -> ResultsStore:
-    """Measure an item's costs and run what is missing of its runs; record both.
-
-    A finished run is not run again unless `force`; an interrupted one goes on from its last
-    checkpoint. So after an interruption the same call is simply made again.
+    **given: Any,
+) -> ItemResults:
+    """Measure an item's costs, run what is missing of its runs, and read its results.
 
     Args:
-        name: an item's id.
-        parameters: from `check_parameters`.
+        name: an item's id, such as `table-09`; one without rows is only read.
+        parameters: from `resolve_parameters`, where several items share them.
         progress: show a bar in terminals and notebooks.
-        forced: keys of the runs that earlier items of the same forced call ran anew; grows.
         micro_batch: images that a run computes at once; their gradients add up to the batch's,
             and the run stays the same one. None: the batch, but `CPU_BATCH` of the paper's
-            batches on a processor.
-
-    Returns:
-        The store with the item's measurements.
+            batches on a CPU.
+        **given: arguments of `resolve_parameters`, in place of `parameters`.
 
     Raises:
-        UnknownName: no such item.
-        UserError: a run failed; the message names its log.
+        UnknownName: no such item, profile, accelerator or engine.
+        UserError: an invalid parameter, or a run failed; the message names its log. The others
+            are recorded.
     """
-    if micro_batch is None and parameters.paper_on_processor:
-        micro_batch = CPU_BATCH
     item = get_item(name)
-    store = ResultsStore(parameters.results_dir, parameters.profile.name)
-    store.add_measurements(item.id, cost_rows(item.rows))
+    parameters = parameters or resolve_parameters(**given)
+    if not item.rows:
+        return read_results(item, parameters)
+    store = parameters.store
     planned = planned_runs(item, parameters)
-    store.drop_runs(item.id, _outdated(item, planned, store))
-    anew = forced if forced is not None else set()
-    finished = {
-        run.config.key
-        for run in planned
-        if store.finished(run.config.key) and (not parameters.force or run.config.key in anew)
-    }
-    for run in planned:
-        if run.config.key in finished:
-            metrics = store.metrics_of(run.config.key)
-            record = store.run(run.config.key)
-            store.add_measurements(item.id, run_rows(run, metrics, record))
-    missing = {run.config.key: run.config for run in planned if run.config.key not in finished}
-    anew.update(missing)
-    for result in run_all(
-        list(missing.values()),
-        store.runs_folder,
-        processes=parameters.devices,
-        device=parameters.device,
-        force=parameters.force,
-        progress=progress,
-        micro_batch=micro_batch,
-    ):
-        # The run is recorded last: one that is killed between the two is recorded anew.
-        for run in planned:
-            if run.config.key == result.key:
-                rows = run_rows(run, result.metrics, result.record)
-                store.add_measurements(item.id, rows)
-        store.add_run({**result.record, "profile": parameters.profile.name})
-    return store
+    measured, records = store.measurements(), store.runs()
+    store.drop_runs(item.id, _outdated(item, planned, measured, records))
+    finished = _finished(measured, records)
+    again = {run.config.key for run in planned} - parameters.started if parameters.force else set()
+    known = [run for run in planned if run.config.key in finished.keys() - again]
+    by_key = {record["run"]: record for record in records.to_dict("records")}
+    rows = [run_rows(run, finished[run.config.key], by_key[run.config.key]) for run in known]
+    store.add_measurements(item.id, [*cost_rows(item.rows), *(row for own in rows for row in own)])
+    missing = {run.config.key: run.config for run in planned if run not in known}
+    if missing:
+        failed = _run_missing(item, parameters, planned, missing, progress, micro_batch)
+        if failed:
+            first = failed[0]
+            assert first.error is not None
+            raise type(first.error)(
+                f"{len(failed)} of {len(missing)} runs failed; the first, {first.config.model} "
+                f"seed {first.config.seed}: {first.error} (log: {first.log}); run the same again "
+                "to resume them"
+            )
+    return read_results(item, parameters)
 
 
-def _outdated(item: Item, planned: Sequence[PlannedRun], store: ResultsStore) -> set[str]:
+def _run_missing(
+    item: Item,
+    parameters: RunParameters,
+    planned: Sequence[PlannedRun],
+    missing: Mapping[str, RunConfig],
+    progress: bool,
+    micro_batch: int | None,
+) -> list[Outcome]:
+    """Run configurations and record each as it ends; returns those that failed."""
+    store, failed = parameters.store, []
+    with open_pool(parameters.engine, parameters.devices, parameters.device) as pool:
+        if micro_batch is None and parameters.profile.data is None and pool.device == CPU:
+            micro_batch = CPU_BATCH
+        for outcome in run_many(
+            list(missing.values()),
+            store.runs_folder,
+            pool,
+            parameters.force,
+            progress,
+            micro_batch,
+        ):
+            result = outcome.result
+            if result is None:
+                failed.append(outcome)
+                continue
+            parameters.started.add(result.key)
+            own = [run for run in planned if run.config.key == result.key]
+            _record(store, item, own, result)
+    return failed
+
+
+def _record(store: ResultsStore, item: Item, runs: Sequence[PlannedRun], result: RunResult) -> None:
+    """Record what a run measured for rows of an item.
+
+    The run comes last: one that is killed between the two is recorded again.
+    """
+    for run in runs:
+        store.add_measurements(item.id, run_rows(run, result.metrics, result.record))
+    store.add_run({**result.record, "profile": store.profile})
+
+
+def _finished(measured: pd.DataFrame, records: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Finished runs whose metrics are stored, whichever item holds them: key -> metrics."""
+    keys = set(records.loc[records["state"] == "finished", "run"])
+    metrics: dict[str, dict[str, float]] = {}
+    own = measured[measured["run"].isin(keys)]
+    for run, metric, value in own[["run", "metric", "value"]].itertuples(index=False):
+        metrics.setdefault(run, {})[metric] = value
+    return metrics
+
+
+def _outdated(
+    item: Item, planned: Sequence[PlannedRun], measured: pd.DataFrame, records: pd.DataFrame
+) -> set[str]:
     """Runs recorded for an item that differ from the planned ones in more than the seed.
 
     They were made with settings of another version; a mean over seeds must not mix the two.
@@ -173,10 +449,10 @@ def _outdated(item: Item, planned: Sequence[PlannedRun], store: ResultsStore) ->
     wanted = {(run.row.label, _without_seed(run.config.to_dict())) for run in planned}
     configs = {
         key: _without_seed(json.loads(text))
-        for key, text in store.runs()[["run", "config"]].itertuples(index=False)
+        for key, text in records[["run", "config"]].itertuples(index=False)
     }
-    frame = store.measurements(item.id).query("source != 'cost'")
-    recorded = set(frame[["row", "run"]].itertuples(index=False, name=None))
+    own = measured[(measured["item"] == item.id) & (measured["run"] != "")]
+    recorded = set(own[["row", "run"]].itertuples(index=False, name=None))
     return {run for row, run in recorded if (row, configs.get(run)) not in wanted}
 
 
@@ -185,24 +461,109 @@ def _without_seed(config: dict[str, Any]) -> str:
     return json.dumps({**kept, "data": {**kept["data"], "root": None}}, sort_keys=True)
 
 
+def train_row(
+    item: Item,
+    row: Row,
+    parameters: RunParameters,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    max_steps: int | None = None,
+    checkpoints: int = KEPT,
+    workers: int = 0,
+    progress: bool = True,
+) -> RunResult:
+    """Train one row of an item with the first seed, evaluate it and record it with its cost.
+
+    In this process, and under `torchrun` or `accelerate launch` in all of theirs. Interrupted,
+    the same call resumes it; so does a later one with more steps.
+
+    Args:
+        item: of the row.
+        row: what to train.
+        parameters: from `resolve_parameters`; this process takes the device that it finds.
+        batch_size: images a step; the recipe is scaled to it. None: the recipe's own, but
+            `CPU_BATCH` at the paper's settings on a CPU without `micro_batch`.
+        micro_batch: images computed at once; their gradients add up to the batch's.
+        max_steps: stop after that many steps of the unchanged schedule. The row's note then says
+            how many of how many, and the run's state is partial.
+        checkpoints: how many of the last ones are kept.
+        workers: processes that load images.
+        progress: show bars where stderr is a terminal.
+
+    Raises:
+        UserError: the row is not trained in the profile, a longer run of it is recorded, or what
+            `train_run` raises.
+        DataError: the data root does not hold the data of the row's task.
+        CheckpointError: the weights that the row starts from are missing.
+    """
+    config = configure_row(item, row, parameters, parameters.seeds[0])
+    paper_on_cpu = parameters.profile.data is None and parameters.device == CPU
+    if batch_size is None and micro_batch is None and paper_on_cpu:
+        batch_size = CPU_BATCH
+    if batch_size is not None:
+        config = replace(config, recipe=config.recipe.for_batch(batch_size))
+    store = parameters.store
+    _protect_longer(store, item, row, config, max_steps)
+    result = train_run(
+        config,
+        store.runs_folder,
+        force=parameters.force,
+        workers=workers,
+        max_steps=max_steps,
+        progress=progress,
+        checkpoints=checkpoints,
+        micro_batch=micro_batch,
+    )
+    if PartialState().is_main_process:
+        store.add_measurements(item.id, cost_rows([row]))
+        _record(store, item, [PlannedRun(row, config)], result)
+    return result
+
+
+def _protect_longer(
+    store: ResultsStore, item: Item, row: Row, config: RunConfig, max_steps: int | None
+) -> None:
+    """Refuse a run of few steps whose row would replace that of another, longer run."""
+    if max_steps is None or max_steps >= config.recipe.steps:
+        return
+    frame = store.measurements(item.id)
+    same = frame[
+        (frame["row"] == row.label)
+        & (frame["model"] == config.model)
+        & (frame["source"] == store.source)
+        & (frame["seed"] == config.seed)
+    ]
+    images = store.runs().set_index("run")["images"]
+    for run in same["run"].unique():
+        if run != config.key and images.get(run, 0) > max_steps * config.recipe.batch_size:
+            raise UserError(
+                f"{store.folder / item.id}.csv holds what run {run}, of {images[run]:,} images, "
+                f"measured for {row.label}; {max_steps} steps of {config.recipe.batch_size} would "
+                "replace it: give another results folder"
+            )
+
+
+# Rows of the results
+
+
 def cost_rows(trained: Sequence[Row]) -> list[dict[str, Any]]:
     """Measure each row's model at the paper's image size and number of classes."""
     rows = []
     for row in trained:
         size = default_image_size(row.model, row.task)
-        cost = measure_cost(create_model(row.model, row.task, **row.options), size)
-        common = {
-            **_common(row, row.model, f"zeros, {TASKS[row.task]} classes, {size}x{size}"),
-            "source": "cost",
-        }
+        cost = model_cost(row.model, row.task, size, tuple(row.options.items()))
+        data = f"zeros, {TASKS[row.task]} classes, {size}x{size}"
+        common = {"row": row.label, "model": row.model, "task": row.task, "data": data}
         for metric, (scale, unit) in COST_UNITS.items():
             value = getattr(cost, metric) / scale
-            rows.append({**common, "metric": metric, "value": value, "unit": unit})
+            rows.append(
+                {**common, "source": "cost", "metric": metric, "value": value, "unit": unit}
+            )
     return rows
 
 
 def run_rows(
-    run: PlannedRun, metrics: Mapping[str, float], record: Mapping[str, Any]
+    run: PlannedRun, metrics: Mapping[str, float], record: Mapping[Any, Any]
 ) -> list[dict[str, Any]]:
     """Rows of an item for a run, dated and marked by the run's own record.
 
@@ -216,17 +577,18 @@ def run_rows(
     if config.recipe.scaled_from_batch is not None:
         notes.append(f"recipe scaled from batch {config.recipe.scaled_from_batch} to {batch}")
     common = {
-        **_common(run.row, config.model, describe_data(config)),
+        "row": run.row.label,
+        "model": config.model,
+        "task": run.row.task,
+        "data": describe_data(config),
         "seed": config.seed,
         "run": config.key,
         "commit": record["commit"],
         "date": record["date"],
         "note": ", ".join(notes),
+        "unit": "%",
     }
-    return [
-        {**common, "metric": metric, "value": value, "unit": "%"}
-        for metric, value in metrics.items()
-    ]
+    return [{**common, "metric": metric, "value": value} for metric, value in metrics.items()]
 
 
 def describe_data(config: RunConfig) -> str:
@@ -242,12 +604,47 @@ def describe_data(config: RunConfig) -> str:
     return ", ".join([*parts, f"{config.image_size}x{config.image_size}"])
 
 
-def _common(row: Row, model: str, data: str) -> dict[str, Any]:
-    return {"row": row.label, "model": model, "task": row.task, "data": data}
+def read_results(item: Item, parameters: RunParameters) -> ItemResults:
+    """What is known of an item, without running anything.
+
+    Raises:
+        DataError: a file has a broken row; names the file and the line.
+    """
+    planned = planned_runs(item, parameters)
+    labels: dict[str, str] = {}
+    for run in planned:
+        labels.setdefault(run.config.key, run.label)
+    profile = parameters.profile.name
+    frames: list[pd.DataFrame] = []
+    for folder in dict.fromkeys((parameters.results_dir, default_results_dir())):
+        for name in dict.fromkeys((profile, *SHOWN_PROFILES)):
+            store = ResultsStore(folder, name)
+            records = store.runs()
+            if not frames:  # of the call's own profile and folder
+                runs = records[records["run"].isin(labels)]
+            frames.append(complete_rows(store.measurements(item.id), records))
+    measured = pd.concat(frames, ignore_index=True)
+    measured = measured[measured["source"] != SMOKE]
+    measured = measured.drop_duplicates(["row", "metric", "source", "seed"], ignore_index=True)
+    paths = {key: parameters.store.runs_folder / key / CURVE_FILE for key in labels}
+    return ItemResults(
+        item,
+        parameters,
+        paper_values(item.id) if item.id.startswith("table") else measured.iloc[:0],
+        measured,
+        labels,
+        runs.assign(label=runs["run"].map(labels)),
+        {labels[key]: pd.read_csv(path) for key, path in paths.items() if path.is_file()},
+    )
+
+
+def complete_rows(measured: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
+    """Measurements without those of runs that stopped before their last step."""
+    return measured[~measured["run"].isin(records.loc[records["state"] == "partial", "run"])]
 
 
 def item_status(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
-    """One row an item: what of it is rebuilt, computed from the items and the CSVs.
+    """One row an item: what of it is measured, counted in the CSVs.
 
     Args:
         results_dirs: results folders; what is measured in any of them counts, but for runs that
@@ -260,21 +657,21 @@ def item_status(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
     stores = [
         ResultsStore(Path(folder), profile) for folder in results_dirs for profile in PROFILES
     ]
-    rows = []
-    for item in ITEMS.values():
-        measured = pd.concat([store.results(item.id) for store in stores])
-        unique = measured.drop_duplicates(["row", "metric", "source", "seed"])
-        counts = unique["source"].value_counts()
-        rows.append(
+    frames = [complete_rows(store.measurements(), store.runs()) for store in stores]
+    measured = pd.concat(frames).drop_duplicates(["item", "row", "metric", "source", "seed"])
+    counts = measured.groupby(["item", "source"]).size()
+    return pd.DataFrame(
+        [
             {
                 "item": item.id,
                 "title": item.title,
                 "notebook": item.notebook or "",
                 "paper_values": len(paper_values(item.id)) if item.id.startswith("table") else 0,
                 **{
-                    f"{source}_rows": int(counts.get(source, 0))
+                    f"{source}_rows": int(counts.get((item.id, source), 0))
                     for source in ("cost", "proxy", "paper_scale")
                 },
             }
-        )
-    return pd.DataFrame(rows)
+            for item in ITEMS.values()
+        ]
+    )

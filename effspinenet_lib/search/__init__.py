@@ -1,6 +1,5 @@
-"""Learning the resource distribution (section 3.3): space, methods, trials, and what they leave.
+"""Learning the resource distribution (section 3.3).
 
-`space` turns betas into dimensions and costs; `methods` and `policy` choose betas; `engines`
-runs trials in processes of their own or on Ray; `running` tries them again and records them; `run`
-connects these to a search, and `references` to distributions that no method chose.
+`space` turns betas into dimensions and costs, `controllers` choose betas, `search` trains and
+records what they chose, `export` makes a model of the best.
 """

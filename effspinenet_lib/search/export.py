@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,18 @@ from typing import Any
 import pandas as pd
 
 from effspinenet_lib.errors import UserError
-from effspinenet_lib.models.specs import LEARNED_BETAS, MODELS, SEARCH_SPACE, parse_betas
+from effspinenet_lib.models.specs import EQUAL_BETAS, LEARNED_BETAS, SEARCH_SPACE, parse_betas
 from effspinenet_lib.models.zoo import Distribution, write_distribution
-from effspinenet_lib.report.search import best_sample
 from effspinenet_lib.results import REFERENCE, ResultsStore
-from effspinenet_lib.search.record import FAILED, equal_betas
-from effspinenet_lib.search.settings import get_search
+from effspinenet_lib.search.search import FAILED, get_search
 
-PAPER = "paper"  # in a method's place: the distribution of Table 1
-# What the record says of a trial that a distribution's file carries on.
+PAPER = "paper"  # in place of a method: the distribution of Table 1
+# What a distribution's file keeps of the trial that it comes from.
 ORIGIN = ("method", "seed", "trial", "AP", "reward", "run", "setting", "commit", "date")
 
 
-def best_trial(record: pd.DataFrame, method: str | None = None) -> Any:
-    """The trial of the highest reward; of equal ones the one with fewer parameters.
+def best_trial(record: pd.DataFrame, method: str | None = None) -> pd.Series[Any]:
+    """The trial of the highest reward; of equal ones the one with the fewest parameters.
 
     Args:
         record: `ResultsStore.trials()`.
@@ -31,13 +30,15 @@ def best_trial(record: pd.DataFrame, method: str | None = None) -> Any:
     Raises:
         UserError: there is no trial with a result.
     """
-    best = best_sample(record if method is None else record[record["method"] == method])
-    if best is None:
+    chosen = record["method"] == method if method else record["method"] != REFERENCE
+    rows = record[chosen & record["AP"].notna()]
+    if rows.empty:
         raise UserError(
             f"the record has no finished trial{f' of {method}' if method else ''}; run "
             "`effspinenet search` first"
         )
-    return best
+    order = ["reward", "parameters", "trial"]
+    return rows.sort_values(order, ascending=[False, True, True]).iloc[0]
 
 
 def found_distribution(store: ResultsStore, method: str | None = None) -> Distribution:
@@ -48,27 +49,15 @@ def found_distribution(store: ResultsStore, method: str | None = None) -> Distri
     """
     model = get_search(store.profile).model
     if method == PAPER:
-        return paper_distribution(model)
+        origin = {
+            "source": "paper, Table 1; betas recovered from it (models/specs.py)",
+            "in_search_space": set(LEARNED_BETAS) <= set(SEARCH_SPACE),
+        }
+        return Distribution("Eff-SpineNet, Table 1", model, LEARNED_BETAS, origin)
     best = best_trial(store.trials(), method)
-    origin = {name: _plain(best[name]) for name in ORIGIN}
+    origin = json.loads(best[list(ORIGIN)].to_json())
     name = f"{model}, best of {store.profile} search"
     return Distribution(name, model, parse_betas(best["betas"]), origin)
-
-
-def paper_distribution(model: str = "eff_spinenet_d0") -> Distribution:
-    """Table 1's distribution, as betas that solve for its dimensions.
-
-    Its `origin` says how far the dimensions that the betas give are from the printed ones.
-    """
-    distribution = Distribution("Eff-SpineNet, Table 1", model, LEARNED_BETAS)
-    printed = [block.feature_dim for block in MODELS["eff_spinenet_d0"].backbone.blocks]
-    pairs = zip(distribution.feature_dims, printed, strict=True)
-    origin = {
-        "source": "paper, Table 1; betas recovered from it (choices/learned.py)",
-        "in_search_space": all(beta in SEARCH_SPACE for beta in LEARNED_BETAS),
-        "largest_difference_channels": max(abs(given - wanted) for given, wanted in pairs),
-    }
-    return Distribution(distribution.name, model, LEARNED_BETAS, origin)
 
 
 def export_distribution(
@@ -85,18 +74,13 @@ def export_distribution(
 
 
 def compared_betas(record: pd.DataFrame) -> dict[str, tuple[int, ...]]:
-    """What `run_references` sets beside each other: the paper's two and each method's best.
+    """What `run_references` compares: the paper's two distributions and each method's best.
 
     Args:
         record: `ResultsStore.trials()`.
     """
-    named = {"SP-EfficientNet-B0": equal_betas(), "Eff-SpineNet-D0": LEARNED_BETAS}
+    named = {"SP-EfficientNet-B0": EQUAL_BETAS, "Eff-SpineNet-D0": LEARNED_BETAS}
     worked = record[record["state"] != FAILED]
     for method in sorted(set(worked["method"]) - {REFERENCE}):
         named[f"best of {method}"] = parse_betas(best_trial(record, method)["betas"])
     return named
-
-
-def _plain(value: Any) -> Any:
-    """A cell as JSON type."""
-    return value.item() if hasattr(value, "item") else value

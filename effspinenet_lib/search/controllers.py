@@ -1,12 +1,15 @@
-"""The controller: an LSTM that chooses one beta a block, trained by PPO or by REINFORCE.
+"""How samples are chosen: PPO, REINFORCE, random search and regularized evolution.
 
-As in the searches that section 5.1.1 follows: a recurrent policy (arXiv 1611.01578), improved on
-the reward of its samples by proximal policy optimisation (arXiv 1707.06347), as in MnasNet.
+PPO and REINFORCE train a controller, as the searches that section 5.1.1 follows: a recurrent policy
+(arXiv 1611.01578) chooses one beta a block and learns from the reward of its samples by proximal
+policy optimisation (arXiv 1707.06347), as in MnasNet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +17,124 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from effspinenet_lib.search.methods import Choices, Method
+Choices = tuple[int, ...]  # the index chosen at each position
+
+# Regularized evolution (arXiv 1802.01548) had 100 and 25 for 20,000 samples; ours is the same
+# shape for the tens of a small budget.
+POPULATION = 16
+TOURNAMENT = 4
+MIN_POPULATION = 2  # our choice: with one there is no parent to choose
+
+
+class Controller(ABC):
+    """Chooses samples and learns what they gave.
+
+    Args:
+        positions: choices a sample makes.
+        choices: to choose from at each.
+        seed: of the samples.
+    """
+
+    def __init__(self, positions: int, choices: int, seed: int) -> None:
+        self.positions, self.choices, self.seed = positions, choices, seed
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @abstractmethod
+    def ask(self, count: int) -> list[Choices]:
+        """Choose samples."""
+
+    @abstractmethod
+    def tell(self, samples: Sequence[Choices], rewards: Sequence[float]) -> None:
+        """Learn what samples gave; those that gave nothing are left out."""
+
+    def entropy(self) -> float:
+        """Entropy in nats of a choice, the mean over positions; NaN where there is no policy."""
+        return math.nan
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next samples depend on, as tensors and plain values."""
+        return {"generator": self.generator.get_state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` gave."""
+        self.generator.set_state(state["generator"])
+
+    def _uniform(self, count: int) -> list[Choices]:
+        shape = (count, self.positions)
+        drawn = torch.randint(self.choices, shape, generator=self.generator).tolist()
+        return [tuple(row) for row in drawn]
+
+    def _below(self, limit: int) -> int:
+        return int(torch.randint(limit, (), generator=self.generator))
+
+
+class RandomSearch(Controller):
+    """Chooses uniformly."""
+
+    def ask(self, count: int) -> list[Choices]:
+        """Choose samples."""
+        return self._uniform(count)
+
+    def tell(self, samples: Sequence[Choices], rewards: Sequence[float]) -> None:
+        """Learn nothing."""
+
+    def entropy(self) -> float:
+        """Entropy of a uniform choice."""
+        return math.log(self.choices)
+
+
+class Evolution(Controller):
+    """Regularized evolution: mutate the best of a few; the oldest of the population dies.
+
+    Args:
+        positions: choices a sample makes.
+        choices: to choose from at each.
+        seed: of the samples.
+        size: of the population, see `population_size`.
+    """
+
+    def __init__(self, positions: int, choices: int, seed: int, size: int = POPULATION) -> None:
+        super().__init__(positions, choices, seed)
+        self.size = size
+        self.population: list[tuple[Choices, float]] = []
+
+    def ask(self, count: int) -> list[Choices]:
+        """Choose samples: at random until the population is full, then children."""
+        if len(self.population) < self.size:
+            return self._uniform(count)
+        return [self._child() for _ in range(count)]
+
+    def tell(self, samples: Sequence[Choices], rewards: Sequence[float]) -> None:
+        """Let samples join the population."""
+        self.population += zip(samples, rewards, strict=True)
+        self.population = self.population[-self.size :]
+
+    def _child(self) -> Choices:
+        """The best of a tournament with one choice changed to another."""
+        drawn = torch.randperm(len(self.population), generator=self.generator)[:TOURNAMENT]
+        parent, _ = max((self.population[index] for index in drawn.tolist()), key=_reward)
+        place = self._below(self.positions)
+        shift = 1 + self._below(self.choices - 1)
+        changed = (parent[place] + shift) % self.choices
+        return (*parent[:place], changed, *parent[place + 1 :])
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next samples depend on."""
+        return {**super().state(), "population": self.population}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` gave."""
+        super().load(state)
+        self.population = state["population"]
+
+
+def population_size(trials: int) -> int:
+    """Evolution's population for a search of `trials`: half of them at most, so that it evolves."""
+    return max(MIN_POPULATION, min(POPULATION, trials // 2))
+
+
+def _reward(member: tuple[Choices, float]) -> float:
+    return member[1]
 
 
 @dataclass(frozen=True)
@@ -35,7 +155,7 @@ class PolicySettings:
     # arXiv 1707.06347, section 6.1
     clip: float = 0.2
     # Our choices: a small policy that learns from tens of batches, where the papers had thousands;
-    # tried on synthetic rewards (tests/test_search_methods.py).
+    # tried on synthetic rewards (tests/test_search.py).
     hidden: int = 64
     learning_rate: float = 0.006
     entropy: float = 0.05
@@ -46,6 +166,10 @@ class PolicySettings:
 PPO = PolicySettings(epochs=3)  # our choice: with 5 or 10 it settles too early on small batches
 # One step a batch: the probabilities have not moved, so PPO's gradient is REINFORCE's.
 REINFORCE = PolicySettings(epochs=1)
+
+
+_MIN_SPREAD = 1e-9  # our choice: a spread below it, relative to the rewards, is rounding
+_ENTROPY_SAMPLES = 64  # our choice: the estimate varies by under a hundredth
 
 
 class _Policy(nn.Module):
@@ -85,7 +209,7 @@ class _Policy(nn.Module):
         return Categorical(logits=torch.stack(logits, dim=1))
 
 
-class PolicySearch(Method):
+class PolicySearch(Controller):
     """Samples from a policy and improves it on the rewards.
 
     Args:
@@ -143,8 +267,8 @@ class PolicySearch(Method):
             mean = self.baseline[0] + moved * (mean - self.baseline[0])
             spread = self.baseline[1] + moved * (spread - self.baseline[1])
         self.baseline = mean, spread
-        floor = _LEAST_SPREAD * max(abs(mean), float(gained.abs().max()))
-        return (gained - mean) / (max(spread, floor) or 1.0)  # 0 where all of them are 0
+        least = _MIN_SPREAD * max(abs(mean), float(gained.abs().max()))
+        return (gained - mean) / (max(spread, least) or 1.0)  # 0 where all of them are 0
 
     @torch.no_grad()
     def entropy(self) -> float:
@@ -163,13 +287,22 @@ class PolicySearch(Method):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` gave."""
         super().load(state)
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.baseline = state["baseline"]
 
 
-# Our choice: what is less, relative to the rewards, is rounding and no spread.
-_LEAST_SPREAD = 1e-9
-_ENTROPY_SAMPLES = 64  # our choice: the estimate varies by under a hundredth
+# (positions, choices, seed, trials of the profile's search) -> controller. The number of trials
+# that a user asks for is not among them, so a search that is extended continues as it would have.
+CONTROLLERS: dict[str, Callable[[int, int, int, int], Controller]] = {
+    "ppo": lambda positions, choices, seed, _: PolicySearch(positions, choices, seed, PPO),
+    "reinforce": lambda positions, choices, seed, _: PolicySearch(
+        positions, choices, seed, REINFORCE
+    ),
+    "random": lambda positions, choices, seed, _: RandomSearch(positions, choices, seed),
+    "evolution": lambda positions, choices, seed, trials: Evolution(
+        positions, choices, seed, population_size(trials)
+    ),
+}
