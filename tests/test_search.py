@@ -716,9 +716,9 @@ def test_a_distribution_stands_for_its_model_wherever_it_lies(found: Path, tmp_p
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"betas": [1, 2]}, DataError, "broken distribution"),
+        ({"betas": [1, 2]}, DataError, "invalid distribution: betas are"),
         ({"feature_dims": [8] * 18}, DataError, "its betas give"),
-        ({"format": "other"}, DataError, "is no resource distribution"),
+        ({"format": "other"}, DataError, "not a resource distribution"),
         ({"model": "resnet50_fpn"}, UnknownName, "scale-permuted model"),
         ({"betas": [10**400] * 18}, DataError, f"whole numbers from 1 to {LARGEST_BETA}"),
         ({"origin": [1]}, DataError, "its origin is no object"),
