@@ -15,13 +15,12 @@ from test_report import COLOUR_BLINDNESS, assert_apart
 
 from effspinenet_lib import create_model, experiments, measure_cost
 from effspinenet_lib.errors import DataError
-from effspinenet_lib.models.specs import LEARNED_BETAS, SEARCH_SPACE, parse_betas
+from effspinenet_lib.models.specs import EQUAL_BETAS, LEARNED_BETAS, SEARCH_SPACE, parse_betas
 from effspinenet_lib.models.zoo import Distribution, write_distribution
 from effspinenet_lib.report import search, style
 from effspinenet_lib.results import ResultsStore
-from effspinenet_lib.search.record import equal_betas, plan_betas
-from effspinenet_lib.search.settings import get_search
-from effspinenet_lib.search.statements import space_statements, write_statements
+from effspinenet_lib.search.search import get_search, plan_trials
+from effspinenet_lib.search.space import space_claims, write_claims
 
 LEVELS = np.array(search.LEVELS)
 SAMPLES = 20  # of each method
@@ -37,7 +36,7 @@ def rows(
     profile: str = "proxy",
 ) -> list[dict[str, Any]]:
     """Trials as a search records them, four a batch."""
-    planned = plan_betas(get_search(profile), betas, method, seed, 0, first)
+    planned = plan_trials(get_search(profile), betas, method, seed, 0, first)
     common = {"state": "finished", "attempts": 1, "seconds": 36.0}
     entropy = {"entropy": 1.5} if method == "ppo" else {}
     return [
@@ -71,7 +70,7 @@ def frame(*parts: list[dict[str, Any]], source: str = "proxy") -> pd.DataFrame:
 SAMPLED = sampled(np.random.default_rng(0), slope=20, noise=0.1)
 FOUND = parse_betas(max(SAMPLED, key=lambda row: row["AP"])["betas"])
 REFERENCES = [
-    *again(equal_betas(), {0: 20.0, 1: 21.0, 2: 22.0}, 0),
+    *again(EQUAL_BETAS, {0: 20.0, 1: 21.0, 2: 22.0}, 0),
     *again(LEARNED_BETAS, {0: 20.0, 1: 22.0, 2: 24.0}, 1),
     # the seed that the search chose it by, then others
     *again(FOUND, {0: max(row["AP"] for row in SAMPLED), 1: 24.0, 2: 25.0, 3: 26.0}, 2),
@@ -204,7 +203,7 @@ def test_chosen_distributions_are_compared_over_seeds() -> None:
     found = table.loc[f"{search.FOUND} – {search.SP}"]
     assert found.tolist() == ["+4.00", "+1.73 to +6.27", "3 and 3", "higher"]
     assert table.loc[f"{search.D0} – {search.SP}", "verdict"] == "inconclusive"
-    one = frame(SAMPLED, again(FOUND, {1: 24.0}, 0), again(equal_betas(), {1: 20.0}, 1))
+    one = frame(SAMPLED, again(FOUND, {1: 24.0}, 0), again(EQUAL_BETAS, {1: 20.0}, 1))
     table = search.reference_differences(one).frame
     assert table.loc[f"{search.FOUND} – {search.SP}"].tolist() == [
         *("+4.00", "–", "1 and 1", "inconclusive")
@@ -272,8 +271,8 @@ def test_the_noise_of_one_trial_is_what_a_simulation_gives() -> None:
 
 
 def test_the_statements_on_the_space_are_shown(tmp_path: Path) -> None:
-    counted = space_statements(500, seed=1)
-    write_statements(tmp_path / "b", counted)
+    counted = space_claims(500, seed=1)
+    write_claims(tmp_path / "b", counted)
     table = search.space_table(tmp_path / "a", tmp_path / "b").frame
     stated = sorted((row for row in counted if row["stated"]), key=lambda row: row["claim"])
     assert table.index.tolist() == [row["statement"] for row in stated]
@@ -350,7 +349,7 @@ def test_a_page_shows_the_record_and_the_papers_in_the_place_of_the_proxys(
     pages: Any, page: str
 ) -> None:
     pages.store.add_trials([*SAMPLED, *REFERENCES])
-    write_statements(pages.folder, space_statements(500, seed=1))
+    write_claims(pages.folder, space_claims(500, seed=1))
     text = pages.show(page)
     assert "not run" not in text
     assert "98.7" not in text

@@ -20,7 +20,7 @@ import pandas as pd
 from accelerate import PartialState
 
 from effspinenet_lib.data import DataConfig, detect_format
-from effspinenet_lib.data.source import UNKNOWN_ROOT
+from effspinenet_lib.data.config import UNKNOWN_ROOT
 from effspinenet_lib.errors import DataError, UnknownName, UserError
 from effspinenet_lib.experiments.cost_table import model_cost
 from effspinenet_lib.experiments.items import (

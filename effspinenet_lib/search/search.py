@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from effspinenet_lib.data import DataConfig
-from effspinenet_lib.data.heldout import Part
-from effspinenet_lib.data.shapes import CATEGORIES
-from effspinenet_lib.data.source import UNKNOWN_ROOT
+from effspinenet_lib.data.coco import HeldOutSplit
+from effspinenet_lib.data.config import UNKNOWN_ROOT
+from effspinenet_lib.data.shapescenes import CATEGORIES
 from effspinenet_lib.errors import CheckpointError, TrainingError, UnknownName, UserError
 from effspinenet_lib.experiments.launcher import Outcome
 from effspinenet_lib.experiments.plan import SEARCH_TRIALS
@@ -173,8 +173,8 @@ SEARCHES: dict[str, SearchSettings] = {
             data=DataConfig(
                 "coco",
                 UNKNOWN_ROOT,
-                Part("train2017", "rest", SEARCH_HELD_OUT_IMAGES).name,
-                Part("train2017", "held", SEARCH_HELD_OUT_IMAGES).name,
+                HeldOutSplit("train2017", "rest", SEARCH_HELD_OUT_IMAGES).name,
+                HeldOutSplit("train2017", "held", SEARCH_HELD_OUT_IMAGES).name,
             ),
             recipe=get_recipe("paper_search_trial"),
             methods=("ppo",),  # paper 5.1.1: reinforcement learning
