@@ -11,18 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effspinenet_lib.models.cost import Cost, measure_cost
-    from effspinenet_lib.models.zoo import create_model, list_models
+    from effspinenet_lib.models.zoo import create_backbone, create_model, list_models
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Cost": "effspinenet_lib.models.cost",
     "measure_cost": "effspinenet_lib.models.cost",
+    "create_backbone": "effspinenet_lib.models.zoo",
     "create_model": "effspinenet_lib.models.zoo",
     "list_models": "effspinenet_lib.models.zoo",
 }
 
-__all__ = ["Cost", "__version__", "create_model", "list_models", "measure_cost"]
+__all__ = [
+    "Cost",
+    "__version__",
+    "create_backbone",
+    "create_model",
+    "list_models",
+    "measure_cost",
+]
 
 
 def __getattr__(name: str) -> Any:

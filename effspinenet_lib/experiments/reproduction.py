@@ -44,9 +44,8 @@ from effspinenet_lib.experiments.launcher import (
 )
 from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.models.zoo import TASKS, default_image_size
-from effspinenet_lib.results import CURVE_FILE, ResultsStore
+from effspinenet_lib.results import COST_UNITS, CURVE_FILE, ResultsStore
 from effspinenet_lib.results.paper import paper_values
-from effspinenet_lib.results.schemas import COST_UNITS
 from effspinenet_lib.training.accelerator import present_accelerators
 from effspinenet_lib.training.checkpoint import KEPT
 from effspinenet_lib.training.devices import ACCELERATORS, AUTO, CPU
