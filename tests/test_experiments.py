@@ -17,6 +17,7 @@ import pytest
 
 from effspinenet_lib import experiments
 from effspinenet_lib.data import DataConfig, export_coco
+from effspinenet_lib.data.shapescenes import CATEGORIES
 from effspinenet_lib.errors import (
     CheckpointError,
     DataError,
@@ -33,6 +34,7 @@ from effspinenet_lib.experiments import (
     resolve_parameters,
     train_row,
 )
+from effspinenet_lib.experiments.cost_table import model_cost
 from effspinenet_lib.experiments.items import Item, Profile, Row
 from effspinenet_lib.experiments.launcher import Outcome
 from effspinenet_lib.models.zoo import model_entry
@@ -129,6 +131,19 @@ def test_the_proxy_trains_what_has_a_counterpart_of_equal_cost(tmp_path):
     assert "mobilenetv2_nas_fpn" in names
     proxy = planned_runs(ITEMS["table-07"], parameters_of(tmp_path, "proxy"))
     assert "mobilenetv2_nas_fpn" not in {run.config.model for run in proxy}
+
+
+@pytest.mark.parametrize("table", ["table-03", "table-07", "table-08", "table-09", "table-10"])
+def test_rows_that_the_proxy_compares_cost_the_same(tmp_path, table):
+    costs: dict[str, list[int]] = {}
+    for run in planned_runs(ITEMS[table], parameters_of(tmp_path, "proxy", seeds=(0,))):
+        config, options = run.config, tuple(run.row.options.items())
+        classes = len(CATEGORIES) if config.task == "detection" else None
+        cost = model_cost(config.model, config.task, config.image_size, options, classes)
+        costs.setdefault(run.row.group, []).append(cost.multi_adds)
+    assert costs
+    for group, counts in costs.items():
+        assert max(counts) <= 1.15 * min(counts), group
 
 
 def test_rows_of_table_4_add_one_strategy_each(tmp_path):
