@@ -32,6 +32,11 @@ COST_FOLDER, COST_FILE = "cost", "costs.csv"
 PRINTED_DECIMALS = {"table-07": 2, "table-10": 2}
 OTHER_DECIMALS = 1
 FEWER_DECIMALS = ("mnasnet_a1_ssdlite",)
+# Models that the authors built and counted; the rows of all others are quoted from their papers.
+BY_AUTHORS = (
+    *("eff_spinenet", "sp_efficientnet", "spinenet_49", "resnet50_fpn"),
+    *("efficientnet_b0_fpn", "efficientnet_b1_fpn", "efficientnet_b2_fpn"),
+)
 
 
 @cache
@@ -69,7 +74,7 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
     stamp = {"commit": current_commit(), "date": today()}
     records = []
     for cell in tqdm(_cells(), "count", disable=None if progress else True):
-        options = _options(cell["item"], cell["row"])
+        options = row_options(cell["item"], cell["row"])
         name, task, printed = cell["model"], cell["task"], cell["value"]
         size = default_image_size(name, task)
         cost = model_cost(name, task, size, tuple(options.items()))
@@ -78,6 +83,10 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
         counted = measured
         if cell["metric"] == "multi_adds":
             counted = cost.authors_count / scale
+        as_printed = ""
+        if not math.isnan(printed):
+            compared = counted if name.startswith(BY_AUTHORS) else measured
+            as_printed = "yes" if rounds_to(compared, printed, cell["item"], name) else "no"
         records.append(
             {
                 **{column: cell[column] for column in ("item", "row", "model", "task", "metric")},
@@ -90,7 +99,7 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
                 "unit": unit,
                 "difference_percent": round(100 * (measured / printed - 1), 2),
                 "authors_difference_percent": round(100 * (counted / printed - 1), 2),
-                "as_printed": _as_printed(cell["item"], name, counted, printed),
+                "as_printed": as_printed,
                 "note": model_entry(name).note,
                 **stamp,
             }
@@ -98,24 +107,27 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
     return records
 
 
-def _as_printed(item: str, model: str, counted: float, printed: float) -> str:
-    """Whether a count rounds to the printed digits; empty where none are printed."""
-    if math.isnan(printed):
-        return ""
+def rounds_to(counted: float, printed: float, item: str, model: str) -> bool:
+    """Whether a count rounds to the digits that the table of the paper prints."""
     decimals = PRINTED_DECIMALS.get(item, OTHER_DECIMALS)
     if model in FEWER_DECIMALS:
         decimals = OTHER_DECIMALS
-    return "yes" if math.isclose(round(counted, decimals), printed) else "no"
+    return math.isclose(round(counted, decimals), printed)
 
 
-def _cells() -> list[dict[str, Any]]:
-    """What is counted; `value` is the printed number, NaN where the paper prints none."""
-    cells = [
+def printed_cells() -> list[dict[str, Any]]:
+    """The #FLOPs and #Params cells of the paper's tables: item, row, model, task, metric, value."""
+    return [
         {str(name): value for name, value in cell.items()}
         for item in TABLES
         for cell in paper_values(item).to_dict("records")
         if cell["metric"] in COST_UNITS and not math.isnan(cell["value"])
     ]
+
+
+def _cells() -> list[dict[str, Any]]:
+    """What is counted; `value` is the printed number, NaN where the paper prints none."""
+    cells = printed_cells()
     printed = {(cell["model"], cell["task"], cell["metric"]) for cell in cells}
     others = [
         {"item": "", "row": "", "model": name, "task": task, "metric": metric, "value": math.nan}
@@ -127,7 +139,7 @@ def _cells() -> list[dict[str, Any]]:
     return cells + others
 
 
-def _options(item: str, label: str) -> dict[str, Any]:
+def row_options(item: str, label: str) -> dict[str, Any]:
     """The model options that a row of a table switches."""
     for row in ITEMS[item].rows if item else ():
         if row.label == label:
