@@ -23,12 +23,12 @@ from official.vision.configs import retinanet as configs
 from official.vision.ops import anchor, preprocess_ops
 from official.vision.tasks.retinanet import RetinaNetTask
 
-from effspinenet_lib.models.released.convert import create_released
-from effspinenet_lib.models.released.names import BOX_ORDER, match_variables
-from effspinenet_lib.models.released.seeded import seeded_state
+from benchmarks.seeded import Arrays, seeded_state
+from effspinenet_lib.models.released import BOX_ORDER, create_released, match_variables
 from effspinenet_lib.models.released_specs import ReleasedSpec
+from effspinenet_lib.models.retinanet import BOX_CODE
+from effspinenet_lib.models.specs import OUTPUT_LEVELS
 
-Arrays = dict[str, NDArray[Any]]
 # Lists that Keras keeps in a layer beside the attributes that a checkpoint names.
 BESIDE = {
     "_metrics",
@@ -39,9 +39,8 @@ BESIDE = {
     "_inbound_nodes",
     "_outbound_nodes",
 }
-LEVELS = ("3", "4", "5", "6", "7")
-BOX_CODE = 4
-# From this library's order of axes to TensorFlow's; see released.names.
+LEVELS = tuple(map(str, OUTPUT_LEVELS))
+# From this library's order of axes to TensorFlow's; see `models.released`.
 TO_KERNEL, TO_DEPTHWISE = (2, 3, 1, 0), (2, 3, 0, 1)
 
 
@@ -68,7 +67,7 @@ def build_task(spec: ReleasedSpec, image_size: int) -> RetinaNetTask:
 class GardenModel:
     """A released detector in TensorFlow with seeded weights.
 
-    Every tensor that `models.released.seeded` draws is put into the variable that the converter
+    Every tensor that `seeded` draws is put into the variable that the converter
     takes it from; a wrong match shows as outputs that differ.
     """
 

@@ -22,16 +22,18 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.model_garden import GardenModel, preprocess
-from effspinenet_lib.data.augment import fit_released
-from effspinenet_lib.files import atomic_write
-from effspinenet_lib.models.released.compare import (
+from benchmarks.seeded import (
     detection_differences,
     outputs_by_level,
     relative_difference,
+    seeded_images,
+    seeded_objects,
+    seeded_places,
     training_losses,
 )
-from effspinenet_lib.models.released.convert import create_released, read_released
-from effspinenet_lib.models.released.seeded import seeded_images, seeded_objects, seeded_places
+from effspinenet_lib.data.augment import fit_released
+from effspinenet_lib.files import atomic_write
+from effspinenet_lib.models.released import convert, create_released
 from effspinenet_lib.models.released_specs import RELEASED, ReleasedSpec
 from effspinenet_lib.models.retinanet import RetinaNet
 
@@ -65,7 +67,8 @@ def compare(spec: ReleasedSpec) -> Iterator[Row]:
     garden = GardenModel(spec, size, SEED)
     model = create_released(spec.name, stochastic_depth=0.0).eval()
     with tempfile.TemporaryDirectory() as folder:
-        model.load_state_dict(read_released(garden.save(Path(folder)), spec.name))
+        state, _ = convert(garden.save(Path(folder)), spec.name)
+    model.load_state_dict(state)
     for quantity, measure, value, limit in measure_differences(model, garden):
         yield Row(spec.name, size, quantity, measure, value, limit)
 
@@ -98,7 +101,7 @@ def measure_differences(
 def write_golden(spec: ReleasedSpec, folder: Path) -> Path:
     """Write what the Model Garden gives for the seeded weights at a small size.
 
-    The weights, images and objects are drawn anew by the tests; of each tensor the values at
+    The weights, images and objects are drawn by the tests again; of each tensor the values at
     seeded places are kept, and of every variable path, name and shape.
     """
     garden = GardenModel(spec, GOLDEN_SIZE, SEED)

@@ -1,7 +1,7 @@
 """The released detectors compute what the TensorFlow Model Garden computes.
 
 `tests/golden` holds what the Model Garden gives for seeded weights, written by
-`python -m benchmarks.parity --golden tests/golden`; the weights are drawn anew here.
+`python -m benchmarks.parity --golden tests/golden`; the weights are drawn here again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,31 +16,28 @@ import torch
 from torch.nn import functional
 from typer.testing import CliRunner
 
+from benchmarks.seeded import (
+    detection_differences,
+    load_seeded,
+    outputs_by_level,
+    relative_difference,
+    seeded_images,
+    seeded_objects,
+    seeded_places,
+    training_losses,
+)
 from effspinenet_lib import create_model
 from effspinenet_lib.cli import app
 from effspinenet_lib.data.augment import fit_released
 from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
+from effspinenet_lib.models import released
 from effspinenet_lib.models.layers import conv_norm, hard_sigmoid, max_pool
-from effspinenet_lib.models.released import convert as conversion
-from effspinenet_lib.models.released.compare import (
-    detection_differences,
-    outputs_by_level,
-    relative_difference,
-    training_losses,
-)
-from effspinenet_lib.models.released.convert import create_released, read_released
-from effspinenet_lib.models.released.names import match_variables
-from effspinenet_lib.models.released.seeded import (
-    load_seeded,
-    seeded_images,
-    seeded_objects,
-    seeded_places,
-)
+from effspinenet_lib.models.released import Variable, convert, create_released, match_variables
 from effspinenet_lib.models.released_specs import COCO_NAMES, RELEASED
 from effspinenet_lib.training.checkpoint import create_from_weights, load_weights
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = tuple(RELEASED)
+SMALLEST = "mobile_spinenet_49xs"
 SEED, IMAGES, SIZE = 2010, 4, 128
 HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
 # Trainable parameters of the backbone with what joins it to the heads, counted in TensorFlow.
@@ -52,29 +48,26 @@ BACKBONE_PARAMETERS = {
 }
 
 
-def _golden(name: str) -> dict[str, np.ndarray]:
+def golden_outputs(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f"{name}.npz") as file:
         return dict(file)
 
 
-def _seeded(name: str):
+def seeded_model(name: str):
     model = create_released(name, stochastic_depth=0.0).eval()
     load_seeded(model, SEED)
     return model
 
 
-def _variables(name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def garden_variables(name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Path -> name and shape of the Model Garden's variables."""
-    found = {}
-    for line in _golden(name)["variables"]:
-        path, variable, shape = str(line).split(" ")
-        found[path] = (variable, tuple(int(side) for side in shape.split("x")))
-    return found
+    lines = (str(line).split(" ") for line in golden_outputs(name)["variables"])
+    return {path: (name, tuple(map(int, shape.split("x")))) for path, name, shape in lines}
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=tuple(RELEASED))
 def seeded(request):
-    return request.param, _seeded(request.param), _golden(request.param)
+    return request.param, seeded_model(request.param), golden_outputs(request.param)
 
 
 def test_every_level_and_head_output_is_the_model_gardens(seeded):
@@ -95,21 +88,20 @@ def test_detections_are_the_model_gardens_in_the_same_order(seeded):
     assert worst["score"] < 1e-5
 
 
-def test_detections_in_another_order_are_a_difference(seeded):
-    _, model, golden = seeded
+def test_detections_in_another_order_are_a_difference():
+    model, golden = seeded_model(SMALLEST), golden_outputs(SMALLEST)
     images = seeded_images(IMAGES, SIZE, SEED)
-    swapped = {**golden, "boxes": golden["boxes"].copy(), "labels": golden["labels"].copy()}
-    swapped["boxes"][0, [0, 50]] = swapped["boxes"][0, [50, 0]]
-    assert detection_differences(model, images, swapped)["box"] > 1
-    swapped["labels"][1, 3] += 1
-    assert detection_differences(model, images, swapped)["class"] == 1
+    golden["boxes"][0, [0, 50]] = golden["boxes"][0, [50, 0]]
+    golden["labels"][1, 3] += 1
+    worst = detection_differences(model, images, golden)
+    assert worst["box"] > 1
+    assert worst["class"] == 1
 
 
 def test_losses_of_a_training_step_are_the_model_gardens(seeded):
     _, model, golden = seeded
     images, objects = seeded_images(IMAGES, SIZE, SEED), seeded_objects(IMAGES, SIZE, SEED)
-    losses = training_losses(model, images, objects)
-    for name, loss in losses.items():
+    for name, loss in training_losses(model, images, objects).items():
         # At this size P7's norms have four values, which magnify TensorFlow's rounding: float64
         # here is up to 2e-5 from it. `make parity` holds 1e-5 at the published sizes.
         assert loss == pytest.approx(float(golden[f"loss_{name}"]), rel=5e-5), name
@@ -117,13 +109,11 @@ def test_losses_of_a_training_step_are_the_model_gardens(seeded):
 
 def test_each_variable_of_the_model_garden_is_used_once(seeded):
     name, model, _ = seeded
-    variables = _variables(name)
-    names = {path: variable for path, (variable, _) in variables.items()}
-    sources = match_variables(model, names, "here")
+    variables = garden_variables(name)
+    sources = match_variables(model, {path: made for path, (made, _) in variables.items()}, "here")
     assert sorted(source.path for source in sources.values()) == sorted(variables)
     state = model.state_dict()
-    learned = {key for key in state if not key.endswith("num_batches_tracked")}
-    assert set(sources) == learned
+    assert set(sources) == {key for key in state if not key.endswith("num_batches_tracked")}
     for tensor, source in sources.items():
         shape = variables[source.path][1]
         assert tuple(shape[axis] for axis in source.axes) == tuple(state[tensor].shape)
@@ -137,10 +127,10 @@ def test_backbones_have_the_released_number_of_parameters(name, expected):
     assert sum(parameter.numel() for parameter in parts) == expected
 
 
-def test_table_3s_spinenet_stays_as_it_was():
+def test_table_3s_spinenet_has_no_biases_before_norms():
     with torch.device("meta"):
-        ours, released = create_model("spinenet_49"), create_model("spinenet_49", released=True)
-    biases = set(released.state_dict()) - set(ours.state_dict())
+        ours, released_one = create_model("spinenet_49"), create_released("spinenet_49")
+    biases = set(released_one.state_dict()) - set(ours.state_dict())
     assert biases
     assert all(".convs." in name and name.endswith(".bias") for name in biases)
     with pytest.raises(UserError, match="released is 1; it must be true or false"):
@@ -168,7 +158,7 @@ def test_hard_sigmoid_has_the_released_slope():
 
 
 def test_classes_count_from_the_first_object_class():
-    model = _seeded("mobile_spinenet_49xs")
+    model = seeded_model(SMALLEST)
     images = torch.from_numpy(seeded_images(1, SIZE, SEED))
     with torch.no_grad():
         logits, _, _ = model.network(images)
@@ -180,7 +170,7 @@ def test_classes_count_from_the_first_object_class():
 
 
 def test_candidates_are_counted_class_by_class():
-    model = create_released("mobile_spinenet_49xs").eval()
+    model = create_released(SMALLEST).eval()
     anchors = torch.tensor([[10.0 * i, 0.0, 10.0 * i + 8, 8.0] for i in range(6)])
     scores = torch.zeros(6, 91)
     scores[:, 1] = torch.linspace(0.9, 0.4, 6)
@@ -204,34 +194,31 @@ def test_pictures_fit_the_input_and_are_padded_with_zeros():
     assert (image[:, 32:] == 0).all()
 
 
-class _Checkpoint:
-    """A checkpoint whose variables are the seeded weights, without TensorFlow."""
-
-    def __init__(self, name: str) -> None:
-        self.prefix, self.has_averages = Path("ckpt-1"), False
-        self.shapes = {path: shape for path, (_, shape) in _variables(name).items()}
-        self.variables = {
-            path: SimpleNamespace(name=variable) for path, (variable, _) in _variables(name).items()
-        }
-
-    def read(self, path: str, average: bool) -> np.ndarray:
-        return np.zeros(self.shapes[path], np.float32)
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder that looks as if it held a checkpoint."""
+    (tmp_path / "ckpt-1.index").touch()
+    return tmp_path
 
 
 @pytest.fixture
-def checkpoint(monkeypatch):
-    found = _Checkpoint("mobile_spinenet_49xs")
-    monkeypatch.setattr(conversion, "GardenCheckpoint", lambda path: found)
+def variables(monkeypatch) -> dict[str, Variable]:
+    """What is read from every checkpoint, without TensorFlow: zeros."""
+    found = {
+        path: Variable(name, np.zeros(shape, np.float32))
+        for path, (name, shape) in garden_variables(SMALLEST).items()
+    }
+    monkeypatch.setattr(released, "read_variables", lambda prefix, average: found)
     return found
 
 
-def test_the_weights_file_says_what_it_is(checkpoint, tmp_path):
-    path = tmp_path / "weights.safetensors"
-    arguments = ["convert", "folder", "--model", "mobile_spinenet_49xs", "--out", str(path)]
+def test_the_weights_file_says_what_it_is(variables, folder):
+    path = folder / "weights.safetensors"
+    arguments = ["convert", str(folder), "--model", SMALLEST, "--out", str(path)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert "every variable used once" in result.output
     _, facts = load_weights(path)
-    assert (facts["model"], facts["image_size"]) == ("mobile_spinenet_49xs", 256)
+    assert (facts["model"], facts["image_size"]) == (SMALLEST, 256)
     assert facts["source"].startswith("TensorFlow Model Garden")
     assert [facts["categories"][label]["id"] for label in (0, 89)] == [1, 90]
     assert facts["categories"][2]["name"] == "car"
@@ -244,55 +231,47 @@ def test_coco_has_80_names_between_1_and_90():
     assert (COCO_NAMES[1], COCO_NAMES[13], COCO_NAMES[90]) == ("person", "stop sign", "toothbrush")
 
 
-def test_a_missing_variable_is_named(checkpoint):
-    del checkpoint.variables["head/_classifier/bias"]
-    with pytest.raises(CheckpointError, match="lacks the variable head/_classifier/bias"):
-        read_released(Path("folder"), "mobile_spinenet_49xs")
+@pytest.mark.parametrize(
+    ("path", "variable", "message"),
+    [
+        ("head/_classifier/bias", None, "no variable for class_head.predict.pointwise.bias"),
+        ("head/_att_convs/0/bias", ("attributes/bias", 9), "has the variable head/_att_convs/0"),
+        ("backbone/layer-9/kernel", ("conv2d_999/kernel", 9), r"has 39 conv2d layers.* 38"),
+        ("backbone/layer-9/kernel", ("dense_1/kernel", 9), "no known kind of layer"),
+        (
+            "head/_classifier/bias",
+            ("classifier/bias", 9),
+            r"head/_classifier/bias .*\[9\].*\[819\]",
+        ),
+    ],
+)
+def test_a_variable_that_does_not_fit_is_named(variables, folder, path, variable, message):
+    if variable is None:
+        del variables[path]
+    else:
+        name, size = variable
+        variables[path] = Variable(name, np.zeros(size, np.float32))
+    with pytest.raises(CheckpointError, match=message):
+        convert(folder, SMALLEST)
 
 
-def test_an_extra_variable_is_named(checkpoint):
-    checkpoint.variables["head/_att_convs/0/bias"] = SimpleNamespace(name="attributes/bias")
-    with pytest.raises(CheckpointError, match="has the variable head/_att_convs/0/bias"):
-        read_released(Path("folder"), "mobile_spinenet_49xs")
+@pytest.mark.parametrize("other", ["mobile_spinenet_49s", "spinenet_49"])
+def test_a_checkpoint_of_another_model_is_refused(variables, folder, other):
+    with pytest.raises(CheckpointError, match=other):
+        convert(folder, other)
 
 
-def test_an_extra_layer_is_named(checkpoint):
-    path = "backbone/layer_with_weights-999/kernel"
-    checkpoint.variables[path] = SimpleNamespace(name="conv2d_999/kernel")
-    with pytest.raises(CheckpointError, match="layer_with_weights-999 is one too many"):
-        read_released(Path("folder"), "mobile_spinenet_49xs")
-
-
-def test_a_misshapen_variable_is_named(checkpoint):
-    checkpoint.shapes["head/_classifier/bias"] = (9,)
-    with pytest.raises(CheckpointError, match=r"head/_classifier/bias .* \[9\], .* \[819\]"):
-        read_released(Path("folder"), "mobile_spinenet_49xs")
-
-
-def test_a_checkpoint_of_another_model_is_refused(checkpoint):
-    with pytest.raises(CheckpointError, match="mobile_spinenet_49s"):
-        read_released(Path("folder"), "mobile_spinenet_49s")
-    with pytest.raises(CheckpointError, match="layers: "):
-        read_released(Path("folder"), "spinenet_49")
-
-
-def test_a_model_that_was_not_released_is_refused(tmp_path):
+def test_what_cannot_be_converted_is_refused_with_the_reason(tmp_path, folder, monkeypatch):
     with pytest.raises(UnknownName, match="mobile_spinenet_49"):
-        read_released(tmp_path, "mobile_spinenet_50")
-
-
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+        convert(tmp_path, "mobile_spinenet_50")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="has no checkpoint"):
-        read_released(tmp_path, "mobile_spinenet_49")
+        convert(tmp_path / "empty", "mobile_spinenet_49")
     with pytest.raises(CheckpointError, match="no such folder"):
-        read_released(tmp_path / "absent", "mobile_spinenet_49")
-
-
-def test_without_tensorflow_the_message_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "ckpt-1.index").touch()
+        convert(tmp_path / "absent", "mobile_spinenet_49")
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UserError, match=r"pip install 'effspinenet\[tensorflow\]'"):
-        read_released(tmp_path, "mobile_spinenet_49")
+        convert(folder, "mobile_spinenet_49")
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +281,7 @@ def saved(tmp_path_factory):
         pytest.skip("tensorflow is not installed; `make parity` runs this where it is")
     from benchmarks.model_garden import GardenModel
 
-    garden = GardenModel(RELEASED["mobile_spinenet_49xs"], SIZE, SEED)
+    garden = GardenModel(RELEASED[SMALLEST], SIZE, SEED)
     folders = []
     for averages in (False, True):
         folders.append(tmp_path_factory.mktemp("checkpoint"))
@@ -311,31 +290,22 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["plain", "averages"])
-def test_a_checkpoint_that_the_model_garden_wrote_converts(saved, number, tmp_path):
-    path = tmp_path / "weights.safetensors"
-    conversion.convert(saved[number], "mobile_spinenet_49xs", path)
-    model, _ = create_from_weights(path)
-    expected = _seeded("mobile_spinenet_49xs").state_dict()
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor.cpu(), expected[name], rtol=0, atol=0)
+def test_a_checkpoint_that_the_model_garden_wrote_converts(saved, number):
+    state, _ = convert(saved[number], SMALLEST)
+    for name, expected in seeded_model(SMALLEST).state_dict().items():
+        torch.testing.assert_close(state[name], expected, rtol=0, atol=0)
 
 
 def test_without_averages_the_last_weights_are_taken(saved):
-    state = read_released(saved[1], "mobile_spinenet_49xs", average=False)
+    state, _ = convert(saved[1], SMALLEST, average=False)
     assert all((tensor == 0).all() for tensor in state.values())
 
 
-def test_a_truncated_checkpoint_is_refused(saved, tmp_path):
-    for file in saved[0].iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        read_released(tmp_path, "mobile_spinenet_49xs")
-
-
-def test_a_truncated_data_file_is_refused(saved, tmp_path):
+@pytest.mark.parametrize("kind", [".index", ".data-"])
+def test_a_truncated_checkpoint_is_refused(saved, tmp_path, kind):
     for file in saved[0].iterdir():
         content = file.read_bytes()
-        kept = len(content) // 2 if ".data-" in file.name else len(content)
+        kept = len(content) // 2 if kind in file.name else len(content)
         (tmp_path / file.name).write_bytes(content[:kept])
     with pytest.raises(CheckpointError, match="cannot be read"):
-        read_released(tmp_path, "mobile_spinenet_49xs")
+        convert(tmp_path, SMALLEST)

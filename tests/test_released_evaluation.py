@@ -17,10 +17,10 @@ from pycocotools.cocoeval import COCOeval
 from torch.nn import functional
 from typer.testing import CliRunner
 
+from benchmarks.seeded import load_seeded
 from effspinenet_lib import experiments
 from effspinenet_lib.cli import app
-from effspinenet_lib.models.released.convert import create_released, released_metadata
-from effspinenet_lib.models.released.seeded import load_seeded
+from effspinenet_lib.models.released import create_released, released_metadata
 from effspinenet_lib.models.released_specs import COCO_UNUSED
 from effspinenet_lib.results import validate, write_datapackage
 from effspinenet_lib.training.checkpoint import save_weights

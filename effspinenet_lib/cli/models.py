@@ -124,8 +124,11 @@ def convert(
     Example: `effspinenet convert spinenet49mobile --model mobile_spinenet_49 --out m.safetensors`
     """
     from effspinenet_lib.files import ensure_folder
-    from effspinenet_lib.models.released.convert import convert as convert_checkpoint
+    from effspinenet_lib.models import released
+    from effspinenet_lib.training.checkpoint import save_weights
 
     ensure_folder(out.parent)
-    values = convert_checkpoint(checkpoint, model, out, average)
+    state, metadata = released.convert(checkpoint, model, average)
+    save_weights(out, state, metadata)
+    values = sum(tensor.numel() for tensor in state.values())
     typer.echo(f"Wrote {out}: {model}, {values:,} numbers, every variable used once")

@@ -1,1 +1,0 @@
-"""From a checkpoint of the TensorFlow Model Garden to a weights file of this library."""
