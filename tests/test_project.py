@@ -169,3 +169,13 @@ def test_the_library_example_of_the_readme_runs():
     exec(code, names)
     assert set(names["losses"]) == {"classification", "box"}
     assert len(names["found"]) == 2
+
+
+def test_every_data_file_of_the_package_is_installed_with_it():
+    patterns = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    installed = {path for glob in patterns["package-data"]["*"] for path in LIBRARY.rglob(glob)}
+    listed = subprocess.run(
+        ["git", "ls-files", "effspinenet_lib"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    files = {REPOSITORY / name for name in listed.stdout.split()}
+    assert {path for path in files if path.suffix != ".py" and path.exists()} == installed & files

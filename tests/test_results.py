@@ -537,15 +537,3 @@ def test_a_file_is_read_once_until_it_changes(
     assert sorted(path.name for path in parsed) == ["figure-03.csv", "runs.csv", "table-08.csv"]
     filled.add_run(run_record(state="partial"))
     assert not ResultsStore(filled.results_dir, "proxy").finished(KEY)
-
-
-def test_a_package_installed_from_a_wheel_has_the_schemas(repository: Path) -> None:
-    project = (repository / "pyproject.toml").read_text()
-    (patterns,) = re.findall(r'(?m)^"\*" = \[(.*)\]$', project)
-    assert '"*.yaml"' in patterns
-
-
-def test_results_need_no_torch() -> None:
-    code = "import sys, effspinenet_lib.results.paper; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "False"

@@ -304,10 +304,7 @@ def book(
     typer.echo(f"Book: {index}")
 
 
-results_app = typer.Typer(
-    invoke_without_command=True,
-    help="List what was measured for each table and figure; `validate` checks the files.",
-)
+results_app = typer.Typer(invoke_without_command=True)
 
 
 @results_app.callback()
