@@ -1,4 +1,4 @@
-"""Fetching data sets: from a real server on the loopback, whole or not at all, and safely."""
+"""Fetching data sets: from a real server on the loopback, resumable, checked and safe."""
 
 from __future__ import annotations
 
@@ -65,6 +65,9 @@ def server() -> Iterator[FileServer]:
             content, start = state.files[name], 0
             if wanted and state.knows_ranges:
                 start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+                if start >= len(content):
+                    self.send_error(416)
+                    return
                 self.send_response(206)
                 self.send_header(
                     "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
@@ -192,6 +195,15 @@ def test_a_file_of_another_size_is_refused_before_it_is_fetched(
     server.files["a.bin"] = CONTENT + b"more"
     with pytest.raises(DataError, match="has 300004 bytes, not 300000"):
         fetched(server, tmp_path / "a.bin")
+
+
+def test_what_is_left_of_another_file_is_replaced(server: FileServer, tmp_path: Path) -> None:
+    (tmp_path / "a.bin.part").write_bytes(b"?" * 200_000)
+    server.files["a.bin"] = CONTENT[:100_000]
+    with pytest.raises(DataError, match="has 100000 bytes, not 300000"):
+        fetched(server, tmp_path / "a.bin")
+    server.files["a.bin"] = CONTENT
+    assert fetched(server, tmp_path / "a.bin") == CONTENT
 
 
 @pytest.mark.parametrize(("status", "requests"), [(404, 1), (403, 1), (503, fetching.ATTEMPTS)])

@@ -267,19 +267,6 @@ class _NetworkError(Exception):
 
 
 @contextmanager
-def _network() -> Iterator[None]:
-    """Around what only asks the server."""
-    try:
-        yield
-    except urllib.error.HTTPError as error:
-        final = error.code // 100 == 4 and error.code != 416  # 416: what is there is another file
-        message = f"the server says {error.code} {error.reason}"
-        raise (DataError if final else _NetworkError)(message) from error
-    except (http.client.HTTPException, OSError) as error:  # urllib's are among the latter
-        raise _NetworkError(str(getattr(error, "reason", None) or error)) from error
-
-
-@contextmanager
 def _local(path: Path) -> Iterator[None]:
     """Around what works on a file of this machine: another try would not help."""
     try:
@@ -325,16 +312,20 @@ def download(archive: Archive, path: Path, source: str | None = None) -> Path:
 
 def _complete(url: str, archive: Archive, part: Path) -> None:
     """Bring `part` to the archive's size, over as many requests as it takes."""
-    failures, have = 0, part.stat().st_size if part.exists() else 0
-    with _bar(archive.name, archive.size) as bar:
-        while have < archive.size:
+    failures = 0
+    with open(part, "ab") as handle, _bar(archive.name, archive.size) as bar:
+        while (have := handle.tell()) < archive.size:
+            reason = "the connection broke off"
             try:
-                _request(url, archive.size, part, have, bar)
-                reason = "the connection broke off"
+                for start, piece in _stream(url, have, archive.size):
+                    if start != handle.tell():  # a server that knows no ranges begins again
+                        handle.seek(start)
+                        handle.truncate()
+                    handle.write(piece)
+                    bar.update(handle.tell() - bar.n)
             except _NetworkError as error:
                 reason = str(error)
-            before, have = have, part.stat().st_size if part.exists() else 0
-            failures = 0 if have > before else failures + 1
+            failures = 0 if handle.tell() > have else failures + 1
             if failures == ATTEMPTS:
                 raise DataError(
                     f"{url}: cannot be fetched ({reason}); what is there is kept: the same command "
@@ -344,34 +335,33 @@ def _complete(url: str, archive: Archive, part: Path) -> None:
                 time.sleep(FIRST_WAIT_SECONDS * 2 ** (failures - 1))
 
 
-def _bar(title: str, size: int) -> tqdm:
-    return tqdm(desc=title, total=size, unit="B", unit_scale=True, disable=None)
-
-
-def _request(url: str, size: int, part: Path, have: int, bar: tqdm) -> None:
-    """One request for what is missing."""
+def _stream(url: str, have: int, size: int) -> Iterator[tuple[int, bytes]]:
+    """The pieces of a file of `size` bytes from byte `have` on, or from 0, each with its place."""
     request = urllib.request.Request(url, headers={"User-Agent": "effspinenet"})
     if have:
         request.add_header("Range", f"bytes={have}-")
     try:
-        with _network(), urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-            # A server that knows no ranges begins again.
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             start = have if response.status == http.client.PARTIAL_CONTENT else 0
-            length = int(response.headers.get("Content-Length", size - start))
-            if start + length != size:
-                raise DataError(f"the server's file has {start + length} bytes, not {size}")
-            bar.update(start - bar.n)
-            with _local(part), open(part, "ab" if start else "wb") as handle:
-                while piece := _read(response):
-                    handle.write(piece)
-                    bar.update(len(piece))
-    except DataError as error:
-        raise DataError(f"{url}: {error}") from error
+            total = start + int(response.headers.get("Content-Length", size - start))
+            if total != size:
+                raise DataError(f"{url}: the server's file has {total} bytes, not {size}")
+            while piece := response.read(_PIECE_BYTES):
+                yield start, piece
+                start += len(piece)
+    except urllib.error.HTTPError as error:
+        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            yield 0, b""  # what is there is of another file
+        else:
+            final = http.client.BAD_REQUEST <= error.code < http.client.INTERNAL_SERVER_ERROR
+            message = f"{url}: the server says {error.code} {error.reason}"
+            raise (DataError if final else _NetworkError)(message) from error
+    except (http.client.HTTPException, OSError) as error:  # urllib's are among the latter
+        raise _NetworkError(str(getattr(error, "reason", None) or error)) from error
 
 
-def _read(response: http.client.HTTPResponse) -> bytes:
-    with _network():
-        return response.read(_PIECE_BYTES)
+def _bar(title: str, size: int) -> tqdm:
+    return tqdm(desc=title, total=size, unit="B", unit_scale=True, disable=None)
 
 
 def check_archive(archive: Archive, path: Path, origin: str) -> None:
