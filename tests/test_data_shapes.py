@@ -162,31 +162,6 @@ def test_masks_are_the_shapes_they_are_called(shape: str, angle: int, size: int,
     assert expected.sum() > 0.8 * side * side
 
 
-def test_textures_are_half_or_less_of_the_second_colour_and_differ() -> None:
-    u, v = np.meshgrid(
-        np.arange(0, 12800, 64, dtype=np.int32), np.arange(0, 12800, 64, dtype=np.int32)
-    )
-    share = {
-        name: mix(u, v, 800).mean() / SUBPIXELS for name, mix in TEXTURES.items() if mix is not None
-    }
-    assert share["striped"] == pytest.approx(0.5, abs=0.02)
-    assert share["checked"] == pytest.approx(0.5, abs=0.02)
-    # Discs of radius 5/16 of the period.
-    assert share["dotted"] == pytest.approx(math.pi * (5 / 16) ** 2, abs=0.02)
-    rows = {name: mix(u, v, 800) for name, mix in TEXTURES.items() if mix is not None}
-    assert (rows["striped"] == rows["striped"][0]).all()
-    assert not (rows["checked"] == rows["checked"][0]).all()
-
-
-def test_draws_are_uniform_over_both_ends() -> None:
-    draws = Draws(9)
-    counts = np.bincount([draws.integer(2, 6) for _ in range(20000)], minlength=7)
-    assert counts[:2].sum() == 0
-    assert (abs(counts[2:] - 4000) < 300).all()
-    weighted = np.bincount([draws.choice(3, (50, 30, 20)) for _ in range(20000)])
-    assert (abs(weighted / 200 - [50, 30, 20]) < 1.5).all()
-
-
 def test_neither_shape_nor_texture_tells_the_class() -> None:
     textures, shapes = zip(*CLASSES, strict=True)
     assert all(textures.count(texture) == 2 for texture in textures)
