@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from effspinenet_lib.errors import DataError, UnknownName
+from effspinenet_lib.models.specs import MODELS, block_multi_adds
 from effspinenet_lib.results.paper import (
     ITEMS,
     OPERATIONS,
@@ -107,7 +108,9 @@ def test_a_larger_model_costs_more_and_detects_better() -> None:
 
 def test_every_misprint_is_on_the_page_and_is_put_right() -> None:
     listed = misprints()
-    assert listed["item"].value_counts().to_dict() == {"table-02": 12, "table-03": 2, "table-04": 1}
+    assert listed["item"].value_counts().to_dict() == {
+        **{"table-02": 12, "table-03": 2, "table-04": 1, "table-11": 1}
+    }
     for misprint in listed.to_dict("records"):
         key = (misprint["row"], misprint["metric"])
         printed, right = cells(misprint["item"]), cells(misprint["item"], corrected=True)
@@ -147,6 +150,7 @@ def test_statements_that_do_not_hold_are_known(checked: pd.DataFrame) -> None:
         "sp-outperforms-efficientdet": -0.5,
         "sp-outperforms-fpn": -0.5,
         "sp-fewer-parameters": 0.7,
+        "sp-similar-parameters": 118.9,
         "classification-flops-d2": 89.0,
         "larger-models": 2,
         "dimension-l5": 217.6,
@@ -186,6 +190,15 @@ def test_statements_that_only_rounding_could_save_are_known(checked: pd.DataFram
         ("drop-space-to-depth", 33.8 - 33.1),
         ("dimension-l4", (3 * 80 + 3 * 112) / 6),
         ("dimension-l5", (4 * 192 + 320) / 5),
+        ("sp-similar-parameters", 100 * 4.4 / 3.7),
+        ("space-to-depth-flops", 100 * 2.5 / 2.4),
+        ("space-to-depth-parameters", 100 * 3.6 / 3.3),
+        ("segmentation-comparable-d2", 100 * 78.0 / 80.5),
+        ("large-margin-m1", 25.0 - 23.8),
+        ("trade-off-fpn-d1", 39.9 - (38.8 + (41.4 - 38.8) * (6.0 - 5.8) / (10.0 - 5.8))),
+        ("trade-off-efficientdet-d2", 42.5 - (39.1 + (42.5 - 39.1) * (10.3 - 6) / (11 - 6))),
+        # blocks 2, 3 and 4: 24, 24, 24 before, 24, 16, 16 after
+        ("levels-l2", 2 * 6 * (2 * (16**2 - 24**2) + 9 * (16 - 24)) / 1000),
         ("side-p6", 4),
         ("side-p7", 2),
     ],
@@ -194,6 +207,16 @@ def test_claims_compute_what_a_hand_calculation_gives(
     checked: pd.DataFrame, claim: str, by_hand: float
 ) -> None:
     assert checked.loc[claim, "computed"] == pytest.approx(by_hand, abs=1e-9)
+
+
+def test_equation_3_is_that_of_the_specifications(checked: pd.DataFrame) -> None:
+    after, before = (
+        sum(block_multi_adds(MODELS[name].backbone, 512))
+        for name in ("eff_spinenet_d0", "sp_efficientnet_b0")
+    )
+    computed = checked.loc["equation-3-total", "computed"]
+    assert computed == pytest.approx(100 * after / before)
+    assert computed == pytest.approx(103.6, abs=0.05)  # rounding to multiples of 8
 
 
 def test_every_printed_gain_is_checked_by_a_claim(checked: pd.DataFrame) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,6 +24,8 @@ ITEMS = tuple(f"table-{number:02d}" for number in range(1, 12))
 ROUNDED_UNITS = ("B", "M", "%")
 # Our reading of "around" and "roughly": within a tenth of the number stated.
 AROUND = Decimal("0.1")
+# Of Equation 2: r is the authors' code's, k is Table 1's.
+EXPANSION_RATIO, DEPTHWISE_AREA = 6, 9
 
 
 def paper_values(item: str, results_dir: str | Path = RESULTS_DIR) -> pd.DataFrame:
@@ -114,6 +116,40 @@ def _needed(argument: Decimal | None) -> Decimal:
     return argument
 
 
+def _above_line(cells: Values, _: Decimal | None) -> Decimal:
+    """How far the point (a, b) is above the line from (c, d) to (e, f)."""
+    x, y, x0, y0, x1, y1 = cells
+    return y - y0 - (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def _block_weights(cells: Values) -> Iterator[tuple[Decimal, Decimal, Decimal]]:
+    """Level of each block and its weights by Equation 2, of two models that share the levels.
+
+    Args:
+        cells: levels of the blocks, then feature dimensions of the one, then of the other.
+    """
+    blocks = len(cells) // 3
+    for level, *dims in zip(*(cells[i * blocks : (i + 1) * blocks] for i in range(3)), strict=True):
+        before, after = (EXPANSION_RATIO * (2 * dim**2 + DEPTHWISE_AREA * dim) for dim in dims)
+        yield level, before, after
+
+
+def _blocks_percent(cells: Values, _: Decimal | None) -> Decimal:
+    """Equation 2 of the second model's blocks over the first's; a position counts 1 / 4^level."""
+    found = list(_block_weights(cells))
+    before, after = (
+        sum((row[model] / 4 ** row[0] for row in found), Decimal(0)) for model in (1, 2)
+    )
+    return 100 * after / before
+
+
+def _blocks_change(cells: Values, levels: Decimal | None) -> Decimal:
+    """Thousands of weights that the levels, each a digit, gain from the first to the second."""
+    wanted = [Decimal(digit) for digit in str(_needed(levels))]
+    rows = (row for row in _block_weights(cells) if row[0] in wanted)
+    return sum((after - before for _, before, after in rows), Decimal(0)) / 1000
+
+
 # Operation -> (number of cells, or None for any; the arithmetic on values and argument).
 OPERATIONS: dict[str, tuple[int | None, Callable[[Values, Decimal | None], Decimal]]] = {
     "value": (1, lambda cells, _: cells[0]),
@@ -127,6 +163,9 @@ OPERATIONS: dict[str, tuple[int | None, Callable[[Values, Decimal | None], Decim
     "count_above": (None, lambda cells, _: Decimal(sum(cell > cells[0] for cell in cells[1:]))),
     "feature_side": (1, lambda cells, n: Decimal(math.ceil(cells[0] / 2 ** _needed(n)))),
     "remainder": (1, lambda cells, n: cells[0] % _needed(n)),
+    "above_line": (6, _above_line),
+    "blocks_percent": (None, _blocks_percent),
+    "blocks_change": (None, _blocks_change),
 }
 
 
