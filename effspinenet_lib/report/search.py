@@ -72,20 +72,14 @@ METHOD_COLOURS = {
 }
 METHOD_MARKERS = {"ppo": "o", "reinforce": "v", "random": "s", "evolution": "^"}
 METHOD_LINES = {"ppo": "-", "reinforce": ":", "random": "--", "evolution": "-."}
-SP, D0, FOUND, GIVEN = (
-    "SP-EfficientNet-B0",
-    "Eff-SpineNet-D0",
-    "search's best",
-    "given distribution",
-)
+SP, D0 = "SP-EfficientNet-B0", "Eff-SpineNet-D0"
+FOUND, GIVEN = "search's best", "given distribution"
 PROFILE_OF = {source: profile for profile, source in FOLDERS.items()}
 SPACE_FILE = "search/space.csv"
 BILLION, MILLION, THOUSAND, HOUR = 1e9, 1e6, 1e3, 3600
 FLOPS_PERCENT, AXIS_PERCENT = 10.0, 20.0  # section 5.1.5 and the caption of Figure 5
 BEST_SHARE = 0.1  # our choice: the best tenth of the samples
-BLOCKS = range(1, len(LEARNED_BETAS) + 1)
 BEFORE = backbone_spec(EQUAL_BETAS)
-LEVELS = [block.level for block in BEFORE.blocks]
 COST_COLUMNS = {
     "multi_adds_d0": "Multi-Adds at D0",
     "parameters_d0": "#Params at D0",
@@ -295,8 +289,10 @@ def level_table(trials: pd.DataFrame) -> Table:
     best = _is_best(trials)
     specs = [backbone_spec(parse_betas(text)) for text in sampled(trials)["betas"]]
     weights = [by_level_group(spec, block_parameters(spec)) / THOUSAND for spec in specs]
-    blocks = by_level_group(BEFORE, [1.0] * len(LEVELS))
-    betas = [by_level_group(BEFORE, row) / blocks for row in beta_frame(trials).to_numpy().tolist()]
+    blocks = by_level_group(BEFORE, [1.0] * len(EQUAL_BETAS))
+    betas = [
+        by_level_group(BEFORE, row) / blocks for row in map(parse_betas, sampled(trials)["betas"])
+    ]
     before = by_level_group(BEFORE, block_parameters(BEFORE)) / THOUSAND
     groups = ["L1", *LEVEL_GROUPS]
     columns: dict[tuple[str, str], list[str]] = {}
@@ -314,12 +310,6 @@ def level_table(trials: pd.DataFrame) -> Table:
     frame = pd.DataFrame(columns, index=pd.Index(groups, name="levels"))
     caption = "Levels in all samples and the best tenth; difference: the best tenth less the rest"
     return Table(frame, caption if len(specs) else f"{caption}: {NOT_RUN}")
-
-
-def beta_frame(trials: pd.DataFrame) -> pd.DataFrame:
-    """The betas of the samples: a row a sample, columns 1 to 18."""
-    betas = [parse_betas(text) for text in sampled(trials)["betas"]]
-    return pd.DataFrame(betas, columns=list(BLOCKS), dtype=float)
 
 
 def _is_best(trials: pd.DataFrame) -> npt.NDArray[np.bool_]:
@@ -467,44 +457,6 @@ def _lines(
             for (name, _), values in series.items()
         )
         return to_picture(figure, f"Lines: {label} against samples. {listed}.")
-
-
-def block_preference(trials: pd.DataFrame) -> Picture:
-    """Mean beta of each block in the best tenth and in the rest.
-
-    The bar at a block of the best tenth is the 95 % interval of the difference, so a bar that
-    does not reach the rest's mark is a difference that leaves out zero.
-    """
-    best, betas = _is_best(trials), beta_frame(trials)
-    if best.all():
-        return empty_picture("Which blocks gain", "too few samples" if len(best) else NOT_RUN)
-    found = [difference(betas.loc[best, block], betas.loc[~best, block]) for block in BLOCKS]
-    means, rest = betas[best].mean(), betas[~best].mean()
-    with drawing():
-        figure = new_figure(WIDE, PANEL_HEIGHT)
-        axes = figure.add_subplot()
-        label = f"the rest ({(~best).sum()} samples)"
-        axes.plot([b - 0.12 for b in BLOCKS], rest, "s", color="#56B4E9", label=label)
-        axes.errorbar(
-            [block + 0.12 for block in BLOCKS],
-            means,
-            yerr=[one.half_width for one in found],
-            fmt="o",
-            color="#D55E00",
-            elinewidth=1.2,
-            label=f"best tenth ({best.sum()} samples), 95 % interval of the difference",
-        )
-        axes.set_xticks(list(BLOCKS), list(map(str, LEVELS)))
-        axes.grid(visible=False, axis="x")
-        axes.set(xlabel="level of blocks 1 to 18, in order", ylabel="mean β")
-        legend_above(axes)
-        clear = [
-            f"block {block} (L{LEVELS[block - 1]}) by {one.mean:+.1f}"
-            for block, one in zip(BLOCKS, found, strict=True)
-            if one.conclusive
-        ]
-        alt = "Mean β of the blocks, best tenth against the rest. Outside the interval:"
-        return to_picture(figure, f"{alt} {words(clear) if clear else 'none'}.")
 
 
 def reference_dots(trials: pd.DataFrame) -> Picture:
