@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -21,12 +20,10 @@ from effspinenet_lib.report.statistics import (
     cell_spreads,
 )
 from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Link, Table, Text
-from effspinenet_lib.results import CURVE_FILE, FOLDERS, ResultsStore, read_table
+from effspinenet_lib.results import FOLDERS, ResultsStore, read_table
 from effspinenet_lib.results.paper import ITEMS, RESULTS_DIR, paper_values
 
-# Profiles whose accuracy may be shown as a result; that of a smoke run means nothing.
-RESULT_PROFILES = ("proxy", "paper")
-SMOKE = "smoke"
+SMOKE = "smoke"  # a profile whose accuracy means nothing
 COST_METRICS = ("multi_adds", "parameters")
 AP_METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 # As the paper heads its columns.
@@ -56,60 +53,24 @@ Cells = Mapping[tuple[str, str], float]
 # The paper's tables and what was measured
 
 
-@dataclass(frozen=True)
-class ItemResults:
-    """What is known of a table of the paper, each CSV read once.
+class ItemResults(Protocol):
+    """What `experiments.reproduce` returns, as far as reports need it."""
 
-    Attributes:
-        item: such as `table-08`.
-        profile: the one that ran.
-        paper: the paper's cells as measurements.
-        measured: measurements that may be shown as results, see `measured`.
-        runs: records of the profile's runs with the column `label`, in the order planned.
-        curves: training curves by label (columns `step`, `loss`), where the run's folder is here.
-    """
+    @property
+    def paper(self) -> pd.DataFrame:
+        """The paper's cells as measurements."""
 
-    item: str
-    profile: str
-    paper: pd.DataFrame
-    measured: pd.DataFrame
-    runs: pd.DataFrame
-    curves: Mapping[str, pd.DataFrame]
+    @property
+    def measured(self) -> pd.DataFrame:
+        """Measurements that may be shown as results."""
 
+    @property
+    def runs(self) -> pd.DataFrame:
+        """Records of the runs that the item needs in the profile, with the column `label`."""
 
-def read_item(
-    item: str, profile: str, labels: Mapping[str, str], *results_dirs: Dir
-) -> ItemResults:
-    """Read what is known of an item.
-
-    Args:
-        item: such as `table-08`.
-        profile: the one that ran.
-        labels: run key to a name for people.
-        *results_dirs: where the profile's runs are, then where else measurements may be.
-    """
-    store = ResultsStore(Path(results_dirs[0]), profile)
-    runs = store.runs()
-    runs = runs.assign(label=runs["run"].map(labels)).dropna(subset="label")
-    paths = {label: store.runs_folder / key / CURVE_FILE for key, label in labels.items()}
-    curves = {label: pd.read_csv(path) for label, path in paths.items() if path.is_file()}
-    return ItemResults(
-        item, profile, paper_values(item), measured(item, profile, *results_dirs), runs, curves
-    )
-
-
-def measured(item: str, profile: str, *results_dirs: Dir) -> pd.DataFrame:
-    """Measurements of an item that may be shown as results.
-
-    Costs as the profile that runs measured them, accuracy from the profiles `proxy` and `paper`;
-    where several results folders have a measurement, the first one's. Rows of smoke runs, and of
-    runs that stopped before their last step, are left out.
-    """
-    profiles = dict.fromkeys((profile, *RESULT_PROFILES))
-    stores = [ResultsStore(Path(results), name) for results in results_dirs for name in profiles]
-    rows = pd.concat([store.results(item) for store in stores], ignore_index=True)
-    rows = rows[rows["source"].isin((COST, PROXY, PAPER_SCALE))]
-    return rows.drop_duplicates(["row", "metric", "source", "seed"]).reset_index(drop=True)
+    @property
+    def curves(self) -> Mapping[str, pd.DataFrame]:
+        """Training curves by label (columns `step`, `loss`), where the run's folder is here."""
 
 
 def compare(
@@ -244,8 +205,7 @@ def runs(results: ItemResults) -> Table:
             "finished": "yes" if run.state == "finished" else "no",
         }
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
-    caption = f"Runs of the profile {results.profile}"
-    return Table(frame, caption if rows else f"{caption}: {NOT_RUN}")
+    return Table(frame, "Runs" if rows else f"Runs: {NOT_RUN}")
 
 
 # Costs
