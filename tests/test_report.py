@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from pages import shown
+from pages import REPOSITORY, shown
 
 from effspinenet_lib.data import DataConfig, open_dataset
 from effspinenet_lib.models.layers import MBConv, Resample
@@ -531,3 +533,10 @@ def test_a_page_shows_its_tables(page: str, words: tuple[str, ...]) -> None:
     for word in words:
         assert word in text
     assert "nan" not in text.lower().split()
+
+
+def test_the_page_on_the_library_names_what_there_is() -> None:
+    page = (REPOSITORY / "book" / "api.md").read_text()
+    for name in re.findall(r"(?m)^\.\. auto\w+:: (\S+)", page):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
