@@ -17,7 +17,7 @@ from rich.table import Table
 from benchmarks import evaluation, loading, machine, memory, models, profile, scaling
 from benchmarks.record import Figure, to_rows, write
 from effspinenet_lib.results.tables import Row
-from effspinenet_lib.training.allocation import keep_freed_memory
+from effspinenet_lib.training.device import disable_malloc_trim
 
 Benchmark = Callable[[int, bool], Iterator[Figure]]
 BENCHMARKS: dict[str, Benchmark] = {
@@ -38,7 +38,7 @@ def main() -> None:
     """Run the benchmarks that were asked for; the record is written after each."""
     arguments = _parse()
     torch.set_num_threads(1)
-    keep_freed_memory()
+    disable_malloc_trim()
     console = Console()
     rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
     rows: list[Row] = []

@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 from benchmarks.pairs import compare, time_in_turn
 from benchmarks.record import Figure, ratio_figure
-from effspinenet_lib.training.coco import METRICS, coco_metrics
+from effspinenet_lib.training.evaluate import METRICS, coco_metrics
 
 # As val2017: 5,000 images, 80 categories, 7 objects and up to 100 detections an image.
 IMAGES, CATEGORIES, OBJECTS, DETECTIONS, SIDE = 5_000, 80, 7, 100, 640

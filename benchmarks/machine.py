@@ -14,7 +14,7 @@ from benchmarks.profile import PARTS
 from benchmarks.record import Figure
 from benchmarks.traffic import Traffic
 from effspinenet_lib import create_model, measure_cost
-from effspinenet_lib.training.inference import inference_copy
+from effspinenet_lib.training.export import inference_copy
 
 PRODUCT = "matrix product"
 COPY_SHARE = "share of the copying rate that training Eff-SpineNet-D0 reaches"

@@ -1,7 +1,7 @@
 """Training and inference against effdet, torchvision and the plain way; needs the extra `bench`.
 
 All models of a comparison have the same image size, batch, memory layout (channels last), optimizer
-and objects. Peers get `keep_freed_memory` too, for it acts on the whole process.
+and objects. Peers get `disable_malloc_trim` too, for it acts on the whole process.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from benchmarks.record import Figure, ratio_figure
 from effspinenet_lib import create_model
 from effspinenet_lib.data import Batch
 from effspinenet_lib.models.retinanet import RetinaNet
-from effspinenet_lib.training.inference import inference_copy
-from effspinenet_lib.training.loop import prepare_model, train_steps
+from effspinenet_lib.training.device import prepare_model
+from effspinenet_lib.training.export import inference_copy
+from effspinenet_lib.training.loop import train_steps
 from effspinenet_lib.training.optim import build_optimizer
 from effspinenet_lib.training.recipes import Recipe, get_recipe
 
@@ -173,13 +174,13 @@ def our_training(name: str, setting: Setting, recipe: Recipe, classes: int) -> W
 
 def our_step(setting: Setting, precision: str) -> Work:
     """A step of Eff-SpineNet-D0."""
-    recipe = get_recipe("proxy_detection").with_(precision=precision)
+    recipe = get_recipe("proxy_detection").replace(precision=precision)
     return our_training("eff_spinenet_d0", setting, recipe, CLASSES)
 
 
 def proxy_step(setting: Setting, precision: str = "bfloat16") -> Work:
     """A step of Eff-SpineNet-M0 by the proxy's recipe."""
-    recipe = get_recipe("proxy_detection").with_(precision=precision)
+    recipe = get_recipe("proxy_detection").replace(precision=precision)
     return our_training("eff_spinenet_m0", setting, recipe, PROXY_CLASSES)
 
 

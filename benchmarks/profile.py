@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.models import PRECISIONS, Setting, our_step, plain_step
 from benchmarks.record import Figure
-from effspinenet_lib.training.allocation import keep_freed_memory
+from effspinenet_lib.training.device import disable_malloc_trim
 
 STEP = Setting(512, 2)
 BEFORE, AFTER = "before", "after"
@@ -58,7 +58,7 @@ def profiles(rounds: int, quick: bool) -> Iterator[Figure]:
 
 def _profile(precision: str, state: str) -> list[dict[str, object]]:
     if state == AFTER:
-        keep_freed_memory()
+        disable_malloc_trim()
     step = (our_step if state == AFTER else plain_step)(STEP, precision)
     for _ in range(WARMUPS):
         step()

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from benchmarks.pairs import Ratio
 from effspinenet_lib.results import current_commit, today
 from effspinenet_lib.results.tables import Row, to_row, write_rows
-from effspinenet_lib.training.loop import describe_hardware
+from effspinenet_lib.training.device import describe_hardware
 
 SHOWN_DIGITS = 4
 

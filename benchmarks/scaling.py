@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from benchmarks.models import PROXY_BATCH, PROXY_CLASSES, PROXY_SIZE, Setting, our_training
 from benchmarks.pairs import compare
 from benchmarks.record import Figure, ratio_figure
-from effspinenet_lib.training import loop
+from effspinenet_lib.training import device
 from effspinenet_lib.training.recipes import get_recipe
 
 SETTING = Setting(PROXY_SIZE, PROXY_BATCH)  # for each process
@@ -80,8 +80,8 @@ def _time(work: Callable[[], object], times: int) -> float:
 
 def _train(norms: str, steps: int) -> float:
     if norms == OWN:
-        loop.synchronise_norms = lambda model, device: model
-    recipe = get_recipe("proxy_detection").with_(precision="bfloat16")
+        device.synchronise_norms = lambda model, _: model
+    recipe = get_recipe("proxy_detection").replace(precision="bfloat16")
     return _time(our_training("eff_spinenet_m0", SETTING, recipe, PROXY_CLASSES), steps)
 
 

@@ -40,9 +40,8 @@ from effspinenet_lib.data import (
 )
 from effspinenet_lib.data.augment import MAX_OBJECTS
 from effspinenet_lib.models.base import TaskModel
-from effspinenet_lib.training.accelerator import make_accelerator
-from effspinenet_lib.training.loop import Step, prepare_model, train_steps
-from effspinenet_lib.training.norms import synchronise_norms
+from effspinenet_lib.training.device import make_accelerator, prepare_model, synchronise_norms
+from effspinenet_lib.training.loop import Step, train_steps
 from effspinenet_lib.training.optim import build_optimizer, learning_rate_at, set_learning_rate
 from effspinenet_lib.training.recipes import get_recipe
 
@@ -50,7 +49,7 @@ from effspinenet_lib.training.recipes import get_recipe
 MODEL, SIDE, IMAGES, STEPS, SEED = "eff_spinenet_m0", 64, 8, 6, 0
 SETTLED = 3  # steps after which nothing may be built
 LIMIT = 1e-4  # relative, of each loss
-RECIPE = get_recipe("smoke_detection").with_(
+RECIPE = get_recipe("smoke_detection").replace(
     batch_size=IMAGES,
     steps=STEPS,
     warmup_steps=0,
@@ -86,7 +85,8 @@ def xla_steps(model: TaskModel, batches: list[Batch], accelerator: Accelerator) 
     shared = synchronise_norms(model, accelerator.device)
     prepared = prepare_model(shared, RECIPE, accelerator)
     optimizer = accelerator.prepare_optimizer(build_optimizer(prepared, RECIPE))
-    return train_steps(prepared, optimizer, batches, RECIPE, accelerator, SEED)
+    for checked in train_steps(prepared, optimizer, batches, RECIPE, accelerator, SEED):
+        yield from checked
 
 
 def programs_built() -> int:

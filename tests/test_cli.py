@@ -229,7 +229,7 @@ def test_any_command_that_is_told_to_stop_says_that_it_goes_on(run, monkeypatch)
 def test_a_recipe_is_scaled_to_the_batch_that_is_given():
     recipe = get_recipe("paper_search_trial")
     changed = adjust_recipe(recipe, None, 4, None)
-    assert changed == recipe.for_batch(4)
+    assert changed == recipe.scale_to_batch(4)
     assert changed.scaled_from_batch == 256
     assert changed.learning_rate == pytest.approx(0.28 * 4 / 256)
     few = adjust_recipe(recipe, 10, 4, 0.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,14 @@ from torchvision.ops import roi_align
 
 from effspinenet_lib.data import Annotations, Category, Dataset, ObjectCrops
 from effspinenet_lib.errors import UserError
-from effspinenet_lib.training.coco import METRICS
 from effspinenet_lib.training.evaluate import (
     MASK_METRICS,
+    METRICS,
     TASK_METRICS,
     Evaluation,
     evaluate,
     paste_masks,
 )
-from effspinenet_lib.training.prediction_log import PredictionLog
 
 SIDE = 128  # of the input
 SIZES = ((90, 120), (120, 60), (64, 64), (33, 200))
@@ -244,48 +242,3 @@ def test_a_model_with_more_classes_than_the_data_is_refused(task: str) -> None:
 
     with pytest.raises(UserError, match=r"class 2, counted from 0, .* has 2 categories"):
         measured(Wider(dataset, task), dataset, task)
-
-
-class StoppedError(Exception):
-    """Stands for a kill."""
-
-
-@pytest.mark.parametrize("torn", ["", '[{"image_id": 4'])
-def test_an_interrupted_evaluation_goes_on(tmp_path: Path, torn: str) -> None:
-    dataset = Ellipses()
-    whole = evaluate(Oracle(dataset, "instances"), dataset, "instances", SIDE, 1, progress=False)
-
-    class Dying(Oracle):
-        def answer(self, index: int) -> dict[str, Tensor]:
-            if index == 2:
-                raise StoppedError
-            return super().answer(index)
-
-    path = tmp_path / "new" / "predictions.partial"
-    with pytest.raises(StoppedError), PredictionLog(path, "a") as log:
-        evaluate(
-            Dying(dataset, "instances"), dataset, "instances", SIDE, 1, progress=False, log=log
-        )
-    with open(path, "a") as handle:
-        handle.write(torn)
-    model = Oracle(dataset, "instances")
-    model.seen = 2  # the third image must be the first that it is shown
-    with PredictionLog(path, "a") as log:
-        assert log.images == 2
-        again = evaluate(model, dataset, "instances", SIDE, 1, progress=False, log=log)
-    assert again == whole
-    assert model.seen == len(dataset)
-    assert not path.exists()
-
-
-def test_the_log_of_another_evaluation_is_started_anew(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    PredictionLog(path, "a").add([{"score": 1.0}])
-    other = PredictionLog(path, "b")
-    assert (other.images, other.records) == (0, [])
-    other.add([])
-    with PredictionLog(path, "b") as log:
-        assert (log.images, log.records) == (1, [])
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file"):
-        PredictionLog(tmp_path / "file" / "log", "a")

@@ -8,8 +8,8 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
 from effspinenet_lib import create_model
-from effspinenet_lib.training.inference import inference_copy
-from effspinenet_lib.training.norms import synchronise_norms
+from effspinenet_lib.training.device import synchronise_norms
+from effspinenet_lib.training.export import inference_copy
 
 
 def randomise_norms(model: nn.Module) -> None:

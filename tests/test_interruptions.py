@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +22,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from effspinenet_lib import experiments
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import (
     PREEMPTED_EXIT,
@@ -35,32 +31,30 @@ from effspinenet_lib.errors import (
     TrainingError,
     UserError,
 )
-from effspinenet_lib.experiments import launcher, reproduction
 from effspinenet_lib.files import write_json
-from effspinenet_lib.training import logs, loop, stopping, trainer
+from effspinenet_lib.training import checkpoint, loop, preemption, run
+from effspinenet_lib.training import log as log_module
 from effspinenet_lib.training.checkpoint import list_checkpoints, load_checkpoint
-from effspinenet_lib.training.logs import Curve
-from effspinenet_lib.training.loop import Step
-from effspinenet_lib.training.recipes import get_recipe
-from effspinenet_lib.training.run import RunConfig, RunResult, train_run
-from effspinenet_lib.training.stopping import (
+from effspinenet_lib.training.log import (
     DIVERGED_FACTOR,
     DIVERGED_ROWS,
-    StopRequest,
+    TrainingLog,
     refuse_divergence,
-    stop_requests,
 )
+from effspinenet_lib.training.loop import Step
+from effspinenet_lib.training.preemption import Preemption, handle_preemption
+from effspinenet_lib.training.recipes import get_recipe
+from effspinenet_lib.training.run import RunConfig, RunResult, train_run
 
 STEPS, STRUCK = 5, 3  # the fourth step is the one in which something happens
 SCENES = DataConfig("shapescenes", train_images=6, eval_images=2, image_size=64)
-# float32: at 64 pixels the coarsest level is one value, on which torch's bfloat16 layers on
-# processors do not give the same numbers every time.
+# float32: at 64 pixels the coarsest level is one value, on which torch's bfloat16 layers on CPUs
+# do not give the same numbers every time.
 RECIPE = (
     get_recipe("smoke_detection")
-    .scaled_to(STEPS)
-    .with_(precision="float32", learning_rate=0.001, batch_size=2)
+    .scale_to_steps(STEPS)
+    .replace(precision="float32", learning_rate=0.001, batch_size=2)
 )
-AVERAGED = RECIPE.with_(ema_decay=0.9)
 CONFIGS = {
     task: RunConfig(
         "eff_spinenet_m0",
@@ -68,8 +62,9 @@ CONFIGS = {
         64,
         SCENES,
         # one object an image leaves the classes' coarsest norm one value an image
-        (AVERAGED if task == "segmentation" else RECIPE).with_(
-            batch_size=4 if task == "classification" else 2
+        RECIPE.replace(
+            batch_size=4 if task == "classification" else 2,
+            ema_decay=0.9 if task == "segmentation" else None,
         ),
     )
     for task in ("detection", "instances", "classification", "segmentation")
@@ -81,6 +76,16 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(folder / "model.safetensors")
 
 
+def curve_of(folder: Path) -> list[list[str]]:
+    """The curve without its last column, the speed."""
+    with open(folder / "curve.csv", newline="") as handle:
+        return [row[:-1] for row in csv.reader(handle)]
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [load_checkpoint(path).step for path in list_checkpoints(folder)]
+
+
 def assert_same_end(result: RunResult, expected: RunResult) -> None:
     """The same weights, predictions, metrics and curve, to the last bit."""
     first, second = weights_of(result.folder), weights_of(expected.folder)
@@ -89,15 +94,6 @@ def assert_same_end(result: RunResult, expected: RunResult) -> None:
     for name in ("metrics.json", "predictions.json"):
         assert (result.folder / name).read_bytes() == (expected.folder / name).read_bytes(), name
     assert curve_of(result.folder) == curve_of(expected.folder)
-
-
-def curve_of(folder: Path) -> list[list[str]]:
-    with open(folder / "curve.csv", newline="") as handle:
-        return [row[:-1] for row in csv.reader(handle)]
-
-
-def steps_of(folder: Path) -> list[int]:
-    return [load_checkpoint(path).step for path in list_checkpoints(folder)]
 
 
 # --- what happens to the runs, each in a process of its own ---------------------------------
@@ -159,39 +155,33 @@ def ruin_weights() -> None:
 def train(config: RunConfig, runs: Path, **options: Any) -> int:
     """The exit code; what an error said goes to error.txt."""
     try:
-        train_run(config, runs, progress=False, checkpoint_seconds=0, **options)
+        train_run(config, runs, progress=False, **{"checkpoint_seconds": 0, **options})
     except UserError as error:
         (runs / "error.txt").write_text(str(error))
         return error.exit_code
     return 0
 
 
-def train_as_the_launcher_does(runs: Path) -> int:
-    request = {"config": DETECTION.to_dict(), "runs_dir": str(runs), "options": {}}
-    write_json(runs / "request.json", {**request, "function": launcher.TRAIN})
-    return launcher.main(str(runs / "request.json"))
+CASES: dict[str, tuple[Callable[[], None], RunConfig, dict[str, Any]]] = {
+    **{task: (kill_self, config, {}) for task, config in CONFIGS.items()},
+    # no checkpoint before it is told to stop
+    "told to stop": (
+        lambda: os.kill(os.getpid(), signal.SIGTERM),
+        DETECTION,
+        {"checkpoint_seconds": 1000},
+    ),
+    "interrupted": (lambda: os.kill(os.getpid(), signal.SIGINT), DETECTION, {}),
+    "loader killed": (kill_loader, DETECTION, {"workers": 1}),
+    "all told to stop": (stop_all, DETECTION, {"workers": 1}),
+    "poisoned": (poison, DETECTION, {}),
+    "weights ruined": (ruin_weights, DETECTION, {}),
+}
 
 
 def in_forks(root: Path) -> None:
     """Every case in a copy of this process, which has loaded the library once; writes the ends."""
-    cases: dict[str, tuple[Callable[[], None], Callable[[Path], int]]] = {
-        task: (kill_self, lambda runs, c=config: train(c, runs))  # type: ignore[misc]
-        for task, config in CONFIGS.items()
-    }
-    cases["told to stop"] = (
-        lambda: os.kill(os.getpid(), signal.SIGTERM),
-        train_as_the_launcher_does,
-    )
-    cases["interrupted"] = (
-        lambda: os.kill(os.getpid(), signal.SIGINT),
-        lambda runs: train(DETECTION, runs),
-    )
-    for name, action in (("loader killed", kill_loader), ("all told to stop", stop_all)):
-        cases[name] = (action, lambda runs: train(DETECTION, runs, workers=1))
-    for name, action in (("poisoned", poison), ("weights ruined", ruin_weights)):
-        cases[name] = (action, lambda runs: train(DETECTION, runs))
     ends = {}
-    for name, (action, run) in cases.items():
+    for name, (action, config, options) in CASES.items():
         runs = root / name
         runs.mkdir()
         child = os.fork()
@@ -199,14 +189,11 @@ def in_forks(root: Path) -> None:
             code = 1
             try:
                 strike(action)
-                code = run(runs)
+                code = train(config, runs, **options)
             finally:
                 os._exit(code)
         ends[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     write_json(root / "ends.json", ends)
-
-
-# --- fixtures -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -220,17 +207,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
 def struck(alone: dict[str, RunResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the struck runs, a folder each, and `ends.json`, their exit codes."""
     root = tmp_path_factory.mktemp("struck")
-    run_python("from test_interruptions import *; in_forks(Path(sys.argv[1]))", str(root))
-    return root
-
-
-def run_python(code: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-c", code, *arguments], env=environment(), check=True)
-
-
-def environment() -> dict[str, str]:
     here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    return {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import sys; from test_interruptions import *; in_forks(Path(sys.argv[1]))",
+            str(root),
+        ],
+        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    return root
 
 
 def end_of(struck: Path, name: str) -> int:
@@ -242,7 +229,7 @@ def end_of(struck: Path, name: str) -> int:
 
 
 @pytest.mark.parametrize("task", CONFIGS)
-def test_a_killed_run_of_any_task_goes_on(
+def test_a_killed_run_of_any_task_resumes_to_the_bit(
     struck: Path, alone: dict[str, RunResult], task: str
 ) -> None:
     config, runs = CONFIGS[task], struck / task
@@ -256,34 +243,82 @@ def test_a_killed_run_of_any_task_goes_on(
 
 def test_the_average_is_what_a_run_leaves(alone: dict[str, RunResult]) -> None:
     folder = alone["segmentation"].folder
-    checkpoint, left = load_checkpoint(list_checkpoints(folder)[0]), weights_of(folder)
-    assert checkpoint.ema_state is not None
-    assert all(torch.equal(left[name], value) for name, value in checkpoint.ema_state.items())
-    assert not all(torch.equal(left[name], v) for name, v in checkpoint.model_state.items())
+    last, left = load_checkpoint(list_checkpoints(folder)[0]), weights_of(folder)
+    assert last.ema_state is not None
+    assert all(torch.equal(left[name], value) for name, value in last.ema_state.items())
+    assert not all(torch.equal(left[name], v) for name, v in last.model_state.items())
 
 
 @pytest.mark.parametrize(
     ("name", "code", "said", "done"),
     [
-        ("told to stop", PREEMPTED_EXIT, None, 4),
+        ("told to stop", PREEMPTED_EXIT, "stopped after step 4 by SIGTERM; the same command", 4),
         ("interrupted", PREEMPTED_EXIT, "stopped after step 4 by SIGINT; the same command", 4),
         ("loader killed", DataError.exit_code, "a data loading worker died", 3),
-        ("all told to stop", PREEMPTED_EXIT, "stopped by SIGTERM; the same command resumes", 3),
+        ("all told to stop", PREEMPTED_EXIT, "by SIGTERM; the same command", None),
         ("weights ruined", TrainingError.exit_code, "weights are not finite after step 4", 3),
         ("poisoned", TrainingError.exit_code, "the loss of step 4 is not finite", 3),
     ],
 )
-def test_a_run_that_cannot_go_on_says_why_and_keeps_its_last_whole_step(
-    struck: Path, alone: dict[str, RunResult], name: str, code: int, said: str | None, done: int
+def test_a_run_that_ends_early_says_why_and_resumes_to_the_bit(
+    struck: Path, alone: dict[str, RunResult], name: str, code: int, said: str, done: int | None
 ) -> None:
     runs = struck / name
     assert end_of(struck, name) == code
-    if said is not None:
-        message = (runs / "error.txt").read_text()
-        assert said in message
-        assert "\n" not in message
-    assert steps_of(runs / DETECTION.key)[0] == done
+    message = (runs / "error.txt").read_text()
+    assert said in message
+    assert "\n" not in message
+    assert steps_of(runs / DETECTION.key)[0] == (done or pytest.approx(3.5, abs=0.5))
     assert_same_end(train_run(DETECTION, runs, progress=False), alone["detection"])
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["not asked", "asked to stop"])
+def test_an_accelerator_checks_losses_once_in_some_steps(
+    alone: dict[str, RunResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """Only checked states are saved, and a resumed run is still the same to the bit."""
+    monkeypatch.setattr(loop, "loss_check_steps", lambda device: 2)
+    saved: list[int] = []
+    save = checkpoint.save_checkpoint
+
+    def watch(folder: Path, state: Any, kept: int) -> Path:
+        saved.append(state.step)
+        return save(folder, state, kept)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", watch)
+    if asked:
+        strike_once = iter([True])
+        rate_at = loop.learning_rate_at
+
+        def struck(recipe: Any, step: int) -> float:
+            if step == 2 and next(strike_once, False):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return rate_at(recipe, step)
+
+        monkeypatch.setattr(loop, "learning_rate_at", struck)
+        with pytest.raises(Preempted, match="stopped after step 3"):
+            train_run(DETECTION, tmp_path, progress=False, checkpoint_seconds=0)
+        assert saved == [2, 3]
+    result = train_run(DETECTION, tmp_path, progress=False, checkpoint_seconds=0)
+    assert saved == ([2, 3, 4, 5] if asked else [2, 4, 5])
+    assert_same_end(result, alone["detection"])
+
+
+def test_a_bad_loss_found_late_names_its_own_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "loss_check_steps", lambda device: 4)
+    backward, steps = loop._backward, itertools.count(1)
+
+    def spoilt(model: Any, parts: Any, *arguments: Any) -> Any:
+        if next(steps) == 2:
+            parts[0][0].fill_(math.inf)
+        return backward(model, parts, *arguments)
+
+    monkeypatch.setattr(loop, "_backward", spoilt)
+    with pytest.raises(TrainingError, match=r"loss of step 2 is not finite .*; images \d+, \d+;"):
+        train_run(DETECTION, tmp_path, progress=False, checkpoint_seconds=0)
+    assert steps_of(tmp_path / DETECTION.key) == []
 
 
 @contextlib.contextmanager
@@ -315,49 +350,22 @@ def test_a_full_disk_keeps_the_checkpoints_before(
         assert_same_end(train_run(DETECTION, tmp_path, progress=False), alone["detection"])
 
 
-def test_a_run_does_without_events_where_they_cannot_be_written(
-    alone: dict[str, RunResult],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
-    assert_same_end(train_run(DETECTION, tmp_path, progress=False), alone["detection"])
-    (told,) = [record.getMessage() for record in caplog.records if "events" in record.getMessage()]
-    assert told.endswith("no more events for TensorBoard (No space left on device)")
-
-
 def test_a_diverging_run_keeps_the_checkpoints_of_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backward, steps = loop._backward, itertools.count(1)
 
-    def rising(*arguments: Any) -> dict[str, float]:
+    def rising(*arguments: Any) -> dict[str, Tensor]:
         factor = 1000.0 if next(steps) > 5 else 1.0
         return {name: factor * loss for name, loss in backward(*arguments).items()}
 
     monkeypatch.setattr(loop, "_backward", rising)
-    monkeypatch.setattr(logs, "ROW_STEPS", 1)
-    monkeypatch.setattr(stopping, "DIVERGED_ROWS", 2)
-    config = replace(DETECTION, recipe=RECIPE.scaled_to(12))
+    monkeypatch.setattr(log_module, "ROW_STEPS", 1)
+    monkeypatch.setattr(log_module, "DIVERGED_ROWS", 2)
+    config = replace(DETECTION, recipe=RECIPE.scale_to_steps(12))
     with pytest.raises(TrainingError, match=r"up to step 7 .* checkpoints are of before"):
         train_run(config, tmp_path, progress=False, checkpoint_seconds=0)
     assert steps_of(tmp_path / config.key) == [5, 4]
-
-
-def test_a_finished_run_on_data_that_was_changed_is_not_given_for_the_new(
-    alone: dict[str, RunResult], tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(alone["detection"].folder, tmp_path / DETECTION.key))
-    assert_same_end(train_run(DETECTION, tmp_path, progress=False), alone["detection"])
-    known = json.loads((folder / "data.json").read_text())
-    known["train"]["digest"] = "0" * 12
-    write_json(folder / "data.json", known)
-    with pytest.raises(DataError, match="holds a run on other data"):
-        train_run(DETECTION, tmp_path, progress=False)
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path) -> None:
@@ -367,105 +375,36 @@ def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path) -> None:
         train_run(DETECTION, tmp_path, progress=False, checkpoints=0)
 
 
-def test_a_run_of_the_launcher_can_be_computed_in_parts(tmp_path: Path) -> None:
-    config = replace(DETECTION, recipe=RECIPE.with_(batch_size=4))
-    with launcher.open_pool("local", 1, "cpu") as pool:
-        (outcome,) = launcher.run_many([config], tmp_path, pool, progress=False, micro_batch=2)
-    assert outcome.result is not None
-    assert outcome.result.key == config.key
-    assert outcome.result.record["hardware"].endswith("parts a step: 2")
-
-
-@pytest.mark.parametrize(
-    ("profile", "asked", "given"), [("paper", None, 2), ("paper", 7, 7), ("smoke", None, None)]
-)
-def test_the_papers_batches_are_computed_in_parts_on_a_processor(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    profile: str,
-    asked: int | None,
-    given: int | None,
-) -> None:
-    seen: list[tuple[int, int | None]] = []
-
-    def take(configs: list[RunConfig], *given: Any) -> list[Any]:
-        seen.extend((config.recipe.batch_size, given[-1]) for config in configs)
-        return []
-
-    annotations = tmp_path / "annotations"
-    annotations.mkdir()
-    for split in ("train2017", "val2017"):
-        (annotations / f"instances_{split}.json").write_text("{}")
-    parameters = experiments.resolve_parameters(
-        profile, tmp_path, tmp_path / "results", accelerator="cpu", seeds=0
-    )
-    monkeypatch.setattr(reproduction, "run_many", take)
-    monkeypatch.setattr(reproduction, "cost_rows", lambda rows: [])
-    experiments.reproduce("table-08", parameters, progress=False, micro_batch=asked)
-    assert seen == [(256 if profile == "paper" else 4, given)] * 2
-
-
-def test_a_launcher_that_is_told_to_stop_lets_its_runs_save(tmp_path: Path) -> None:
-    endless = replace(DETECTION, recipe=RECIPE.scaled_to(10_000))
-    write_json(tmp_path / "request.json", endless.to_dict())
-    script = (
-        "from test_interruptions import *\n"
-        "config = RunConfig.from_dict(json.load(open(sys.argv[1])))\n"
-        "try:\n"
-        "    with launcher.open_pool('local', 1, 'cpu') as pool:\n"
-        "        list(launcher.run_many([config], sys.argv[2], pool, progress=False))\n"
-        "except UserError as error: sys.exit(error.exit_code)"
-    )
-    runs = tmp_path / "runs"
-    command = [sys.executable, "-c", script, str(tmp_path / "request.json"), str(runs)]
-    parent = subprocess.Popen(command, env=environment())
-    curve, deadline = runs / endless.key / "curve.csv", time.monotonic() + 300
-    while not curve.exists():
-        assert parent.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    parent.send_signal(signal.SIGTERM)
-    assert parent.wait(timeout=300) == PREEMPTED_EXIT
-    (newest, *_) = steps_of(runs / endless.key)
-    assert newest >= 10
-    said = (runs / endless.key / "worker.log").read_text().splitlines()[-1]
-    assert said == f"error: stopped after step {newest} by SIGTERM; the same command goes on " + (
-        "from there"
-    )
-
-
 def test_the_second_signal_acts_at_once_but_not_a_launchers_echo(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
-    request = StopRequest()
-    with request.in_steps():
-        request.take(signal.SIGTERM, None)
-        assert request.signal == "SIGTERM"
-        request.take(signal.SIGINT, None)
-        assert request.signal == "SIGTERM"
-        now += stopping.SAME_SIGNAL_SECONDS
-        with pytest.raises(KeyboardInterrupt):
-            request.take(signal.SIGINT, None)
-        with pytest.raises(Preempted):
-            request.take(signal.SIGTERM, None)
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now)
+    asked = Preemption()
+    with asked.in_steps():
+        asked.take(signal.SIGTERM, None)
+        asked.take(signal.SIGINT, None)
+        assert asked.signal == "SIGTERM"
+        now += preemption.SAME_SIGNAL_SECONDS
+        for again in (signal.SIGINT, signal.SIGTERM):
+            with pytest.raises(KeyboardInterrupt):
+                asked.take(again, None)
 
 
 def test_a_signal_between_steps_and_handlers_as_they_were() -> None:
-    before = [signal.getsignal(number) for number in stopping.STOP_SIGNALS]
-    with stop_requests() as request, pytest.raises(Preempted, match="SIGTERM"):
+    before = [signal.getsignal(number) for number in preemption.STOP_SIGNALS]
+    with handle_preemption() as asked, pytest.raises(Preempted, match="SIGTERM"):
         os.kill(os.getpid(), signal.SIGTERM)
-    assert request.signal == ""
-    assert [signal.getsignal(number) for number in stopping.STOP_SIGNALS] == before
+    assert asked.signal == ""
+    assert [signal.getsignal(number) for number in preemption.STOP_SIGNALS] == before
 
 
-def test_a_signal_does_not_take_the_place_of_the_error_that_ended_the_steps() -> None:
-    with stop_requests() as request:
-        with pytest.raises(TrainingError), request.in_steps():
+def test_a_signal_does_not_hide_the_error_that_ended_the_steps() -> None:
+    with handle_preemption() as asked:
+        with pytest.raises(TrainingError), asked.in_steps():
             raise TrainingError("of the steps")
         os.kill(os.getpid(), signal.SIGTERM)  # waits, for the run is ending
-    assert request.signal == "SIGTERM"
+    assert asked.signal == "SIGTERM"
 
 
 @pytest.mark.parametrize(
@@ -488,11 +427,11 @@ def test_a_run_has_diverged_when_its_loss_stays_far_above_the_usual(
         refuse_divergence(losses, 100)
 
 
-def test_the_curve_refuses_divergence_over_an_interruption(tmp_path: Path) -> None:
+def test_divergence_is_seen_over_an_interruption(tmp_path: Path) -> None:
     def add(start: int, rows: int, loss: float) -> None:
-        with Curve(tmp_path, start, 10_000, {}, progress=False) as curve:
-            for step in range(start + 1, start + 10 * rows + 1):
-                curve.add(Step(step, 0.1, {"box": loss}, 2))
+        steps = [Step(n, 0.1, {"box": loss}, 2) for n in range(start + 1, start + 10 * rows + 1)]
+        with contextlib.closing(TrainingLog(tmp_path, start, 10_000, {}, progress=False)) as log:
+            log.add(steps)
 
     add(0, DIVERGED_ROWS, 1.0)
     add(10 * DIVERGED_ROWS, DIVERGED_ROWS - 1, 1000.0)
@@ -506,12 +445,12 @@ def test_too_little_memory_names_the_way_out(
     def exhausted(*_: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
-    monkeypatch.setattr(loop, "_backward", exhausted)
+    monkeypatch.setattr(loop, "autocast", exhausted)
     with pytest.raises(TrainingError, match=r"too little memory for 2 images.*micro_batch"):
         train_run(DETECTION, tmp_path, progress=False)
 
 
-def test_a_checkpoint_in_mid_update_is_not_saved(
+def test_a_state_in_mid_update_is_not_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Something breaks while half of the weights are new: the checkpoint before counts."""
@@ -531,20 +470,18 @@ def test_weights_of_another_task_give_the_backbone(
 ) -> None:
     path = alone["detection"].folder / "model.safetensors"
     started: list[dict[str, Tensor]] = []
+    prepare = run.prepare_model
 
     def take(model: Any, *arguments: Any) -> Any:
         started.append({name: value.clone() for name, value in model.state_dict().items()})
         return prepare(model, *arguments)
 
-    prepare = trainer.prepare_model
-    monkeypatch.setattr(trainer, "prepare_model", take)
+    monkeypatch.setattr(run, "prepare_model", take)
     config = replace(CONFIGS["segmentation"], initial_weights=str(path))
     train_run(config, tmp_path, max_steps=1, progress=False)
     given = weights_of(alone["detection"].folder)
     backbone = [name for name in started[0] if name.startswith("backbone.")]
     assert backbone
     assert all(torch.equal(started[0][name], given[name]) for name in backbone)
-    other = replace(config, model_options={"squeeze_excitation": False})
-    monkeypatch.undo()
     with pytest.raises(UserError, match="backbone"):
-        train_run(replace(other, model="eff_spinenet_m1"), tmp_path, max_steps=1, progress=False)
+        train_run(replace(config, model="eff_spinenet_m1"), tmp_path, max_steps=1, progress=False)

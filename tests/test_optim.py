@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from effspinenet_lib.data import DataConfig
-from effspinenet_lib.errors import CheckpointError
-from effspinenet_lib.training.config import RunConfig, file_digest
-from effspinenet_lib.training.ema import build_ema
+from effspinenet_lib.models.zoo import create_model
 from effspinenet_lib.training.optim import (
+    build_ema,
     build_optimizer,
+    decayed_parameters,
     learning_rate_at,
     load_optimizer,
     set_learning_rate,
@@ -22,6 +21,24 @@ from effspinenet_lib.training.optim import (
 from effspinenet_lib.training.recipes import get_recipe
 
 IMAGENET = get_recipe("paper_classification")
+
+
+def test_norms_biases_and_fusion_weights_are_not_decayed() -> None:
+    model = create_model("eff_spinenet_m0", num_classes=3)
+    decayed, kept = decayed_parameters(model, get_recipe("paper_detection"))
+    kernels = {
+        f"{name}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    }
+    assert set(decayed) == kernels
+    assert set(decayed) | set(kept) == {name for name, _ in model.named_parameters()}
+    assert any("fusion" in name for name in kept)
+    everything, nothing = decayed_parameters(
+        model, get_recipe("paper_detection").replace(decay_norms_and_biases=True)
+    )
+    assert len(everything) == len(decayed) + len(kept)
+    assert nothing == []
 
 
 def test_the_exponential_schedule_falls_in_steps_after_a_warmup_to_the_full_rate() -> None:
@@ -38,7 +55,7 @@ def test_the_exponential_schedule_falls_in_steps_after_a_warmup_to_the_full_rate
 def test_rmsprop_is_tensorflows() -> None:
     """The update rule of tf.train.RMSPropOptimizer, with L2 added to the gradient first."""
     layer = nn.Linear(3, 1).double()
-    recipe = IMAGENET.with_(weight_decay=0.1)
+    recipe = IMAGENET.replace(weight_decay=0.1)
     optimizer = build_optimizer(layer, recipe)
     weights, bias = layer.weight.tolist()[0], layer.bias.item()
     squares, momenta = [1.0] * 4, [0.0] * 4
@@ -69,10 +86,10 @@ def test_an_optimizer_goes_on_from_its_state() -> None:
 
     whole = nn.Linear(2, 2)
     parts = copy.deepcopy(whole)
-    steps(whole, build_optimizer(whole, IMAGENET.with_(warmup_steps=0)), 4)
-    first = build_optimizer(parts, IMAGENET.with_(warmup_steps=0))
+    steps(whole, build_optimizer(whole, IMAGENET.replace(warmup_steps=0)), 4)
+    first = build_optimizer(parts, IMAGENET.replace(warmup_steps=0))
     steps(parts, first, 2)
-    second = build_optimizer(parts, IMAGENET.with_(warmup_steps=0))
+    second = build_optimizer(parts, IMAGENET.replace(warmup_steps=0))
     second.load_state_dict(first.state_dict())
     steps(parts, second, 2)
     assert torch.equal(whole.weight, parts.weight)
@@ -86,7 +103,7 @@ def test_no_average_unless_the_recipe_asks_for_one() -> None:
 def test_the_average_of_weights_and_statistics_is_tensorflows(decay: float) -> None:
     """After n steps the old average keeps min(decay, (1 + n) / (10 + n))."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    ema = build_ema(model, IMAGENET.with_(ema_decay=decay))
+    ema = build_ema(model, IMAGENET.replace(ema_decay=decay))
     assert ema is not None
     names = ("0.weight", "1.running_mean", "1.running_var", "1.weight")
     expected = {name: model.state_dict()[name].double() for name in names}
@@ -95,14 +112,14 @@ def test_the_average_of_weights_and_statistics_is_tensorflows(decay: float) -> N
             for parameter in model.parameters():
                 parameter += step
         model(torch.randn(4, 2, generator=torch.Generator().manual_seed(step)))
-        ema.update(model, step)
+        ema.update_after(model, step)
         kept = min(decay, (1 + step) / (10 + step))
         for name in names:
             new = model.state_dict()[name].double()
             expected[name] = kept * expected[name] + (1 - kept) * new
     for name in names:
-        torch.testing.assert_close(ema.state_dict()[name].double(), expected[name])
-    assert ema.state_dict()["1.num_batches_tracked"] == 6
+        torch.testing.assert_close(ema.module.state_dict()[name].double(), expected[name])
+    assert ema.module.state_dict()["1.num_batches_tracked"] == 6
     assert not ema.module.training
 
 
@@ -112,41 +129,13 @@ def test_an_average_goes_on_from_its_state() -> None:
     assert first is not None
     with torch.no_grad():
         model.weight.add_(1)
-    first.update(model, 1)
+    first.update_after(model, 1)
     second = build_ema(model, IMAGENET)
     assert second is not None
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.module.load_state_dict(copy.deepcopy(first.module.state_dict()))
     for average in (first, second):
-        average.update(model, 2)
-    assert torch.equal(first.state_dict()["weight"], second.state_dict()["weight"])
-
-
-def test_initial_weights_count_by_what_is_in_them(tmp_path) -> None:
-    plain = RunConfig(
-        "eff_spinenet_m0",
-        "segmentation",
-        64,
-        DataConfig("shapescenes"),
-        get_recipe("paper_segmentation"),
-    )
-    first, copied, other = (tmp_path / name for name in ("a", "b", "c"))
-    first.write_bytes(b"weights")
-    copied.write_bytes(b"weights")
-    other.write_bytes(b"other weights")
-    keys = {
-        path: RunConfig.from_dict({**plain.to_dict(), "initial_weights": str(path)}).key
-        for path in (first, copied, other)
-    }
-    assert keys[first] == keys[copied]
-    assert len({plain.key, keys[first], keys[other]}) == 3
-    assert "initial_weights" not in plain.to_dict()
-    # what the program sha256sum prints for these bytes
-    assert file_digest(str(first)).startswith("9a129038d9a00aed0cf6a7ea059ca50a")
-
-
-def test_missing_initial_weights_are_one_clear_line() -> None:
-    with pytest.raises(CheckpointError, match=r"^/nowhere: the initial weights cannot be read"):
-        file_digest("/nowhere")
+        average.update_after(model, 2)
+    assert torch.equal(first.module.weight, second.module.weight)
 
 
 @pytest.mark.parametrize("saved", [{"fused": True}, {"foreach": True}])

@@ -25,9 +25,9 @@ SIDE, CLASSES = 128, 3
 # Allocates, fills and frees 64 MiB ten times, then says how many pages the system had to clear.
 FAULTS = """
 import resource, sys
-from effspinenet_lib.training.allocation import keep_freed_memory
+from effspinenet_lib.training.device import disable_malloc_trim
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert disable_malloc_trim()
 for _ in range(3):
     b"x" * (64 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -65,7 +65,7 @@ def _runner(
     from effspinenet_lib.errors import UnknownName, UserError
     from effspinenet_lib.experiments.launcher import ENGINES, open_pool, run_many
     from effspinenet_lib.experiments.reproduction import resolve_devices
-    from effspinenet_lib.training.devices import ACCELERATORS, AUTO, CPU
+    from effspinenet_lib.training.device import ACCELERATORS, AUTO, CPU
 
     for kind, name, known in (
         ("engine", engine, ENGINES),

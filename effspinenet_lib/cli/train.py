@@ -148,7 +148,7 @@ def train(
     settings = get_recipe(recipe or SMALL_DATA_RECIPES[task])
     settings = adjust_recipe(settings, steps, batch_size, learning_rate)
     if overfit is not None:
-        settings = settings.with_(
+        settings = settings.replace(
             scale_jitter=(1.0, 1.0), flip_probability=0.0, stochastic_depth=0.0
         )
         eval_split, images = train_split, overfit
@@ -170,6 +170,7 @@ def train(
         max_steps=max_steps,
         checkpoints=checkpoints or KEPT,
         micro_batch=micro_batch,
+        runs_csv=output / "runs.csv",
     )
     print_run(f"{model} on {data}, {task}", task, result)
 
@@ -178,9 +179,9 @@ def adjust_recipe(
     recipe: Recipe, steps: int | None, batch_size: int | None, learning_rate: float | None
 ) -> Recipe:
     """Scale a recipe to a batch, then replace its steps and learning rate where they are given."""
-    recipe = recipe if batch_size is None else recipe.for_batch(batch_size)
-    recipe = recipe if steps is None else recipe.scaled_to(steps)
-    return recipe if learning_rate is None else recipe.with_(learning_rate=learning_rate)
+    recipe = recipe if batch_size is None else recipe.scale_to_batch(batch_size)
+    recipe = recipe if steps is None else recipe.scale_to_steps(steps)
+    return recipe if learning_rate is None else recipe.replace(learning_rate=learning_rate)
 
 
 def print_run(title: str, task: str, result: RunResult) -> None:
@@ -232,13 +233,13 @@ def evaluate(
     from effspinenet_lib.data.augment import FITTED
     from effspinenet_lib.files import ensure_folder, write_json
     from effspinenet_lib.results import upsert
-    from effspinenet_lib.training.accelerator import make_accelerator
     from effspinenet_lib.training.checkpoint import create_from_weights
     from effspinenet_lib.training.config import describe_data
-    from effspinenet_lib.training.evaluate import Settings, write_predictions
+    from effspinenet_lib.training.device import make_accelerator
+    from effspinenet_lib.training.evaluate import EvalOptions, write_predictions
     from effspinenet_lib.training.evaluate import evaluate as measure
-    from effspinenet_lib.training.inference import inference_copy
-    from effspinenet_lib.training.stopping import lost_processes
+    from effspinenet_lib.training.export import inference_copy
+    from effspinenet_lib.training.preemption import lost_processes
 
     accelerator = make_accelerator()
     network, facts = create_from_weights(weights)
@@ -260,7 +261,7 @@ def evaluate(
             size,
             batch_size,
             workers,
-            settings=Settings(facts.get("preprocessing", FITTED), ids),
+            options=EvalOptions(facts.get("preprocessing", FITTED), ids),
             accelerator=accelerator,
         )
     if not accelerator.is_main_process:

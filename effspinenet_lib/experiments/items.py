@@ -26,7 +26,7 @@ from typing import Any
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.models.zoo import TASKS
-from effspinenet_lib.training.recipes.ablations import SCHEDULE_EPOCHS
+from effspinenet_lib.training.recipes import SCHEDULE_EPOCHS
 
 SMOKE, PROXY, PAPER = "smoke", "proxy", "paper"
 

@@ -276,9 +276,9 @@ def run_many(
         Preempted: a signal asked to stop; the runs have saved their state.
     """
     from effspinenet_lib.results import CURVE_FILE
-    from effspinenet_lib.training.devices import CPU, THREAD_VARIABLES
+    from effspinenet_lib.training.device import CPU, THREAD_VARIABLES
+    from effspinenet_lib.training.preemption import handle_preemption
     from effspinenet_lib.training.run import LOG, REQUEST, read_result
-    from effspinenet_lib.training.stopping import stop_requests
 
     environment = dict.fromkeys(THREAD_VARIABLES, str(pool.threads(len(configs))))
     if pool.device == CPU:
@@ -292,7 +292,7 @@ def run_many(
     waiting = deque(Job(config, path, path / REQUEST, path / LOG) for config, path in folders)
     running: list[Job] = []
     finished_steps = 0
-    with stop_requests(), _bar(configs, progress) as bar:
+    with handle_preemption(), _bar(configs, progress) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < pool.processes:

@@ -46,9 +46,8 @@ from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.models.zoo import TASKS, default_image_size
 from effspinenet_lib.results import COST_UNITS, CURVE_FILE, ResultsStore
 from effspinenet_lib.results.paper import paper_values
-from effspinenet_lib.training.accelerator import present_accelerators
 from effspinenet_lib.training.checkpoint import KEPT
-from effspinenet_lib.training.devices import ACCELERATORS, AUTO, CPU
+from effspinenet_lib.training.device import ACCELERATORS, AUTO, CPU, present_accelerators
 from effspinenet_lib.training.recipes import get_recipe
 from effspinenet_lib.training.run import WEIGHTS, RunConfig, RunResult, train_run
 
@@ -500,7 +499,7 @@ def train_row(
     if batch_size is None and micro_batch is None and paper_on_cpu:
         batch_size = CPU_BATCH
     if batch_size is not None:
-        config = replace(config, recipe=config.recipe.for_batch(batch_size))
+        config = replace(config, recipe=config.recipe.scale_to_batch(batch_size))
     store = parameters.store
     _protect_longer(store, item, row, config, max_steps)
     result = train_run(

@@ -104,7 +104,7 @@ class SearchSettings:
             )
         if not needed and root is not None:
             raise UserError(f"the profile {self.profile!r} has data of its own; leave out --data")
-        recipe = self.recipe if batch_size is None else self.recipe.for_batch(batch_size)
+        recipe = self.recipe if batch_size is None else self.recipe.scale_to_batch(batch_size)
         data = self.data if root is None else replace(self.data, root=str(root.resolve()))
         return replace(self, data=data, recipe=recipe, micro_batch=micro_batch)
 

@@ -1,6 +1,6 @@
-"""Checkpoints that a killed run goes on from, and the weights that a finished run leaves.
+"""Checkpoints from which a killed run resumes, and the weights that a finished run leaves.
 
-Both are written whole or not at all, and read without running code from the file.
+Both are written atomically, and read without running code from the file.
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-import pickle
 import re
-import struct
-import zipfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from effspinenet_lib.errors import CheckpointError
+from effspinenet_lib.errors import CheckpointError, TrainingError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.models import zoo
 from effspinenet_lib.models.base import TaskModel
@@ -31,29 +29,17 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT = 2  # our choice: the newest, and the one before in case the newest cannot be read
-BACKBONE = "backbone."  # how the names of its tensors begin, in the models of every task
+BACKBONE = "backbone."  # prefix of the names of its tensors, in the models of every task
 NEEDED_METADATA = {"model", "task", "num_classes", "options", "categories", "image_size"}
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
-# what reading a damaged file raises: torch.load and zip records, then missing or odd contents
-DAMAGED = (
-    zipfile.BadZipFile,
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    TypeError,
-    pickle.PickleError,
-)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The state of a run after `step` steps.
 
-    The step stands for what has no other state: the place in the learning-rate schedule and in
-    the data are functions of it, and the loop seeds all random generators at every step from the
-    run's seed and the step.
+    The place in the learning-rate schedule and in the data are functions of the step, and the loop
+    seeds all random generators at every step: they have no other state.
 
     Attributes:
         run: key of the run it belongs to.
@@ -61,9 +47,9 @@ class Checkpoint:
         step: steps done.
         model_state: the model's state dict.
         optimizer_state: the optimizer's state dict.
-        curve_state: the part of the training curve not yet written (`logs.Curve.state`).
-        wall_seconds: time spent up to here, over all interruptions.
-        ema_state: the averaged weights (`ema.Ema.state_dict`), where the recipe has them.
+        curve_state: the unfinished row of the training curve (`TrainingLog.state`).
+        wall_seconds: training time up to here, over all interruptions.
+        ema_state: the averaged weights, where the recipe has them.
     """
 
     run: str
@@ -76,6 +62,44 @@ class Checkpoint:
     ema_state: dict[str, torch.Tensor] | None = None
 
 
+class Checkpointer:
+    """Writes the checkpoints of a run, and keeps the newest.
+
+    Args:
+        folder: of the run.
+        seconds: time between checkpoints.
+        kept: how many are kept.
+    """
+
+    def __init__(self, folder: Path, seconds: float, kept: int) -> None:
+        self._folder, self._seconds, self._kept = folder, seconds, kept
+        self._saved_at, self._step = time.monotonic(), 0
+
+    @property
+    def due(self) -> bool:
+        """Whether the last checkpoint is old enough."""
+        return time.monotonic() - self._saved_at >= self._seconds
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, unless the last one is of the same step; its losses were checked.
+
+        Raises:
+            UserError: it cannot be written; those before it are kept.
+            TrainingError: the weights are not finite.
+        """
+        if checkpoint.step == self._step:
+            return
+        tensors = (*checkpoint.model_state.values(), *(checkpoint.ema_state or {}).values())
+        # one answer for all of them: XLA builds a program for each that is waited for
+        if not torch.stack([value.isfinite().all() for value in tensors]).all():
+            raise TrainingError(
+                f"the weights are not finite after step {checkpoint.step}; the same command "
+                "resumes from the last checkpoint: lower the learning rate"
+            )
+        save_checkpoint(self._folder, checkpoint, self._kept)
+        self._saved_at, self._step = time.monotonic(), checkpoint.step
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, kept: int = KEPT) -> Path:
     """Write `checkpoint-<step>.pt` in `folder` and drop all but the newest `kept`.
 
@@ -85,7 +109,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, kept: int = KEPT) -> P
     contents = {item.name: getattr(checkpoint, item.name) for item in fields(checkpoint)}
     path = folder / f"checkpoint-{checkpoint.step}.pt"
     with atomic_write(path, "wb") as handle:
-        # in memory first: on a full disk torch's writer hides the reason behind its own complaint
+        # in memory first: on a full disk torch's writer hides the reason
         written = io.BytesIO()
         torch.save({"format": FORMAT, **contents}, written)
         handle.write(written.getbuffer())
@@ -111,30 +135,29 @@ def load_latest(folder: Path, run: str, model: str) -> Checkpoint | None:
     for path in list_checkpoints(folder):
         try:
             checkpoint = load_checkpoint(path)
-        except DAMAGED as error:
+        except Exception as error:  # torch raises many kinds for a damaged file
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             logger.warning("%s cannot be read (%s); trying the one before it", path, reason)
             continue
         if (checkpoint.run, checkpoint.model) != (run, model):
             raise CheckpointError(
                 f"{path}: is of model {checkpoint.model}, run {checkpoint.run}, not of {model}, "
-                f"run {run}; move it away, or force the run anew"
+                f"run {run}; move it away, or start over with force"
             )
         return checkpoint
     return None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint; raises one of `DAMAGED` if the file is not a whole one."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()  # torch.load does not look at the checksums
-    if damaged is not None:
-        raise ValueError(f"the checksum of its record {damaged} is wrong")
+    """Read one checkpoint; raises whatever torch raises for a damaged one."""
     contents = torch.load(path, map_location="cpu", weights_only=True)
     version = contents.pop("format")
     if version != FORMAT:
         raise ValueError(f"checkpoint format {version}, this version reads {FORMAT}")
     return Checkpoint(**contents)
+
+
+# --- Weights -------------------------------------------------------------------------------------
 
 
 def save_weights(
@@ -169,10 +192,10 @@ def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
             texts = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = {name: json.loads(text) for name, text in texts.items()}
-    except (safetensors.SafetensorError, OSError, ValueError, struct.error) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: is not a whole safetensors weights file ({error}); copy it again, or rerun "
-            "the training that wrote it"
+            f"{path}: is not a complete safetensors weights file ({error}); copy it again, or "
+            "rerun the training that wrote it"
         ) from error
     missing = sorted(NEEDED_METADATA - metadata.keys())
     if missing:
@@ -184,7 +207,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
 
 
 def create_from_weights(path: str | Path) -> tuple[TaskModel, dict[str, Any]]:
-    """The model that a weights file is of, in evaluation mode, and the file's metadata.
+    """The model of a weights file, in evaluation mode, and the file's metadata.
 
     The model is on the accelerator where there is one.
 
@@ -205,7 +228,7 @@ def create_from_weights(path: str | Path) -> tuple[TaskModel, dict[str, Any]]:
 
 
 def load_into(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str) -> None:
-    """Load a state dict into a model, all of it or nothing.
+    """Load a complete state dict into a model; where it does not fit, the model is unchanged.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape or too many; names the first.

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from effspinenet_lib.data import DataConfig, Dataset
 from effspinenet_lib.errors import CheckpointError
-from effspinenet_lib.models.zoo import known_options, resolve_model
-from effspinenet_lib.results import run_key
-from effspinenet_lib.training.recipes import Recipe, recipe_from_dict
-
-_BLOCK_BYTES = 1 << 20  # read at once
+from effspinenet_lib.models.zoo import check_model, known_options, resolve_model
+from effspinenet_lib.results import config_hash
+from effspinenet_lib.training.recipe import Recipe
+from effspinenet_lib.training.recipes import recipe_from_dict
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class RunConfig:
     """Everything that a run's result depends on.
 
     Attributes:
-        model: one of `list_models()`, or the path of a distribution, in whose place its model and
-            betas are taken.
+        model: one of `list_models()`, or the path of a distribution, which is replaced by its
+            model and betas.
         task: of the model.
         image_size: side of the square input in pixels.
         data: what to train and evaluate on.
@@ -31,6 +31,11 @@ class RunConfig:
         model_options: passed to `create_model`; they win over the recipe's stochastic depth and
             dropout.
         initial_weights: weights file of another run to start from; None: fresh weights.
+
+    Raises:
+        UnknownName: the model, task or an option is not known; the message lists near names.
+        UserError: an option's value is invalid.
+        DataError: the path holds no distribution.
     """
 
     model: str
@@ -43,14 +48,11 @@ class RunConfig:
     initial_weights: str | None = None
 
     def __post_init__(self) -> None:
-        """Put a distribution's model and betas in the place of its path.
-
-        Raises:
-            DataError: the path holds no distribution.
-        """
+        """Resolve the model's name and check its options, once."""
         model, options = resolve_model(self.model, self.model_options)
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "model_options", options)
+        check_model(model, self.task, self.options)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -63,12 +65,12 @@ class RunConfig:
         given = {name: r for name, r in rates.items() if name in known and r is not None}
         return {**given, **self.model_options}
 
-    @property
+    @cached_property
     def key(self) -> str:
         """12 hexadecimal digits that name the configuration and its folder.
 
-        Where a data folder or the initial weights lie is no part of it: moved data is the same
-        data, and weights count by what is in them.
+        The paths of a data folder and of the initial weights are left out: moved data is the same
+        data, and weights count by their content.
 
         Raises:
             CheckpointError: the initial weights are missing.
@@ -77,7 +79,7 @@ class RunConfig:
         values["data"].pop("root", None)
         if self.initial_weights is not None:
             values["initial_weights"] = file_digest(self.initial_weights)
-        return run_key(values)
+        return config_hash(values)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types; without initial weights it does not name them."""
@@ -111,10 +113,10 @@ def file_digest(path: str) -> str:
     Raises:
         CheckpointError: it cannot be read.
     """
+    digest = hashlib.sha256()
     try:
         with open(path, "rb") as handle:
-            digest = hashlib.sha256()
-            while block := handle.read(_BLOCK_BYTES):
+            while block := handle.read(1 << 20):
                 digest.update(block)
     except OSError as error:
         raise CheckpointError(
@@ -125,7 +127,7 @@ def file_digest(path: str) -> str:
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """The counts of a data set and a digest of its annotations, which tells it from others."""
+    """The counts of a data set and a digest of its annotations, which identifies it."""
     digest = hashlib.sha256(repr(dataset.categories).encode())
     for item in fields(dataset.annotations):
         digest.update(getattr(dataset.annotations, item.name).tobytes())

@@ -1,4 +1,7 @@
-"""Predicting over a whole data set, and what the predictions are worth by the task's metrics."""
+"""Predicting over a whole data set, and the metrics of every task.
+
+COCO's 12 metrics of boxes or masks are faster-coco-eval's, which gives pycocotools' numbers.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,22 +25,145 @@ from tqdm.auto import tqdm
 
 from effspinenet_lib.data import Dataset, classes_of, evaluation_loader
 from effspinenet_lib.data.augment import FITTED, RELEASED, scaled_size
-from effspinenet_lib.errors import UserError
+from effspinenet_lib.data.dataset import SEMANTIC_IGNORE
+from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.files import atomic_write
-from effspinenet_lib.training.coco import METRICS, coco_metrics
-from effspinenet_lib.training.metrics import Accuracy, ConfusionMatrix
-from effspinenet_lib.training.prediction_log import PredictionLog
 
-# Metrics of a task that are printed and compared, the most telling first.
+# In the order of COCO's summary: precision at 0.50:0.95, 0.50 and 0.75 and by object size, then
+# recall at 1, 10 and 100 detections an image and by object size.
+METRICS = (
+    *("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L"),
+    *("AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L"),
+)
 MASK_METRICS = tuple(f"{name}_mask" for name in METRICS)
+TOP_K = (1, 5)  # Table 10
+# Metrics of a task that are printed and compared, the most telling first.
 TASK_METRICS: dict[str, tuple[str, ...]] = {
     "detection": METRICS,
     "instances": (*METRICS, *MASK_METRICS),
-    "classification": ("top1", "top5"),
+    "classification": tuple(f"top{k}" for k in TOP_K),
     "segmentation": ("mIOU",),
 }
-Scales = Sequence[float]  # input pixels per original pixel, down and across
 MASK_THRESHOLD = 0.5  # probability from which a pixel is the object's (Mask R-CNN)
+Scales = Sequence[float]  # input pixels per original pixel, down and across
+
+
+# --- Metrics -------------------------------------------------------------------------------------
+
+
+def coco_metrics(
+    ground_truth: Mapping[str, Any],
+    detections: Sequence[Mapping[str, Any]],
+    iou_type: str = "bbox",
+) -> dict[str, float]:
+    """Compute COCO's 12 metrics; the arguments are left as they are.
+
+    Args:
+        ground_truth: a COCO dictionary with `images`, `annotations` and `categories`.
+        detections: COCO result records; with `bbox` for "bbox", `segmentation` (RLE) for "segm".
+        iou_type: "bbox" or "segm".
+
+    Returns:
+        `METRICS` in percent; NaN where there is no object to find.
+
+    Raises:
+        DataError: a score or a box of a detection is not finite.
+    """
+    shape = "bbox" if iou_type == "bbox" else "segmentation"
+    for number, record in enumerate(detections, start=1):
+        numbers = [record["score"], *(record["bbox"] if iou_type == "bbox" else ())]
+        if not all(map(math.isfinite, numbers)):
+            raise DataError(
+                f"detection {number}: a number of {numbers} is not finite; the model's weights "
+                "are broken: use those of an earlier checkpoint"
+            )
+    truth = COCO()
+    # COCO's matching reads id 0 as "no match", so annotations are numbered from 1
+    numbered = enumerate(ground_truth["annotations"], start=1)
+    annotations = [{**record, "id": number} for number, record in numbered]
+    truth.dataset = {**ground_truth, "annotations": annotations}
+    truth.createIndex()
+    # without the other shape: where a record has a box, its area would be that of the box
+    kept = ("image_id", "category_id", "score", shape)
+    found = truth.loadRes([{name: record[name] for name in kept} for record in detections])
+    evaluation = COCOeval_faster(truth, found, iou_type)
+    evaluation.run()
+    return {
+        name: math.nan if value < 0 else 100.0 * float(value)
+        for name, value in zip(METRICS, evaluation.stats, strict=True)
+    }
+
+
+def count_hits(scores: Tensor, labels: Tensor) -> Tensor:
+    """Count the images whose label is among the `TOP_K` highest scores.
+
+    With fewer classes than k the top k are all of them.
+
+    Args:
+        scores: [N, C]; of equal ones any may come first.
+        labels: int64 [N].
+
+    Returns:
+        int64 [1 + len(TOP_K)]: images, then hits for each k.
+
+    Raises:
+        UserError: a label is no class of the scores.
+    """
+    _check_labels(labels, scores.shape[1])
+    best = scores.topk(min(max(TOP_K), scores.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    return torch.tensor([len(labels), *(int(hits[:, :k].sum()) for k in TOP_K)])
+
+
+def accuracy(counts: Tensor) -> dict[str, float]:
+    """`top1` and `top5` in percent from summed `count_hits`; NaN where no image was counted."""
+    images, *hits = counts.tolist()
+    shares = [100.0 * hit / images if images else math.nan for hit in hits]
+    return dict(zip(TASK_METRICS["classification"], shares, strict=True))
+
+
+def count_pixels(predicted: Tensor, expected: Tensor, num_classes: int) -> Tensor:
+    """The confusion matrix of semantic labels; where 255 is expected they do not count.
+
+    Args:
+        predicted: classes, integers [.., H, W].
+        expected: semantic labels, integers of the same shape.
+        num_classes: the background among them.
+
+    Returns:
+        int64 [C, C]; row: the expected class, column: the predicted one.
+
+    Raises:
+        UserError: a label is no class.
+    """
+    kept = expected != SEMANTIC_IGNORE
+    rows, columns = expected[kept].long(), predicted[kept].long()
+    _check_labels(rows, num_classes)
+    _check_labels(columns, num_classes)
+    counts = torch.bincount(rows * num_classes + columns, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes).cpu()
+
+
+def mean_iou(confusion: Tensor) -> dict[str, float]:
+    """`mIOU` in percent, the mean over the classes that are expected or predicted anywhere.
+
+    The counts are summed over all images first, as in PASCAL VOC. NaN where nothing counts.
+    """
+    both = confusion.diagonal().double()
+    shares = both / (confusion.sum(0) + confusion.sum(1) - both)
+    return {"mIOU": 100.0 * float(shares.nanmean())}
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are no class, which would be counted as another one."""
+    if labels.numel() and (labels.min() < 0 or labels.max() >= classes):
+        raise UserError(
+            f"labels from {int(labels.min())} to {int(labels.max())} do not fit the model's "
+            f"{classes} classes, 0 to {classes - 1}; create it with the num_classes of the data"
+        )
+
+
+# --- Evaluating a model --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -55,7 +182,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvalOptions:
     """How weights from elsewhere are evaluated; the defaults fit what this library trains.
 
     Attributes:
@@ -70,16 +197,14 @@ class Settings:
     category_ids: Sequence[int | None] | None = None
 
 
-OWN = Settings()
-
-
 class _Evaluator(ABC):
-    """Collects the predictions of one data set."""
+    """Collects the predictions of one data set, and counts where the task's metrics need some."""
 
-    def __init__(self, dataset: Dataset, settings: Settings) -> None:
+    def __init__(self, dataset: Dataset, options: EvalOptions) -> None:
         self.dataset = dataset
-        self.settings = settings
+        self.options = options
         self.predictions: list[dict[str, Any]] = []
+        self.counts = torch.zeros((), dtype=torch.int64)
 
     @abstractmethod
     def add(self, index: int, output: Mapping[str, Tensor], scales: Scales) -> None:
@@ -89,22 +214,13 @@ class _Evaluator(ABC):
     def metrics(self) -> dict[str, float]:
         """The metrics of all that was added, in percent."""
 
-    def part(self) -> tuple[list[dict[str, Any]], Any]:
-        """What was added here: the predictions, and the counts of a task that has them."""
-        return self.predictions, None
-
-    def merge(self, predictions: list[dict[str, Any]], counts: Any) -> None:
-        """Add what another process has added, as its `part` gave it."""
-        del counts
-        self.predictions += predictions
-
     def category_id(self, label: int) -> int | None:
         """The category of a label; None for one that does not count.
 
         Raises:
             UserError: the model has more classes than the data set.
         """
-        known = self.settings.category_ids or [c.id for c in self.dataset.categories]
+        known = self.options.category_ids or [c.id for c in self.dataset.categories]
         if label >= len(known):
             raise UserError(
                 f"the model found class {label}, counted from 0, but {self.dataset.name} has "
@@ -116,11 +232,11 @@ class _Evaluator(ABC):
 class _Boxes(_Evaluator):
     def add(self, index: int, output: Mapping[str, Tensor], scales: Scales) -> None:
         height, width = self.dataset.annotations.sizes[index].tolist()
-        released = self.settings.preprocessing == RELEASED
+        released = self.options.preprocessing == RELEASED
         corners = to_original(output["boxes"], scales, None if released else (height, width))
         boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
         categories = [self.category_id(label) for label in output["labels"].tolist()]
-        records = [
+        records: list[dict[str, Any]] = [
             {
                 "image_id": self.dataset.image_id(index),
                 "category_id": category,
@@ -148,9 +264,9 @@ class _Instances(_Boxes):
 
 
 class _Classes(_Evaluator):
-    def __init__(self, dataset: Dataset, settings: Settings) -> None:
-        super().__init__(dataset, settings)
-        self.accuracy = Accuracy()
+    def __init__(self, dataset: Dataset, options: EvalOptions) -> None:
+        super().__init__(dataset, options)
+        self.counts = torch.zeros(1 + len(TOP_K), dtype=torch.int64)
 
     def add(self, index: int, output: Mapping[str, Tensor], scales: Scales) -> None:
         del scales
@@ -159,7 +275,7 @@ class _Classes(_Evaluator):
         category = self.category_id(best)
         row = self.dataset.annotations.rows(index).start
         label = torch.tensor([int(self.dataset.annotations.labels[row])])
-        self.accuracy.add(scores[None], label)
+        self.counts += count_hits(scores[None], label)
         self.predictions.append(
             {
                 "image_id": self.dataset.image_id(index),
@@ -169,21 +285,15 @@ class _Classes(_Evaluator):
         )
 
     def metrics(self) -> dict[str, float]:
-        return self.accuracy.metrics()
-
-    def part(self) -> tuple[list[dict[str, Any]], Any]:
-        return self.predictions, self.accuracy
-
-    def merge(self, predictions: list[dict[str, Any]], counts: Any) -> None:
-        self.predictions += predictions
-        self.accuracy.merge(counts)
+        return accuracy(self.counts)
 
 
 class _Pixels(_Evaluator):
-    def __init__(self, dataset: Dataset, settings: Settings) -> None:
-        super().__init__(dataset, settings)
+    def __init__(self, dataset: Dataset, options: EvalOptions) -> None:
+        super().__init__(dataset, options)
         dataset.prepare("segmentation")
-        self.confusion = ConfusionMatrix(classes_of(dataset, "segmentation"))
+        classes = classes_of(dataset, "segmentation")
+        self.counts = torch.zeros(classes, classes, dtype=torch.int64)
 
     def add(self, index: int, output: Mapping[str, Tensor], scales: Scales) -> None:
         height, width = self.dataset.annotations.sizes[index].tolist()
@@ -192,17 +302,10 @@ class _Pixels(_Evaluator):
         logits = F.interpolate(shown.float(), (height, width), mode="bilinear")[0]
         self.category_id(len(logits) - 2)
         expected = torch.from_numpy(self.dataset.semantic(index)).long()
-        self.confusion.add(logits.argmax(0).cpu(), expected)
+        self.counts += count_pixels(logits.argmax(0).cpu(), expected, len(self.counts))
 
     def metrics(self) -> dict[str, float]:
-        return self.confusion.metrics()
-
-    def part(self) -> tuple[list[dict[str, Any]], Any]:
-        return [], self.confusion
-
-    def merge(self, predictions: list[dict[str, Any]], counts: Any) -> None:
-        del predictions
-        self.confusion.merge(counts)
+        return mean_iou(self.counts)
 
 
 _EVALUATORS: dict[str, type[_Evaluator]] = {
@@ -221,56 +324,48 @@ def evaluate(
     batch_size: int,
     workers: int = 0,
     progress: bool = True,
-    log: PredictionLog | None = None,
-    settings: Settings = OWN,
+    options: EvalOptions = EvalOptions(),
     accelerator: Accelerator | None = None,
 ) -> Evaluation:
     """Predict every image of a data set and compute the task's metrics.
 
-    The model computes on the device that its parameters lie on and is left in the mode
-    (training or evaluation) in which it came. Boxes, masks and semantic labels are compared in
-    the pixels of the original images.
+    The model computes on the device of its parameters and keeps its mode (training or
+    evaluation). Boxes, masks and semantic labels are compared in the pixels of the original
+    images.
 
     Args:
-        model: a `tasks.base.TaskModel` of the task.
+        model: a `models.base.TaskModel` of the task.
         dataset: what to predict.
         task: whose metrics to compute.
         image_size: side of the square input in pixels.
         batch_size: images at once.
-        workers: processes that load images; 0: none beside this one.
+        workers: processes that load images; 0: this one loads them.
         progress: show a bar where stderr is a terminal.
-        log: keeps the predictions of each image as they come, and holds those of an interrupted
-            evaluation, which are not made again; detection and instances only.
-        settings: for weights from elsewhere.
-        accelerator: of processes that share the images, each a run of neighbours, and that all
-            call this with the same weights. Only the main one gets what was found, as a single
-            process would have it; the others get an evaluation of nothing. Each has a log of its
-            own, which counts for as many processes.
+        options: for weights from elsewhere.
+        accelerator: of processes that share the images and all call this with the same weights.
+            The main one returns what a single process would; the others an empty evaluation.
 
     Raises:
         UserError: the model has classes that the data set lacks.
         DataError: an image cannot be read, the data set lacks what the task needs, or the model
             gives numbers that are not finite.
     """
-    evaluator = _EVALUATORS[task](dataset, settings)
+    evaluator = _EVALUATORS[task](dataset, options)
     rank, processes = 0, 1
     if accelerator is not None:
         rank, processes = accelerator.process_index, accelerator.num_processes
-    index, end = (len(dataset) * number // processes for number in (rank, rank + 1))
-    if log is not None:
-        evaluator.predictions += log.records
-        index += log.images
+    start, end = (len(dataset) * number // processes for number in (rank, rank + 1))
     batches = evaluation_loader(
-        dataset, image_size, batch_size, workers, index, settings.preprocessing, end
+        dataset, image_size, batch_size, workers, start, options.preprocessing, end
     )
     parameter = next(model.parameters(), None)
+    index = start
     with (
         _evaluation_mode(model),
         torch.inference_mode(),
         tqdm(
             desc="evaluate",
-            total=end,
-            initial=index,
+            total=end - start,
             unit="image",
             disable=None if progress and rank == 0 else True,
         ) as bar,
@@ -278,18 +373,15 @@ def evaluate(
         for batch in batches:
             images = batch.images if parameter is None else batch.images.to(parameter.device)
             for output, scales in zip(model(images), batch.scales.tolist(), strict=True):
-                known = len(evaluator.predictions)
                 evaluator.add(index, output, scales)
-                if log is not None:
-                    log.add(evaluator.predictions[known:])
                 index += 1
             bar.update(len(images))
     if accelerator is not None and processes > 1:
-        _, *others = _gather(evaluator.part(), accelerator)
+        shares = _gather((evaluator.predictions, evaluator.counts), accelerator)
         if rank > 0:
             return Evaluation({}, [])
-        for part in others:
-            evaluator.merge(*part)
+        evaluator.predictions = [record for records, _ in shares for record in records]
+        evaluator.counts = torch.stack([counts for _, counts in shares]).sum(0)
     return Evaluation(evaluator.metrics(), evaluator.predictions)
 
 
@@ -325,8 +417,8 @@ def to_original(boxes: Tensor, scales: Scales, size: tuple[int, int] | None) -> 
     Args:
         boxes: [K, 4], x1 y1 x2 y2 in input pixels.
         scales: input pixels per original pixel, down and across.
-        size: height and width of the original image, whose edges cut boxes off; None: they do
-            not.
+        size: height and width of the original image, at whose edges boxes are cut off; None: they
+            are not.
 
     Returns:
         Boxes [K, 4] as float32 on the CPU, x1 y1 x2 y2 in original pixels.
@@ -343,7 +435,7 @@ def to_original(boxes: Tensor, scales: Scales, size: tuple[int, int] | None) -> 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Bring masks over boxes to the pixels of an image, bilinearly between their 28 x 28 values.
 
-    A pixel is asked for at its middle, so that a full mask gives the pixels whose middles lie in
+    A pixel is sampled at its middle, so that a full mask gives the pixels whose middles are in
     the box. (torchvision's own pasting rounds boxes outwards, by up to a pixel at each side.)
 
     Args:
@@ -367,7 +459,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _middles(start: float, end: float, side: int) -> tuple[tuple[int, int], Tensor]:
-    """The pixels of an axis whose middles lie in a box, and where, from -1 to 1 over the box."""
+    """The pixels of an axis whose middles are in a box, and where, from -1 to 1 over the box."""
     first, last = max(0, math.ceil(start - 0.5)), min(side, math.ceil(end - 0.5))
     middles = torch.arange(first, last) + 0.5
     return (first, last), (middles - start) / (end - start) * 2 - 1
@@ -375,15 +467,13 @@ def _middles(start: float, end: float, side: int) -> tuple[tuple[int, int], Tens
 
 def _run_lengths(mask: Tensor) -> dict[str, Any]:
     encoded = coco_mask.encode(mask.numpy().astype("uint8", order="F"))
-    counts = encoded["counts"]
-    assert isinstance(counts, bytes)
-    return {"size": list(encoded["size"]), "counts": counts.decode("ascii")}
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
 
 
 def write_predictions(
     path: str | os.PathLike[str], predictions: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Write predictions in COCO's result format, one record a line, whole or not at all.
+    """Write predictions in COCO's result format, one record a line, atomically.
 
     Raises:
         UserError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""The optimizer over two parameter groups, and the learning rate of every step."""
+"""The optimizer over two parameter groups, the learning rate of every step, the weight average."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 from timm.optim.rmsprop_tf import RMSpropTF
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from effspinenet_lib.training.devices import XLA
-from effspinenet_lib.training.recipes import Recipe
+from effspinenet_lib.training.device import XLA
+from effspinenet_lib.training.recipe import Recipe
 
-# Devices for which torch has no SGD that updates a parameter in one pass.
+# Device types for which torch has no SGD that updates a parameter in one pass.
 UNFUSED_DEVICES = (XLA, "meta")
 KERNELS = ("foreach", "fused")  # entries of a parameter group that say how it is updated
+# TensorFlow's rule for a young average, which EfficientNet's code uses: after n steps the share
+# of the old average is at most (1 + n) / (10 + n). It is timm's warmup at these settings, whose
+# count of steps is two ahead.
+EMA_WARMUP_GAMMA, EMA_WARMUP_POWER, EMA_STEPS_AHEAD = 9.0, 1.0, 2
 
 
 def learning_rate_at(recipe: Recipe, step: int) -> float:
@@ -93,7 +98,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a saved state, but keep how this device updates parameters.
 
-    torch would bring back the kernels of the device that the state was saved on.
+    torch would restore the kernels of the device that the state was saved on.
     """
     own = [{k: g[k] for k in KERNELS if k in g} for g in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -105,3 +110,28 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group the learning rate `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+class Ema(ModelEmaV3):
+    """A moving average of a model's weights and statistics, evaluated in their place.
+
+    `module` is the model with the averaged state, in evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(
+            model,
+            decay=decay,
+            use_warmup=True,
+            warmup_gamma=EMA_WARMUP_GAMMA,
+            warmup_power=EMA_WARMUP_POWER,
+        )
+
+    def update_after(self, model: nn.Module, step: int) -> None:
+        """Take in the model's state after `step` steps, this one included."""
+        self.update(model, step + EMA_STEPS_AHEAD)
+
+
+def build_ema(model: nn.Module, recipe: Recipe) -> Ema | None:
+    """The recipe's average, which starts at the model's state; None where it asks for none."""
+    return None if recipe.ema_decay is None else Ema(model, recipe.ema_decay)

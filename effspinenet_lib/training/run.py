@@ -1,4 +1,4 @@
-"""One training run: a folder named by its configuration, trained, evaluated, never run twice.
+"""One training run: a folder named by its configuration, trained and evaluated once.
 
 `<runs_dir>/<key>/` holds config.json, data.json, curve.csv, tb/ and checkpoints while it trains,
 then model.safetensors, predictions.json, metrics.json and, last of all, run.json.
@@ -12,36 +12,66 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from filelock import FileLock, Timeout
+from torch import nn
 
-from effspinenet_lib.data import Dataset, classes_of, open_dataset, require_same_categories
-from effspinenet_lib.errors import DataError, UserError
+from effspinenet_lib.data import (
+    Augmentation,
+    Dataset,
+    classes_of,
+    open_dataset,
+    require_same_categories,
+    training_loader,
+)
+from effspinenet_lib.data.augment import MAX_OBJECTS
+from effspinenet_lib.data.loader import worker_errors
+from effspinenet_lib.errors import DataError, Preempted, UserError
 from effspinenet_lib.files import ensure_folder, read_json, write_json
 from effspinenet_lib.models import zoo
-from effspinenet_lib.results import current_commit, today
-from effspinenet_lib.training.accelerator import make_accelerator
-from effspinenet_lib.training.checkpoint import KEPT, save_weights
+from effspinenet_lib.models.dense import Classifier
+from effspinenet_lib.results import current_commit, today, upsert
+from effspinenet_lib.training.checkpoint import (
+    KEPT,
+    Checkpoint,
+    Checkpointer,
+    load_backbone,
+    load_into,
+    load_latest,
+    save_weights,
+)
 from effspinenet_lib.training.config import RunConfig, describe_data
+from effspinenet_lib.training.device import (
+    CPU,
+    STATIC_SHAPES,
+    describe_hardware,
+    disable_malloc_trim,
+    make_accelerator,
+    prepare_model,
+    resolve_precision,
+)
 from effspinenet_lib.training.evaluate import evaluate, write_predictions
-from effspinenet_lib.training.inference import inference_copy
-from effspinenet_lib.training.loop import describe_hardware, resolve_precision
+from effspinenet_lib.training.export import inference_copy
+from effspinenet_lib.training.log import TrainingLog
+from effspinenet_lib.training.loop import Step, seed_everything, train_steps
+from effspinenet_lib.training.optim import Ema, build_ema, build_optimizer, load_optimizer
+from effspinenet_lib.training.preemption import Preemption, handle_preemption, lost_processes
 from effspinenet_lib.training.recipes import EVALUATION_BATCH
-from effspinenet_lib.training.stopping import StopRequest, lost_processes, stop_requests
-from effspinenet_lib.training.trainer import Job, Trained, train
 
 __all__ = ["LOG", "REQUEST", "RunConfig", "RunResult", "read_result", "train_run"]
 
 CHECKPOINT_SECONDS = 60.0  # our choice: what a kill can cost at most
 FINISHED, PARTIAL = "finished", "partial"
+OWN_DATA = "own"  # in the place of a profile
 CONFIG, DATA, RECORD, METRICS = "config.json", "data.json", "run.json", "metrics.json"
 PREDICTIONS, WEIGHTS, LOCK = "predictions.json", "model.safetensors", "run.lock"
 # Written by whoever starts a run in a process of its own; a forced run keeps them.
@@ -59,7 +89,7 @@ class RunResult:
         images: images trained on, repeats counted.
         wall_seconds: training over all interruptions, and the evaluation.
         images_per_second: of the training.
-        folder: where its files are.
+        folder: of its files.
         record: its row of runs.csv, without the profile.
     """
 
@@ -73,6 +103,40 @@ class RunResult:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is computed, which changes neither its key nor its result; see `train_run`."""
+
+    workers: int
+    max_steps: int | None
+    progress: bool
+    checkpoint_seconds: float
+    checkpoints: int
+    micro_batch: int | None
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "checkpoints", "micro_batch"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise UserError(f"{name} is {count}; it must be 1 or more")
+
+
+@dataclass
+class TrainState:
+    """What is trained, the steps and the seconds it was trained for.
+
+    `model` is on its device and, with several processes, wrapped for them; `log` is the unfinished
+    row of the curve.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    step: int = 0
+    seconds: float = 0.0
+    log: dict[str, Any] = field(default_factory=dict)
+
+
 def train_run(
     config: RunConfig,
     runs_dir: str | os.PathLike[str],
@@ -83,60 +147,304 @@ def train_run(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     checkpoints: int = KEPT,
     micro_batch: int | None = None,
+    runs_csv: str | os.PathLike[str] | None = None,
 ) -> RunResult:
-    """Train and evaluate a configuration, or go on with it, or return what it gave before.
+    """Train and evaluate a configuration, or resume it, or return what it gave before.
 
-    Under `torchrun`, `accelerate launch` or `launch.launch` every process calls this; they share
-    each batch and the evaluation, and the main one writes.
+    Under `torchrun` or `accelerate launch` every process calls this; they share each batch and the
+    evaluation, and the main one writes.
 
-    On SIGTERM, and on SIGINT (Ctrl-C) for the first time, the step under way is finished and its
+    On SIGTERM, and on SIGINT (Ctrl-C) for the first time, the current step is finished and its
     state saved.
 
     Args:
         config: what to run.
         runs_dir: the run's folder is made in it.
-        force: drop what the folder holds and run anew.
-        workers: processes that load images, for each training process; 0: none beside it.
-        max_steps: stop after that many steps of the unchanged schedule; a later call goes on.
+        force: discard what the folder holds and start over.
+        workers: processes that load images, for each training process; 0: it loads them itself.
+        max_steps: stop after that many steps of the unchanged schedule; a later call resumes.
         progress: show bars where stderr is a terminal.
         checkpoint_seconds: time between checkpoints.
         checkpoints: how many are kept, the newest ones.
         micro_batch: images that a process computes at once, where its share of the batch needs
             more memory than it has; their gradients are added up. None: the share at once.
+        runs_csv: the run's row is added to this file, with the profile "own"; None: to none.
 
     Raises:
         UserError: a setting is wrong, the folder cannot be written, or another process runs it.
-        DataError: the data cannot be used.
-        CheckpointError: the folder holds a checkpoint of another run.
+        DataError: the data cannot be used, or a loading process died.
+        CheckpointError: a checkpoint or the initial weights do not fit.
         TrainingError: a loss is not finite, the run has diverged, or memory is too small.
         Preempted: a signal asked to stop, or another process of the run died.
     """
-    steps = config.recipe.steps
-    target = steps if max_steps is None else min(max_steps, steps)
-    if target < 1:
-        raise UserError(f"max_steps is {max_steps}; at least one step is needed")
-    for name, count in (("checkpoints", checkpoints), ("micro_batch", micro_batch)):
-        if count is not None and count < 1:
-            raise UserError(f"{name} is {count}; it must be 1 or more")
-    zoo.check_model(config.model, config.task, config.options)
+    options = RunOptions(workers, max_steps, progress, checkpoint_seconds, checkpoints, micro_batch)
+    target = min(max_steps or config.recipe.steps, config.recipe.steps)
     accelerator = make_accelerator()
+    if accelerator.device.type == CPU:
+        disable_malloc_trim()
     folder = ensure_folder(Path(runs_dir) / config.key)
-    job = Job(
-        config, folder, target, workers, progress, checkpoint_seconds, checkpoints, micro_batch
-    )
-    with stop_requests() as stop, lost_processes(), _alone_in(folder, accelerator):
-        if force and accelerator.is_main_process:
-            _empty(folder)
-        elif accelerator.is_main_process:
-            for leftover in folder.glob(".*.tmp"):  # of a kill in the middle of a write
-                leftover.unlink()
+    with handle_preemption() as preemption, lost_processes(), _alone_in(folder, accelerator):
+        if accelerator.is_main_process:
+            _clean(folder, force)
         accelerator.wait_for_everyone()
-        done = read_result(folder)
-        if done is None or done.steps < target:
-            done = _train_and_evaluate(job, accelerator, stop)
-        else:
-            _check_same_data(job, _open_data(config))
-    return done
+        data = _open_data(config, folder)
+        result = read_result(folder)
+        if result is None or result.steps < target:
+            if accelerator.is_main_process:
+                write_json(folder / CONFIG, config.to_dict())
+                write_json(folder / DATA, {part: describe_data(data[part]) for part in data})
+            train, held_out = data["train"], data["eval"]
+            state = build_or_resume(config, train, folder, accelerator, options)
+            run_steps(state, target, config, train, folder, accelerator, options, preemption)
+            _evaluate(state, config, held_out, folder, accelerator, options)
+            accelerator.wait_for_everyone()
+            result = read_result(folder)
+            assert result is not None
+        if runs_csv is not None and accelerator.is_main_process:
+            row = {**result.record, "profile": OWN_DATA}
+            upsert(Path(runs_csv), "run", [row], f"run {result.key}")
+        return result
+
+
+def build_or_resume(
+    config: RunConfig, dataset: Dataset, folder: Path, accelerator: Accelerator, options: RunOptions
+) -> TrainState:
+    """The model and its optimizer, fresh or as they were at the last checkpoint."""
+    latest = load_latest(folder, config.key, config.model)
+    seed_everything(config.seed)
+    plain = zoo.create_model(
+        config.model,
+        task=config.task,
+        num_classes=classes_of(dataset, config.task),
+        **config.options,
+    )
+    if latest is not None:
+        load_into(plain, latest.model_state, str(folder))
+    elif config.initial_weights is not None:
+        load_backbone(plain, config.initial_weights)
+    if isinstance(plain, Classifier):
+        plain.label_smoothing = config.recipe.label_smoothing
+    parts = _parts_a_step(config, accelerator, options)
+    model = prepare_model(plain, config.recipe, accelerator, parts)
+    optimizer = accelerator.prepare_optimizer(build_optimizer(model, config.recipe))
+    ema = build_ema(accelerator.unwrap_model(model), config.recipe)
+    if latest is None:
+        return TrainState(model, optimizer, ema)
+    load_optimizer(optimizer, latest.optimizer_state)
+    if ema is not None and latest.ema_state is not None:
+        ema.module.load_state_dict(latest.ema_state)
+    return TrainState(model, optimizer, ema, latest.step, latest.wall_seconds, latest.curve_state)
+
+
+def run_steps(
+    state: TrainState,
+    target: int,
+    config: RunConfig,
+    dataset: Dataset,
+    folder: Path,
+    accelerator: Accelerator,
+    options: RunOptions,
+    preemption: Preemption,
+) -> None:
+    """Train `state` to step `target`; the main process logs and saves checkpoints.
+
+    Asked to stop, it saves the state after the current step. Any other error leaves the last
+    checkpoint.
+    """
+    if state.step >= target:
+        return
+    recipe, main = config.recipe, accelerator.is_main_process
+    # the shapes of Mask R-CNN vary anyway
+    padded = accelerator.device.type in STATIC_SHAPES and config.task != "instances"
+    batches = training_loader(
+        dataset,
+        config.image_size,
+        recipe.batch_size,
+        Augmentation(recipe.scale_jitter, recipe.flip_probability),
+        config.seed,
+        state.step,
+        target,
+        workers=options.workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        task=config.task,
+        auto_augment=recipe.auto_augment,
+        pad_targets=MAX_OBJECTS if padded else None,
+    )
+    steps = train_steps(
+        state.model,
+        state.optimizer,
+        batches,
+        recipe,
+        accelerator,
+        config.seed,
+        state.step,
+        options.micro_batch,
+        state.ema,
+        preemption,
+    )
+    with preemption.in_steps(), _loader_errors(preemption):
+        try:
+            if main:
+                _log_and_save(steps, state, target, config, folder, accelerator, options)
+            else:
+                for checked in steps:
+                    state.step = checked[-1].step
+        except Preempted:
+            accelerator.wait_for_everyone()  # a launcher ends the others once one has ended
+            raise
+    if accelerator.num_processes > 1:  # all evaluate with the main one's running statistics
+        for buffer in _trained(state, accelerator).buffers():
+            buffer.copy_(broadcast(buffer))
+
+
+def _log_and_save(
+    steps: Iterator[list[Step]],
+    state: TrainState,
+    target: int,
+    config: RunConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    options: RunOptions,
+) -> None:
+    checkpointer = Checkpointer(folder, options.checkpoint_seconds, options.checkpoints)
+    began, spent = time.monotonic(), state.seconds
+    log = TrainingLog(folder, state.step, config.recipe.steps, state.log, options.progress)
+
+    def save() -> None:
+        state.seconds, state.log = spent + time.monotonic() - began, log.state()
+        checkpointer.save(
+            Checkpoint(
+                run=config.key,
+                model=config.model,
+                step=state.step,
+                model_state=accelerator.unwrap_model(state.model).state_dict(),
+                optimizer_state=state.optimizer.state_dict(),
+                curve_state=state.log,
+                wall_seconds=state.seconds,
+                ema_state=state.ema.module.state_dict() if state.ema else None,
+            )
+        )
+
+    with closing(log):
+        try:
+            for checked in steps:
+                log.add(checked)
+                state.step = checked[-1].step
+                # what may be the start of a divergence replaces no earlier checkpoint
+                if state.step == target or (checkpointer.due and not log.may_diverge):
+                    save()
+        except Preempted:
+            save()
+            raise
+
+
+@contextmanager
+def _loader_errors(preemption: Preemption) -> Iterator[None]:
+    """Errors of loading processes; those that a signal ended with this one are no failure."""
+    try:
+        with worker_errors():
+            yield
+    except DataError as error:
+        if not preemption.signal:
+            raise
+        raise Preempted.by(preemption.signal) from error
+
+
+def _trained(state: TrainState, accelerator: Accelerator) -> nn.Module:
+    """The model that is evaluated and kept: the average where the recipe has one."""
+    model: nn.Module = accelerator.unwrap_model(state.model)
+    return model if state.ema is None else state.ema.module
+
+
+def _evaluate(
+    state: TrainState,
+    config: RunConfig,
+    dataset: Dataset,
+    folder: Path,
+    accelerator: Accelerator,
+    options: RunOptions,
+) -> None:
+    """Evaluate the model; the main process writes what a run leaves, run.json last."""
+    began = time.monotonic()
+    model = _trained(state, accelerator)
+    evaluation = evaluate(
+        inference_copy(model),
+        dataset,
+        config.task,
+        config.image_size,
+        EVALUATION_BATCH,
+        options.workers,
+        options.progress,
+        accelerator=accelerator,
+    )
+    if not accelerator.is_main_process:
+        return
+    metrics = {
+        name: None if math.isnan(value) else value for name, value in evaluation.metrics.items()
+    }
+    save_weights(
+        folder / WEIGHTS,
+        model.state_dict(),
+        {
+            "model": config.model,
+            "task": config.task,
+            "num_classes": classes_of(dataset, config.task),
+            "options": config.options,
+            "categories": [{"id": c.id, "name": c.name} for c in dataset.categories],
+            "image_size": config.image_size,
+            "run": config.key,
+            "steps": state.step,
+            "metrics": metrics,
+        },
+    )
+    write_predictions(folder / PREDICTIONS, evaluation.predictions)
+    write_json(folder / METRICS, metrics)
+    seconds = time.monotonic() - began
+    write_json(folder / RECORD, _record(state, config, accelerator, options, seconds))
+
+
+def _record(
+    state: TrainState,
+    config: RunConfig,
+    accelerator: Accelerator,
+    options: RunOptions,
+    evaluation_seconds: float,
+) -> dict[str, Any]:
+    """The run's row of runs.csv; the caller knows the profile."""
+    images = state.step * config.recipe.batch_size
+    processes, parts = accelerator.num_processes, _parts_a_step(config, accelerator, options)
+    shared = f"; processes: {processes}, parts a step: {parts}" if processes * parts > 1 else ""
+    return {
+        "run": config.key,
+        "state": FINISHED if state.step == config.recipe.steps else PARTIAL,
+        "model": config.model,
+        "task": config.task,
+        "profile": "",
+        "seed": config.seed,
+        "steps": state.step,
+        "images": images,
+        "wall_seconds": round(state.seconds + evaluation_seconds, 2),
+        "images_per_second": round(images / max(state.seconds, 1e-9), 2),
+        "precision": resolve_precision(config.recipe, accelerator.device),
+        "threads": torch.get_num_threads(),
+        "hardware": describe_hardware(accelerator) + shared,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "config": json.dumps(config.to_dict(), sort_keys=True),
+        "commit": current_commit(),
+        "date": today(),
+    }
+
+
+def _parts_a_step(config: RunConfig, accelerator: Accelerator, options: RunOptions) -> int:
+    """Parts of a batch that each process computes one after the other."""
+    share = max(1, config.recipe.batch_size // accelerator.num_processes)
+    return math.ceil(share / (options.micro_batch or share))
+
+
+# --- The run's folder ----------------------------------------------------------------------------
 
 
 def read_result(folder: Path) -> RunResult | None:
@@ -159,7 +467,7 @@ def read_result(folder: Path) -> RunResult | None:
 
 @contextmanager
 def _alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Hold the run folder against other runs; the processes of one run hold it together."""
+    """Lock the run folder against other runs; the main process does it for all of a run."""
     if not accelerator.is_main_process:
         yield
         return
@@ -172,120 +480,30 @@ def _alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         ) from error
 
 
-def _empty(folder: Path) -> None:
+def _clean(folder: Path, force: bool) -> None:
+    """Remove what a kill in the middle of a write left; with `force`, the run before."""
     for path in folder.iterdir():
-        if path.is_dir():
+        if force and path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in (LOCK, REQUEST, LOG):
+        elif path.match(".*.tmp") or (force and path.name not in (LOCK, REQUEST, LOG)):
             path.unlink()
 
 
-def _train_and_evaluate(job: Job, accelerator: Accelerator, stop: StopRequest) -> RunResult:
-    data = _open_data(job.config)
-    _check_same_data(job, data)
-    if accelerator.is_main_process:
-        write_json(job.folder / CONFIG, job.config.to_dict())
-        write_json(job.folder / DATA, {part: describe_data(data[part]) for part in data})
-    trained = train(job, accelerator, data["train"], stop)
-    _evaluate(job, accelerator, trained, data["eval"])
-    accelerator.wait_for_everyone()
-    result = read_result(job.folder)
-    assert result is not None
-    return result
+def _open_data(config: RunConfig, folder: Path) -> dict[str, Dataset]:
+    """Both parts of the data; refused where the folder holds a run on other data.
 
-
-def _open_data(config: RunConfig) -> dict[str, Dataset]:
+    The path of the data is no part of a run's key, so that its content is compared here.
+    """
     data = {
         "train": open_dataset(config.data, "train", config.task),
         "eval": open_dataset(config.data, "eval", config.task),
     }
     require_same_categories(data["train"], data["eval"])
+    if (folder / DATA).exists():
+        for part, known in read_json(folder / DATA).items():
+            if describe_data(data[part])["digest"] != known["digest"]:
+                raise DataError(
+                    f"{folder}: holds a run on other data than {data[part].name} is now; choose "
+                    "another output folder, or start over with force"
+                )
     return data
-
-
-def _check_same_data(job: Job, data: Mapping[str, Dataset]) -> None:
-    """Refuse a folder that holds a run on other data: where data lies is no part of the key."""
-    path = job.folder / DATA
-    if not path.exists():
-        return
-    for part, known in read_json(path).items():
-        if describe_data(data[part])["digest"] != known["digest"]:
-            raise DataError(
-                f"{job.folder}: holds a run on other data than {data[part].name} is now; choose "
-                "another output folder, or force the run anew"
-            )
-
-
-def _evaluate(job: Job, accelerator: Accelerator, trained: Trained, dataset: Dataset) -> None:
-    """Evaluate the model; the main process writes what a run leaves, run.json last."""
-    config, folder = job.config, job.folder
-    began = time.monotonic()
-    evaluation = evaluate(
-        inference_copy(trained.model),
-        dataset,
-        config.task,
-        config.image_size,
-        EVALUATION_BATCH,
-        job.workers,
-        job.progress,
-        accelerator=accelerator,
-    )
-    if not accelerator.is_main_process:
-        return
-    metrics = {
-        name: None if math.isnan(value) else value for name, value in evaluation.metrics.items()
-    }
-    save_weights(
-        folder / WEIGHTS,
-        trained.model.state_dict(),
-        {
-            "model": config.model,
-            "task": config.task,
-            "num_classes": classes_of(dataset, config.task),
-            "options": config.options,
-            "categories": [{"id": c.id, "name": c.name} for c in dataset.categories],
-            "image_size": config.image_size,
-            "run": config.key,
-            "steps": trained.steps,
-            "metrics": metrics,
-        },
-    )
-    write_predictions(folder / PREDICTIONS, evaluation.predictions)
-    write_json(folder / METRICS, metrics)
-    record = _record(job, accelerator, trained, time.monotonic() - began)
-    write_json(folder / RECORD, record)
-
-
-def _record(
-    job: Job, accelerator: Accelerator, trained: Trained, evaluation_seconds: float
-) -> dict[str, Any]:
-    """The run's row of runs.csv; the caller knows the profile."""
-    config = job.config
-    images = trained.steps * config.recipe.batch_size
-    return {
-        "run": config.key,
-        "state": FINISHED if trained.steps == config.recipe.steps else PARTIAL,
-        "model": config.model,
-        "task": config.task,
-        "profile": "",
-        "seed": config.seed,
-        "steps": trained.steps,
-        "images": images,
-        "wall_seconds": round(trained.seconds + evaluation_seconds, 2),
-        "images_per_second": round(images / max(trained.seconds, 1e-9), 2),
-        "precision": resolve_precision(config.recipe, accelerator.device),
-        "threads": torch.get_num_threads(),
-        "hardware": describe_hardware(accelerator) + _describe_sharing(job, accelerator),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "config": json.dumps(config.to_dict(), sort_keys=True),
-        "commit": current_commit(),
-        "date": today(),
-    }
-
-
-def _describe_sharing(job: Job, accelerator: Accelerator) -> str:
-    """How batches were computed, where not by one process at once."""
-    processes, parts = accelerator.num_processes, job.parts(accelerator.num_processes)
-    return "" if processes == parts == 1 else f"; processes: {processes}, parts a step: {parts}"

@@ -1,9 +1,10 @@
-"""What a recipe is: the settings of a training run, each with its source."""
+"""What a recipe is: the settings of a training run, each with its source. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from effspinenet_lib.errors import UnknownName, UserError
@@ -13,7 +14,7 @@ SCHEDULES = ("step", "cosine", "exponential")
 PRECISIONS = ("auto", "float32", "bfloat16")
 AUTO_AUGMENTS = ("", "imagenet")
 CHANGED = "changed from the recipe"
-Setting = tuple[Any, str]  # a value and where it comes from
+Setting = tuple[Any, str]  # a value and its source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +40,24 @@ class Recipe:
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where it is fast.
         clip_gradient_norm: largest global gradient norm; None = no clipping.
         channels_last: memory layout of images and weights.
-        norm_momentum: of batch normalisation's running statistics: the share of the old ones.
-        norm_freeze_steps: steps at the end that normalise by the running statistics and keep
-            them, so that the weights fit the statistics that evaluation uses.
-        sources: field -> where its value comes from.
-        optimizer: "sgd" or "rmsprop" (as TensorFlow computes it).
-        optimizer_decay: of RMSProp's mean of squared gradients: the share of the old one.
+        norm_momentum: share of the old running statistics that a norm keeps each step.
+        norm_freeze_steps: final steps in which norms use and keep their running statistics, so
+            that the weights fit the statistics of evaluation. Without `clip_gradient_norm`,
+            gradients are clipped at `loop.FROZEN_NORMS_CLIP` in these steps.
+        sources: field -> source of its value.
+        optimizer: "sgd" or "rmsprop" (TensorFlow's).
+        optimizer_decay: share of the old mean of squared gradients that RMSProp keeps.
         optimizer_epsilon: added to that mean, inside the root.
         decay_rate: of the exponential schedule.
         decay_steps: of the exponential schedule.
         ema_decay: of the moving average of the weights that is evaluated; None = no average.
         label_smoothing: share of a class target that is spread over all classes.
         dropout: rate before the classifier; None = the model's own.
-        auto_augment: name of the policy that pictures are changed by; "" = none.
-        scaled_from_batch: batch that the named recipe has, after `for_batch`.
+        auto_augment: name of the AutoAugment policy; "" = none.
+        scaled_from_batch: the named recipe's batch size, after `scale_to_batch`.
+
+    Raises:
+        UserError: a value is out of range, or settings do not fit together.
     """
 
     name: str
@@ -75,6 +80,7 @@ class Recipe:
     norm_momentum: float
     norm_freeze_steps: int
     sources: Mapping[str, str] = field(compare=False, repr=False, hash=False)
+    # Fields with a default came later: `to_dict` leaves them out at it, so that older keys stay.
     optimizer: str = "sgd"
     optimizer_decay: float | None = None
     optimizer_epsilon: float | None = None
@@ -87,51 +93,39 @@ class Recipe:
     scaled_from_batch: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot be trained with."""
-        for name, known in _WORDS.items():
+        """Check the values once, here."""
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise UnknownName(name, str(getattr(self, name)), known)
-        for name, (lowest, highest) in _RANGES.items():
+        for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not lowest <= value <= highest:
-                raise UserError(
-                    f"recipe {self.name}: {name} is {value}; it must be from {lowest:g} to "
-                    f"{highest:g}"
-                )
-        self._check_schedule()
-        self._check_companions()
-
-    def _check_schedule(self) -> None:
+            if value is not None and not low <= value <= high:
+                self._refuse(f"{name} is {value}; it must be from {low:g} to {high:g}")
         if self.warmup_steps > self.steps:
-            raise UserError(
-                f"recipe {self.name}: {self.warmup_steps} warmup steps do not fit into "
-                f"{self.steps} steps; use scaled_to(steps) to shorten a recipe"
+            self._refuse(
+                f"{self.warmup_steps} warmup steps do not fit into {self.steps} steps; use "
+                "scale_to_steps to shorten a recipe"
             )
         starts = [before_end for before_end, _ in self.lr_drops]
         if starts != sorted(starts, reverse=True) or any(not 0 < s < self.steps for s in starts):
-            raise UserError(
-                f"recipe {self.name}: lr_drops must lie within the {self.steps} steps, the "
-                f"earliest first (steps before the end: {starts}); use scaled_to(steps) to "
-                "shorten a recipe"
+            self._refuse(
+                f"lr_drops must lie within the {self.steps} steps, the earliest first (steps "
+                f"before the end: {starts}); use scale_to_steps to shorten a recipe"
             )
-        low, high = self.scale_jitter
-        if not 0 < low <= high:
-            raise UserError(
-                f"recipe {self.name}: scale_jitter is {low}..{high}; it must be 0 < low <= high"
-            )
+        smallest, largest = self.scale_jitter
+        if not 0 < smallest <= largest:
+            self._refuse(f"scale_jitter is {smallest}..{largest}; it must be 0 < low <= high")
+        for setting, chosen, companions in _COMPANIONS:
+            for name in companions:
+                value = getattr(self, setting)
+                if (getattr(self, name) is not None) != (value == chosen):
+                    rule = "is missing" if value == chosen else "has no meaning"
+                    self._refuse(f"{name} {rule} with {setting} {value!r}")
 
-    def _check_companions(self) -> None:
-        for setting, value, companions in _COMPANIONS:
-            chosen = getattr(self, setting) == value
-            wrong = [name for name in companions if (getattr(self, name) is not None) != chosen]
-            if wrong:
-                rule = "is missing" if chosen else "has no meaning"
-                raise UserError(
-                    f"recipe {self.name}: {wrong[0]} {rule} with {setting} "
-                    f"{getattr(self, setting)!r}"
-                )
+    def _refuse(self, reason: str) -> None:
+        raise UserError(f"recipe {self.name}: {reason}")
 
-    def with_(self, **changes: Any) -> Recipe:
+    def replace(self, **changes: Any) -> Recipe:
         """The recipe with some fields changed; their source says so.
 
         Raises:
@@ -143,63 +137,56 @@ class Recipe:
             if name not in known:
                 raise UnknownName("recipe field", name, known)
         sources = {**self.sources, **{n: CHANGED for n in changes if n in self.sources}}
-        return replace(self, **changes, sources=sources)
+        return dataclasses.replace(self, **changes, sources=sources)
 
-    def scaled_to(self, steps: int) -> Recipe:
+    def scale_to_steps(self, steps: int) -> Recipe:
         """The recipe over `steps` steps: warmup and drops keep their share of the schedule."""
         share = steps / self.steps
-        drops = ((max(1, round(before_end * share)), f) for before_end, f in self.lr_drops)
-        return self.with_(
-            steps=steps,
-            warmup_steps=round(self.warmup_steps * share),
-            norm_freeze_steps=round(self.norm_freeze_steps * share),
-            decay_steps=self.decay_steps and max(1, round(self.decay_steps * share)),
-            lr_drops=tuple((before_end, f) for before_end, f in drops if before_end < steps),
-        )
+        scaled = self._rescaled(steps, lambda count: round(count * share))
+        drops = tuple(drop for drop in scaled.pop("lr_drops") if drop[0] < steps)
+        return self.replace(**scaled, lr_drops=drops)
 
-    def for_batch(self, batch_size: int) -> Recipe:
-        """The recipe for another batch: it sees as many images, at the same rate for each.
+    def scale_to_batch(self, batch_size: int) -> Recipe:
+        """The recipe for another batch: as many images, at the same rate for each.
 
-        Our choice, as EfficientNet's code and the authors' do it: the learning rate goes with the
-        batch, the steps against it. The average of the weights keeps its length in images. The
-        momenta of the optimizer and of the norms stay.
+        Our choice, as EfficientNet's code and the authors' do it: the learning rate is
+        proportional to the batch, the steps inversely. The average of the weights keeps its
+        length in images. The momenta of the optimizer and of the norms stay.
 
         Raises:
             UserError: the batch is not positive.
         """
         if batch_size == self.batch_size:
             return self
-        share = batch_size / self.batch_size
-        if share <= 0:
-            raise UserError(f"recipe {self.name}: batch_size is {batch_size}; it must be 1 or more")
+        if batch_size < 1:
+            self._refuse(f"batch_size is {batch_size}; it must be 1 or more")
+        ratio = batch_size / self.batch_size
         origin = self.scaled_from_batch or self.batch_size
-        drops = [(max(1, round(before_end / share)), f) for before_end, f in self.lr_drops]
-        changes = {
+        scaled = {
             "batch_size": batch_size,
-            "scaled_from_batch": origin,
-            "learning_rate": self.learning_rate * share,
-            "warmup_start": self.warmup_start * share,
-            "steps": max(1, round(self.steps / share)),
-            "warmup_steps": round(self.warmup_steps / share),
-            "norm_freeze_steps": round(self.norm_freeze_steps / share),
-            "lr_drops": tuple(drops),
-            "decay_steps": self.decay_steps and max(1, round(self.decay_steps / share)),
-            "ema_decay": self.ema_decay and self.ema_decay**share,
+            "learning_rate": self.learning_rate * ratio,
+            "warmup_start": self.warmup_start * ratio,
+            "ema_decay": self.ema_decay and self.ema_decay**ratio,
+            **self._rescaled(max(1, round(self.steps / ratio)), lambda count: round(count / ratio)),
         }
-        scaled = {name: value for name, value in changes.items() if value != getattr(self, name)}
-        sources = {
-            name: f"scaled from a batch of {origin}: {self.sources[name]}" for name in scaled
+        scaled = {name: value for name, value in scaled.items() if value != getattr(self, name)}
+        changed = self.replace(**scaled, scaled_from_batch=origin)
+        sources = {n: f"scaled from a batch of {origin}: {self.sources[n]}" for n in scaled}
+        sources["scaled_from_batch"] = "our choice: see Recipe.scale_to_batch"
+        return dataclasses.replace(changed, sources={**changed.sources, **sources})
+
+    def _rescaled(self, steps: int, scale: Callable[[int], int]) -> dict[str, Any]:
+        """The settings counted in steps, for a schedule of `steps`."""
+        return {
+            "steps": steps,
+            "warmup_steps": scale(self.warmup_steps),
+            "norm_freeze_steps": scale(self.norm_freeze_steps),
+            "decay_steps": self.decay_steps and max(1, scale(self.decay_steps)),
+            "lr_drops": tuple((max(1, scale(count)), factor) for count, factor in self.lr_drops),
         }
-        changed = self.with_(**scaled)
-        sources["scaled_from_batch"] = "our choice: see Recipe.for_batch"
-        return replace(changed, sources={**changed.sources, **sources})
 
     def to_dict(self) -> dict[str, Any]:
-        """The values without their sources, as JSON types: what a run key is made of.
-
-        A setting that later versions added is left out while it has its default, so that the keys
-        of older runs stay.
-        """
+        """The values without their sources, as JSON types; run keys are hashes of this."""
         values = {
             f.name: getattr(self, f.name)
             for f in fields(self)
@@ -210,6 +197,12 @@ class Recipe:
         return values
 
 
+_CHOICES = {
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
+    "auto_augment": AUTO_AUGMENTS,
+}
 _RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, 1e6),
     "steps": (1, 1e9),
@@ -232,24 +225,17 @@ _RANGES: dict[str, tuple[float, float]] = {
     "dropout": (0, 0.99),
     "scaled_from_batch": (1, 1e6),
 }
-_WORDS = {
-    "optimizer": OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "precision": PRECISIONS,
-    "auto_augment": AUTO_AUGMENTS,
-}
-# Settings that belong together: they are given if, and only if, the setting has the value.
+# Settings that are given if, and only if, the first one has the value.
 _COMPANIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("optimizer", "rmsprop", ("optimizer_decay", "optimizer_epsilon")),
     ("schedule", "exponential", ("decay_rate", "decay_steps")),
 )
-# Sources of the settings that a recipe leaves at their defaults.
 _DEFAULT_SOURCES = {
     "optimizer": "paper 5.1.1: stochastic gradient descent",
-    **dict.fromkeys(("optimizer_decay", "optimizer_epsilon"), "neither the paper nor SGD has one"),
-    **dict.fromkeys(
-        ("decay_rate", "decay_steps"), "neither the paper nor another schedule has one"
-    ),
+    "optimizer_decay": "neither the paper nor SGD has one",
+    "optimizer_epsilon": "neither the paper nor SGD has one",
+    "decay_rate": "neither the paper nor another schedule has one",
+    "decay_steps": "neither the paper nor another schedule has one",
     "ema_decay": "neither the paper nor the released config names an average of the weights",
     "label_smoothing": "neither the paper nor the released config smooths labels here",
     "dropout": "our choice: the model's own, of a classifier only",
@@ -261,6 +247,5 @@ _DEFAULT_SOURCES = {
 def declare(name: str, **declared: Setting) -> Recipe:
     """Make a recipe from `field=(value, source)`; what is left out has its default."""
     values = {key: value for key, (value, _) in declared.items()}
-    sources = {key: source for key, (_, source) in declared.items()}
-    sources = {**_DEFAULT_SOURCES, **sources}
+    sources = _DEFAULT_SOURCES | {key: source for key, (_, source) in declared.items()}
     return Recipe(name=name, **values, sources=sources)
