@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from effspinenet_lib import experiments
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import (
     PREEMPTED_EXIT,
@@ -31,6 +32,7 @@ from effspinenet_lib.errors import (
     TrainingError,
     UserError,
 )
+from effspinenet_lib.experiments import launcher, reproduction
 from effspinenet_lib.files import write_json
 from effspinenet_lib.training import checkpoint, loop, preemption, run
 from effspinenet_lib.training import log as log_module
@@ -207,17 +209,21 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
 def struck(alone: dict[str, RunResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the struck runs, a folder each, and `ends.json`, their exit codes."""
     root = tmp_path_factory.mktemp("struck")
-    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     subprocess.run(
         [
             *(sys.executable, "-c"),
             "import sys; from test_interruptions import *; in_forks(Path(sys.argv[1]))",
             str(root),
         ],
-        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
+        env=environment(),
         check=True,
     )
     return root
+
+
+def environment() -> dict[str, str]:
+    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
 
 
 def end_of(struck: Path, name: str) -> int:
@@ -373,6 +379,71 @@ def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path) -> None:
     assert steps_of(tmp_path / DETECTION.key) == [4, 3, 2]
     with pytest.raises(UserError, match="checkpoints is 0"):
         train_run(DETECTION, tmp_path, progress=False, checkpoints=0)
+
+
+def test_a_run_of_the_launcher_can_be_computed_in_parts(tmp_path: Path) -> None:
+    config = replace(DETECTION, recipe=RECIPE.replace(batch_size=4))
+    with launcher.open_pool("local", 1, "cpu") as pool:
+        (outcome,) = launcher.run_many([config], tmp_path, pool, progress=False, micro_batch=2)
+    assert outcome.result is not None
+    assert outcome.result.key == config.key
+    assert outcome.result.record["hardware"].endswith("parts a step: 2")
+
+
+@pytest.mark.parametrize(
+    ("profile", "asked", "given"), [("paper", None, 2), ("paper", 7, 7), ("smoke", None, None)]
+)
+def test_the_papers_batches_are_computed_in_parts_on_a_processor(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    profile: str,
+    asked: int | None,
+    given: int | None,
+) -> None:
+    seen: list[tuple[int, int | None]] = []
+
+    def take(configs: list[RunConfig], *given: Any) -> list[Any]:
+        seen.extend((config.recipe.batch_size, given[-1]) for config in configs)
+        return []
+
+    annotations = tmp_path / "annotations"
+    annotations.mkdir()
+    for split in ("train2017", "val2017"):
+        (annotations / f"instances_{split}.json").write_text("{}")
+    parameters = experiments.resolve_parameters(
+        profile, tmp_path, tmp_path / "results", accelerator="cpu", seeds=0
+    )
+    monkeypatch.setattr(reproduction, "run_many", take)
+    monkeypatch.setattr(reproduction, "cost_rows", lambda rows: [])
+    experiments.reproduce("table-08", parameters, progress=False, micro_batch=asked)
+    assert seen == [(256 if profile == "paper" else 4, given)] * 2
+
+
+def test_a_launcher_that_is_told_to_stop_lets_its_runs_save(tmp_path: Path) -> None:
+    endless = replace(DETECTION, recipe=RECIPE.scale_to_steps(10_000))
+    write_json(tmp_path / "request.json", endless.to_dict())
+    script = (
+        "from test_interruptions import *\n"
+        "config = RunConfig.from_dict(json.load(open(sys.argv[1])))\n"
+        "try:\n"
+        "    with launcher.open_pool('local', 1, 'cpu') as pool:\n"
+        "        list(launcher.run_many([config], sys.argv[2], pool, progress=False))\n"
+        "except UserError as error: sys.exit(error.exit_code)"
+    )
+    runs = tmp_path / "runs"
+    command = [sys.executable, "-c", script, str(tmp_path / "request.json"), str(runs)]
+    parent = subprocess.Popen(command, env=environment())
+    curve, deadline = runs / endless.key / "curve.csv", time.monotonic() + 300
+    while not curve.exists():
+        assert parent.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(timeout=300) == PREEMPTED_EXIT
+    (newest, *_) = steps_of(runs / endless.key)
+    assert newest >= 10
+    said = (runs / endless.key / "worker.log").read_text().splitlines()[-1]
+    assert said == f"error: stopped after step {newest} by SIGTERM; the same command resumes there"
 
 
 def test_the_second_signal_acts_at_once_but_not_a_launchers_echo(
