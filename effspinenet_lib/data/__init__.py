@@ -23,24 +23,15 @@ if TYPE_CHECKING:
     from effspinenet_lib.data.loader import Batch, evaluation_loader, training_loader
     from effspinenet_lib.data.shapescenes import ShapeScenes
 
-_HOMES = {
-    "Annotations": "dataset",
-    "Augmentation": "augment",
-    "Batch": "loader",
-    "Category": "dataset",
-    "DataConfig": "config",
-    "Dataset": "dataset",
-    "ObjectCrops": "dataset",
-    "Sample": "dataset",
-    "ShapeScenes": "shapescenes",
-    "classes_of": "dataset",
-    "detect_format": "config",
-    "evaluation_loader": "loader",
-    "export_coco": "config",
-    "open_dataset": "config",
-    "require_same_categories": "dataset",
-    "training_loader": "loader",
-}
+_NAMES = {
+    "augment": ("Augmentation",),
+    "config": ("DataConfig", "detect_format", "export_coco", "open_dataset"),
+    "dataset": ("Annotations", "Category", "Dataset", "ObjectCrops", "Sample", "classes_of",
+                "require_same_categories"),
+    "loader": ("Batch", "evaluation_loader", "training_loader"),
+    "shapescenes": ("ShapeScenes",),
+}  # fmt: skip
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "Annotations",
