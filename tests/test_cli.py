@@ -26,6 +26,7 @@ from effspinenet_lib.errors import (
     TrainingError,
     UserError,
 )
+from effspinenet_lib.results import read_table
 from effspinenet_lib.training.recipes import get_recipe
 
 COMMANDS = tuple(typer.main.get_command(cli.app).commands)
@@ -332,6 +333,8 @@ def test_training_leaves_weights_that_evaluate_to_the_same_metrics(run, scenes, 
     assert trained.code == 0
     assert str(weights) in trained.out
     assert weights.stat().st_mtime_ns == before, "a finished run is not trained again"
+    (row,) = read_table(runs / "runs.csv", "run").to_dict("records")
+    assert (row["run"], row["state"], row["steps"]) == (weights.parent.name, "finished", 2)
     output = tmp_path / "found"
     evaluated = run("evaluate", "--weights", weights, "--data", scenes, "--output", output)
     assert len(table_rows(evaluated.out)) == 12

@@ -101,7 +101,8 @@ def train(
         Path,
         typer.Option(
             metavar="DIR",
-            help="Each run gets a folder of its own in it; use another one for other data.",
+            help="Each run gets a folder of its own in it and a row in its runs.csv; use another "
+            "one for other data.",
         ),
     ] = Path("runs"),
     workers: Workers = 0,

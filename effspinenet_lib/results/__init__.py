@@ -20,8 +20,6 @@ from effspinenet_lib.results.tables import (
     write_table,
 )
 
-run_key = config_hash
-
 __all__ = [
     "COST_UNITS",
     "CURVE_FILE",
@@ -31,7 +29,6 @@ __all__ = [
     "config_hash",
     "current_commit",
     "read_table",
-    "run_key",
     "today",
     "upsert",
     "validate",
