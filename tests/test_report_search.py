@@ -231,7 +231,7 @@ def test_a_correlation_with_cost_is_shown_with_its_chance() -> None:
     blind = f"random search ({SAMPLES} samples)"
     assert table.loc["#Params at D0", (blind, "ρ")] == "+1.00"
     assert float(table.loc["#Params at D0", (blind, "p")]) < 1e-6
-    assert set(search.correlation_table(NOTHING).frame.to_numpy().ravel()) == {"–"}
+    assert search.correlation_table(NOTHING).frame.empty
 
 
 def test_the_statements_of_section_5_1_5_are_checked() -> None:
@@ -257,7 +257,7 @@ def test_the_noise_of_one_trial_is_what_a_simulation_gives() -> None:
     seen = true + math.sqrt(2) * generator.standard_normal(true.shape)
     right = 100 * np.mean((true[0] > true[1]) == (seen[0] > seen[1]))
     assert float(cells[3].removesuffix(" %")) == pytest.approx(right, abs=1)
-    assert set(search.noise(NOTHING).frame.iloc[:, 0]) == {"–"}
+    assert search.noise(NOTHING).frame.empty
 
 
 def test_the_statements_on_the_space_are_shown(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def resampling_steps(
 ) -> tuple[Step, ...]:
     """The features on the way from block `source` to the input of block `target` (Figure 2).
 
-    As `models.layers.Resample` computes them. Each step but space-to-depth and nearest neighbours
-    is a convolution; a norm follows it, and an activation unless it is the 1x1.
+    As `models.layers.Resample` computes them: a norm follows each step but nearest neighbours, and
+    an activation too unless it is the 1x1.
 
     Args:
         spec: the backbone, scaled or not.

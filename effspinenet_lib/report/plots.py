@@ -104,6 +104,8 @@ def seed_dots(values: Mapping[str, Sequence[float]], label: str, digits: int = 1
         label: of the axis.
         digits: decimals of the numbers.
     """
+    if not any(values.values()):
+        return empty_picture(label)
     said = []
     with drawing():
         figure = new_figure(WIDE, 0.9 + ROW_HEIGHT * len(values))
@@ -122,8 +124,6 @@ def seed_dots(values: Mapping[str, Sequence[float]], label: str, digits: int = 1
             shown = ", ".join(f"{value:.{digits}f}" for value in own)
             said.append(f"{name}: {shown}, mean {mean:.{digits}f}")
         axes.set_yticks(range(len(values)), list(values))
-        if not any(values.values()):
-            axes.set_xticks([])
         axes.set(ylim=(len(values) - 0.5, -0.5), xlabel=label)
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.15)
@@ -180,7 +180,7 @@ def cost_differences(costs: pd.DataFrame) -> Picture:
             )
         axes.set_yticks(range(len(places)), list(places))
         axes.set(ylim=(len(places) - 0.5, -0.5), xlabel="counted over printed, difference in %")
-        axes.legend(loc="lower right", title=f"grey band: ±{CLOSE_PERCENT:g} %")
+        legend_above(axes)
         alt = f"Differences of {len(costs)} counted costs from the printed ones, at most"
         worst = costs["off"].abs().max()
         return to_picture(figure, f"{alt} {worst:.1f} %; the tables below have each.")

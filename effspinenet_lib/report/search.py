@@ -257,7 +257,13 @@ def reference_differences(trials: pd.DataFrame) -> Table:
     pairs = [(name, SP) for name in aps if name != SP] + [(FOUND, D0)]
     rows = {f"{one} – {two}": compare_seeds(aps[one], aps[two], digits=2) for one, two in pairs}
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("difference in AP")
-    return Table(frame, "Differences over seeds; a verdict takes an interval that leaves out zero")
+    caption = "Differences over seeds; a verdict takes an interval that leaves out zero"
+    return _recorded(again, frame, caption)
+
+
+def _recorded(rows: pd.DataFrame, frame: pd.DataFrame, caption: str) -> Table:
+    """A table made of rows of the record, or that there are none."""
+    return Table(frame, caption) if len(rows) else Table(frame.iloc[:0], f"{caption}: {NOT_RUN}")
 
 
 def noise(trials: pd.DataFrame) -> Table:
@@ -281,7 +287,7 @@ def noise(trials: pd.DataFrame) -> Table:
         "pairs that one trial each puts in the right order": _digits(PERCENT * right, "{:.0f} %"),
     }
     frame = pd.Series(cells, name="").to_frame().rename_axis("quantity")
-    return Table(frame, "What one trial can tell")
+    return _recorded(rows, frame, "What one trial can tell")
 
 
 def level_table(trials: pd.DataFrame) -> Table:
@@ -309,7 +315,7 @@ def level_table(trials: pd.DataFrame) -> Table:
         ]
     frame = pd.DataFrame(columns, index=pd.Index(groups, name="levels"))
     caption = "Levels in all samples and the best tenth; difference: the best tenth less the rest"
-    return Table(frame, caption if len(specs) else f"{caption}: {NOT_RUN}")
+    return _recorded(sampled(trials), frame, caption)
 
 
 def _is_best(trials: pd.DataFrame) -> npt.NDArray[np.bool_]:
@@ -331,9 +337,8 @@ def correlation_table(trials: pd.DataFrame) -> Table:
             columns.setdefault((heading, "ρ"), {})[label] = _digits(rho, "{:+.2f}")
             columns.setdefault((heading, "p"), {})[label] = _digits(chance, "{:.2g}")
     frame = pd.DataFrame(columns).rename_axis("AP against")
-    return Table(
-        frame, "Rank correlation (Spearman) of AP with cost; p: as far from zero by chance"
-    )
+    caption = "Rank correlation (Spearman) of AP with cost; p: as far from zero by chance"
+    return _recorded(every, frame, caption)
 
 
 def cost_table(samples: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> Table:

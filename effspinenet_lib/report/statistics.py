@@ -17,7 +17,7 @@ from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Table
 if TYPE_CHECKING:
     from effspinenet_lib.report.tables import ItemResults
 
-PAPER, COST, PROXY, PAPER_SCALE = "paper", "cost", "proxy", "paper_scale"
+PAPER, PROXY, PAPER_SCALE = "paper", "proxy", "paper_scale"
 # What the pages call measured accuracy, by its source. That of a smoke run is never shown.
 SOURCE_NAMES = {PROXY: "proxy", PAPER_SCALE: "paper's settings"}
 AGREES, DISAGREES, INCONCLUSIVE = "agrees", "disagrees", "inconclusive"

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 NOT_RUN = "not run"
 NOT_PRINTED = "–"
+_TEXT_CLASS = ' class="esn-text"'
 
 # Okabe and Ito's palette, which readers with any common colour blindness can tell apart.
 FAMILY_COLOURS = {
@@ -52,7 +53,7 @@ GROUND = "#EEEEEF"  # stands for the page's background in the same way
 FONT_SIZE = 10.0
 PIXELS_PER_INCH = 96  # of CSS
 LEAST_SCALE = 0.8  # a picture scrolls sideways rather than shrink below this share of its size
-WIDE, PANEL_WIDTH, PANEL_HEIGHT, STRIP = 7.0, 4.2, 3.3, 0.8  # inches
+WIDE, PANEL_WIDTH, PANEL_HEIGHT, STRIP = 7.0, 4.2, 3.3, 0.4  # inches
 
 _RC: Any = {
     "figure.facecolor": "none",
@@ -139,7 +140,7 @@ class Table:
     """A table that shows itself in notebooks and in the book, scrolling sideways where narrow.
 
     A row whose name begins with a model family carries the family's colour. Every name and cell is
-    escaped; a missing value is an empty cell.
+    escaped; a missing value is an empty cell. Of a table without rows only the caption is shown.
 
     Attributes:
         frame: the cells; the index gives the row names.
@@ -150,7 +151,9 @@ class Table:
     caption: str
 
     def _repr_html_(self) -> str:
-        head = "".join(_header_rows(self.frame.columns, str(self.frame.index.name or "")))
+        if self.frame.empty:
+            return f'<p class="esn-absent">{escape(self.caption)}</p>'
+        head = "".join(_header_rows(self.frame))
         body = "".join(
             f"<tr>{_row_heading(name)}{''.join(map(_cell, row))}</tr>"
             for name, row in zip(self.frame.index, self.frame.itertuples(index=False), strict=True)
@@ -167,23 +170,28 @@ class Table:
         return f"{self.caption}\n{self.frame.to_string(na_rep='')}"
 
 
-def _header_rows(columns: pd.Index[Any], corner: str) -> Iterable[str]:
+def _header_rows(frame: pd.DataFrame) -> Iterable[str]:
+    columns, corner = frame.columns, escape(str(frame.index.name or ""))
     if not isinstance(columns, pd.MultiIndex):
-        cells = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in columns)
-        yield f'<tr><th scope="col">{escape(corner)}</th>{cells}</tr>'
+        cells = "".join(
+            f'<th scope="col"{_TEXT_CLASS if isinstance(cells.iloc[0], Text) else ""}>'
+            f"{escape(str(name))}</th>"
+            for name, cells in frame.items()
+        )
+        yield f'<tr><th scope="col">{corner}</th>{cells}</tr>'
         return
     cells = "".join(
         f'<th scope="colgroup" colspan="{span}">{escape(str(group))}</th>'
         for group, span in columns.get_level_values(0).value_counts(sort=False).items()
     )
-    yield f'<tr><th scope="col" rowspan="2">{escape(corner)}</th>{cells}</tr>'
+    yield f'<tr><th scope="col" rowspan="2">{corner}</th>{cells}</tr>'
     names = columns.get_level_values(1)
     yield "".join(["<tr>", *(f'<th scope="col">{escape(str(n))}</th>' for n in names), "</tr>"])
 
 
 def _row_heading(name: Any) -> str:
     if isinstance(name, Text):
-        return f'<th scope="row" class="esn-text">{escape(name)}</th>'
+        return f'<th scope="row"{_TEXT_CLASS}>{escape(name)}</th>'
     colour = FAMILY_COLOURS.get(family_of(str(name)))
     mark = f' style="border-left:4px solid {colour}"' if colour else ""
     return f'<th scope="row"{mark}>{escape(str(name))}</th>'
@@ -193,7 +201,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, Link):
         return f'<td><a href="{escape(value.target)}">{escape(value)}</a></td>'
     if isinstance(value, Text):
-        return f'<td class="esn-text">{escape(value)}</td>'
+        return f"<td{_TEXT_CLASS}>{escape(value)}</td>"
     text = "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
     kind = ' class="esn-absent"' if text in (NOT_RUN, NOT_PRINTED) else ""
     return f"<td{kind}>{escape(text)}</td>"

@@ -11,12 +11,9 @@ from typing import Any, Protocol
 import pandas as pd
 
 from effspinenet_lib.report.statistics import (
-    COST,
     PAPER,
     PAPER_SCALE,
-    PERCENT,
     PROXY,
-    MeanStd,
     cell_spreads,
 )
 from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Link, Table, Text
@@ -24,7 +21,6 @@ from effspinenet_lib.results import FOLDERS, ResultsStore, read_table
 from effspinenet_lib.results.paper import ITEMS, RESULTS_DIR, paper_values
 
 SMOKE = "smoke"  # a profile whose accuracy means nothing
-COST_METRICS = ("multi_adds", "parameters")
 AP_METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 # As the paper heads its columns.
 METRIC_NAMES = {
@@ -75,7 +71,7 @@ class ItemResults(Protocol):
 
 def compare(
     results: ItemResults,
-    metrics: Sequence[str] = (*COST_METRICS, *AP_METRICS),
+    metrics: Sequence[str] = AP_METRICS,
     caption: str = "The paper's numbers beside the measured ones",
 ) -> Table:
     """The paper's table beside what was measured; see `comparison`.
@@ -91,14 +87,13 @@ def compare(
 def comparison(paper: pd.DataFrame, measured: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """Put the paper's values beside the measured ones: a row a model, a group a metric.
 
-    Costs are compared with the measured cost and the deviation from the print; other metrics
-    with the proxy's mean, standard deviation and number of seeds, and with runs at the paper's
-    own settings where there are any. A measured cell without a measurement says "not run"; a
-    paper cell without a number says "–". No number crosses from one side to the other.
+    Measured are the proxy's mean, standard deviation and number of seeds, and the same at the
+    paper's own settings where there is any. A measured cell without a measurement says "not run";
+    a paper cell without a number says "–". No number crosses from one side to the other.
 
     Args:
         paper: rows of source `paper`.
-        measured: rows of the sources `cost`, `proxy` and `paper_scale`; others are ignored.
+        measured: rows of the sources `proxy` and `paper_scale`; others are ignored.
         metrics: in the order wanted; those that the paper does not print are left out.
 
     Returns:
@@ -109,28 +104,17 @@ def comparison(paper: pd.DataFrame, measured: pd.DataFrame, metrics: Sequence[st
     names = list(dict.fromkeys(paper["row"]))
     printed = paper.pivot_table("value", "row", "metric", aggfunc="first").reindex(names)
     units = dict(zip(paper["metric"], paper["unit"], strict=True))
-    at_scale = any(source == PAPER_SCALE for _, _, source in found)
+    origins = [(PROXY, PROXY)]
+    if any(source == PAPER_SCALE for _, _, source in found):
+        origins.append((PAPER_SCALE, PAPER_SCALE_HEADING))
     columns: dict[tuple[str, str], list[str]] = {}
     for metric in (metric for metric in metrics if metric in units):
         heading = f"{METRIC_NAMES.get(metric, metric)} ({units[metric]})"
         values = [float(printed[metric][name]) if metric in printed else math.nan for name in names]
         columns[heading, PAPER] = [_printed(value) for value in values]
-
-        def column(source: str, metric: str = metric) -> list[MeanStd | None]:
-            return [found.get((name, metric, source)) for name in names]
-
-        if metric in COST_METRICS:
-            costs = [None if cost is None else cost.mean for cost in column(COST)]
-            columns[heading, MEASURED] = [NOT_RUN if c is None else _three(c) for c in costs]
-            columns[heading, "deviation"] = [
-                NOT_PRINTED if c is None or math.isnan(v) else _deviation(c, v)
-                for c, v in zip(costs, values, strict=True)
-            ]
-            continue
-        columns[heading, "proxy"] = [str(cell or NOT_RUN) for cell in column(PROXY)]
-        if at_scale:
-            columns[heading, PAPER_SCALE_HEADING] = [
-                str(cell or NOT_RUN) for cell in column(PAPER_SCALE)
+        for source, origin in origins:
+            columns[heading, origin] = [
+                str(found.get((name, metric, source), NOT_RUN)) for name in names
             ]
     frame = pd.DataFrame(columns, index=pd.Index(names, name="model"))
     frame.columns = pd.MultiIndex.from_tuples(list(columns))
@@ -141,15 +125,6 @@ def _printed(value: float) -> str:
     if math.isnan(value):
         return NOT_PRINTED
     return f"{value:.1f}" if value.is_integer() else f"{value:g}"
-
-
-def _three(value: float) -> str:
-    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
-
-
-def _deviation(value: float, printed: float) -> str:
-    percent = round(PERCENT * (value / printed - 1), 1)
-    return f"{percent + 0.0:+.1f} %"  # adding zero turns -0.0 into 0.0
 
 
 def compare_cells(paper: pd.DataFrame, library: Cells) -> pd.DataFrame:
