@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effspinenet_lib.data.augment import pad_target
 from effspinenet_lib.models.base import Target, crowds
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
 
@@ -51,10 +50,10 @@ class AnchorSettings:
 def make_anchors(
     sides: Sequence[tuple[int, int]], settings: AnchorSettings, device: torch.device
 ) -> Tensor:
-    """Make the anchors of P3 to P7.
+    """Make the anchors of a pyramid.
 
     Args:
-        sides: (height, width) of each level's features, P3 first.
+        sides: (height, width) of each level's features, P3 first; up to P7.
         settings: sizes and ratios.
         device: where the anchors are made.
 
@@ -63,7 +62,7 @@ def make_anchors(
     """
     levels = [
         _level_anchors(2**level, height, width, settings)
-        for level, (height, width) in zip(OUTPUT_LEVELS, sides, strict=True)
+        for level, (height, width) in zip(OUTPUT_LEVELS, sides, strict=False)
     ]
     return torch.cat(levels).to(device)
 
@@ -86,7 +85,7 @@ def match_anchors(
     """Match each anchor to an object.
 
     An object's best anchor is its own whatever their overlap; the last of several objects with
-    the same best anchor gets it. The shapes of all that is computed depend on A and M alone.
+    the same best anchor gets it. All shapes depend on A and M alone.
 
     Args:
         anchors: [A, 4].
@@ -103,13 +102,13 @@ def match_anchors(
     shared, areas = _intersections(anchors, boxes), _areas(anchors)
     covered = (shared * iscrowd[:, None]).amax(0) / areas
     matches = matches.masked_fill(covered >= settings.crowd_overlap, IGNORED)
-    # next to a crowd's endless area every overlap is 0
+    # crowds get infinite area, so their IoU is 0
     areas_of_objects = _areas(boxes).masked_fill(iscrowd, torch.inf)
     iou = shared / (areas + areas_of_objects[:, None] - shared)
     best, which = iou.max(0)
     matches = which.where(best >= settings.match_iou, matches)
     overlap, best_anchors = iou.max(1)
-    # those of objects that overlap no anchor go to a place behind the last anchor
+    # objects that overlap no anchor write to one place behind the last
     places = best_anchors.where(overlap > 0, len(anchors))
     owners = torch.full((len(anchors) + 1,), NEGATIVE, device=anchors.device)
     numbers = torch.arange(len(boxes), device=anchors.device)
@@ -154,23 +153,27 @@ def assign_anchors(
 
     Args:
         anchors: [A, 4].
-        targets: one dict an image, as `tasks.base` describes it for detection; rows that
-            `data.padding` added make no difference.
+        targets: one dict an image, as `TaskModel.forward` describes it for detection.
         settings: thresholds.
     """
-    # a row can be read of every target then
-    filled = [target if len(target["labels"]) else pad_target(target, 1) for target in targets]
-    matches = [match_anchors(anchors, t["boxes"], crowds(t), settings) for t in filled]
-    rows = [match.clamp(min=0) for match in matches]
+    matches, labels, boxes = [], [], []
+    for target in targets:
+        image_boxes, image_labels, iscrowd = target["boxes"], target["labels"], crowds(target)
+        if not len(image_labels):  # one row without extent, so that every anchor can read one
+            image_boxes, image_labels = image_boxes.new_zeros(1, 4), image_labels.new_zeros(1)
+            iscrowd = iscrowd.new_zeros(1)
+        match = match_anchors(anchors, image_boxes, iscrowd, settings)
+        row = match.clamp(min=0)
+        matches.append(match)
+        labels.append(image_labels[row])
+        boxes.append(image_boxes[row])
     matched = torch.stack(matches)
     positive = matched >= 0
-    labels = torch.stack([t["labels"][row] for t, row in zip(filled, rows, strict=True)])
-    boxes = torch.stack([t["boxes"][row] for t, row in zip(filled, rows, strict=True)])
     return Assignment(
         positive=positive,
         ignored=matched == IGNORED,
-        labels=labels.where(positive, NEGATIVE),
-        boxes=boxes.where(positive[..., None], anchors),
+        labels=torch.stack(labels).where(positive, NEGATIVE),
+        boxes=torch.stack(boxes).where(positive[..., None], anchors),
     )
 
 

@@ -17,8 +17,7 @@ Target = dict[str, Tensor]
 class TaskModel(nn.Module, ABC):
     """A network with a task: losses in training, predictions in evaluation.
 
-    All tasks are trained, evaluated, saved, loaded and exported by the same code, which knows
-    of a model only what stands here.
+    One loop, evaluation, checkpoint and export serve all tasks; they know of a model only this.
     """
 
     @abstractmethod
@@ -31,10 +30,11 @@ class TaskModel(nn.Module, ABC):
             images: [N, 3, H, W], normalised.
             targets: for training, one dictionary an image. Detection: `boxes` [M, 4] (x1 y1 x2
                 y2 in input pixels), `labels` int64 [M] from 0, `iscrowd` [M] (boolean, or 0 and
-                1; none is a crowd where it is missing); rows that `data.padding` added hold no
-                object. Instances: as detection without such rows, and `masks` bool [M, H, W].
+                1; no crowds where it is missing); rows that `data.augment.pad_target` added hold
+                no object. Instances: as detection without such rows, and `masks` [M, H, W].
                 Classification: `label` int64 []. Semantic segmentation: `semantic` int64 [H, W],
-                255 where it does not count.
+                255 where it does not count. Other keys are ignored. Targets made for torchvision's
+                detectors, whose labels count from 1, fit a model of one class more.
 
         Returns:
             In training scalar losses by name; their sum is minimised. In evaluation one
@@ -42,32 +42,30 @@ class TaskModel(nn.Module, ABC):
             [K]. Instances: as detection, and `masks` [K, 28, 28], the probability of the object
             over its box. Classification: `scores` [C], which sum to 1. Semantic segmentation:
             `logits` [C, H, W].
+
+        Raises:
+            ValueError: training without targets.
+            UserError: training on a batch too small for batch normalisation.
+            TrainingError: outputs in evaluation that are not finite.
         """
 
     @abstractmethod
     def network(self, images: Tensor) -> Any:
-        """Run every layer, without decoding: the computation that costs count and that is exported.
+        """Run every layer, without decoding: what costs count and what is exported.
 
         Args:
             images: [N, 3, H, W], normalised.
 
         Returns:
-            Tensors, in a tuple where there are more than one.
+            A tensor, or a tuple of tensors.
         """
 
     def loss_count(self, images: Tensor, targets: list[Target]) -> Tensor:
-        """What the losses are means over; here, the images.
+        """What the losses are means over, a scalar; here, the images.
 
-        A batch's count is the sum of those of its parts, and `loss_divisor` of it is what its
-        losses are divided by. So the losses of parts, computed one after the other or by several
+        A batch's count is the sum of its parts' counts, and its losses are divided by
+        `loss_divisor` of it. So the losses of parts, computed one after the other or by several
         processes, can be weighted to add up to those of the batch.
-
-        Args:
-            images: as for training, [N, 3, H, W].
-            targets: as for training.
-
-        Returns:
-            A scalar on the device of the images.
         """
         del targets
         return torch.full((), float(len(images)), device=images.device)
@@ -75,6 +73,17 @@ class TaskModel(nn.Module, ABC):
     def loss_divisor(self, count: Tensor) -> Tensor:
         """What the losses of a batch of this `loss_count` are divided by."""
         return count
+
+
+def training_targets(targets: list[Target] | None) -> list[Target]:
+    """The targets, which training needs.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if targets is None:
+        raise ValueError("targets are needed in training")
+    return targets
 
 
 def check_batch(images: Tensor, coarsest: int) -> None:
@@ -100,11 +109,11 @@ def check_finite(*outputs: Tensor) -> None:
     """
     if not all(output.isfinite().all() for output in outputs):
         raise TrainingError(
-            "the model gives numbers that are not finite; its weights are broken: use those of "
-            "an earlier checkpoint, or train with a lower learning rate"
+            "the model's outputs are not finite; its weights are broken: use those of an earlier "
+            "checkpoint, or train with a lower learning rate"
         )
 
 
 def crowds(target: Target) -> Tensor:
-    """Which boxes of a target are crowd regions; none where it does not say."""
+    """Which boxes of a target are crowd regions, bool [M]."""
     return target.get("iscrowd", torch.zeros_like(target["labels"])).bool()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -300,13 +299,13 @@ def initialise(module: nn.Module) -> None:
     """Initialise convolutions and linear layers as the authors' backbone does.
 
     Variance scaling by fan in, a normal distribution cut off at two deviations; depthwise
-    kernels by Glorot's uniform distribution with Keras' fans, 9C and 9 for a kernel of 3; biases 0.
+    kernels by Glorot's uniform distribution (the sum of their fans is Keras'); biases 0.
     """
     for layer in module.modules():
         if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             continue
         if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels:
-            glorot_uniform(layer)
+            nn.init.xavier_uniform_(layer.weight)
         else:
             std = layer.weight[0].numel() ** -0.5 / TRUNCATED_STD
             nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
@@ -314,13 +313,13 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def glorot_uniform(conv: nn.Conv2d) -> None:
-    """Initialise a kernel by Glorot's uniform distribution, with Keras' fans.
+def initialise_head(module: nn.Module) -> None:
+    """Initialise separable and linear layers as the authors' heads do, by Keras' default.
 
-    Of a depthwise kernel they are area * channels and area.
+    Glorot's uniform distribution, biases 0.
     """
-    area = conv.weight[0, 0].numel()
-    depthwise = 1 < conv.groups == conv.in_channels
-    fans = area * (conv.in_channels + (1 if depthwise else conv.out_channels))
-    limit = math.sqrt(6 / fans)
-    nn.init.uniform_(conv.weight, -limit, limit)
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -1,6 +1,6 @@
 """Mask R-CNN with separable branches on any backbone with outputs P3 to P7 (section 4.1).
 
-The branches are those of the authors' code. The algorithm is torchvision's, and here is what it
+The branches are those of the authors' code. The algorithm is torchvision's; added here is what it
 lacks: crowd regions that are ignored, batches in which nothing is sampled, exact strides, and
 float32 where the layers run in a lower precision.
 """
@@ -25,7 +25,14 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from effspinenet_lib.models.anchors import IGNORED, AnchorSettings, make_anchors, match_anchors
-from effspinenet_lib.models.base import Target, TaskModel, check_batch, check_finite, crowds
+from effspinenet_lib.models.base import (
+    Target,
+    TaskModel,
+    check_batch,
+    check_finite,
+    crowds,
+    training_targets,
+)
 from effspinenet_lib.models.layers import (
     NORM_EPSILON,
     NORM_MOMENTUM,
@@ -33,6 +40,7 @@ from effspinenet_lib.models.layers import (
     SeparableConv,
     conv_norm,
     initialise,
+    initialise_head,
     make_activation,
     make_norm,
 )
@@ -43,10 +51,8 @@ from effspinenet_lib.models.specs import OUTPUT_LEVELS
 BACKGROUND = 0
 NOT_SAMPLED = -1  # of an anchor or a region; of an object: it is a crowd region
 UPSAMPLING = 2  # Mask R-CNN: masks have twice the side of what is pooled for them
-# Released code: deviations of the normal distributions that the box branch's last layers start
-# from.
-CLASS_STD = 0.01
-BOX_STD = 0.001
+# The authors' code: standard deviations that the box branch's last layers start from.
+CLASS_STD, BOX_STD = 0.01, 0.001
 # torchvision's crops of masks take pixel i to lie at i, not at i + 0.5. Pasted back exactly, such
 # crops of discs 10 to 26 pixels wide give back 92 % of them (IoU); with this correction, all.
 HALF_PIXEL = 0.5
@@ -118,7 +124,7 @@ class ProposalHead(nn.Module):
         self.activation = make_activation(activation)
         self.objectness = SeparableConv(dim, anchors, bias=True, kernel=1)
         self.codes = SeparableConv(dim, BOX_CODE * anchors, bias=True, kernel=1)
-        initialise(self)
+        initialise_head(self)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Map [N, dim, H, W] of each level to [N, anchors, H, W] and [N, 4 anchors, H, W]."""
@@ -150,6 +156,7 @@ class ProposalNetwork(RegionProposalNetwork):
     """torchvision's region proposal network; anchors in crowd regions are not sampled."""
 
     def __init__(self, head: ProposalHead, settings: InstanceSettings) -> None:
+        phases = ("training", "testing")
         super().__init__(
             _Anchors(settings.anchors),
             head,
@@ -157,27 +164,19 @@ class ProposalNetwork(RegionProposalNetwork):
             settings.background_iou,
             settings.anchor_samples,
             settings.anchor_positives,
-            dict(zip(("training", "testing"), settings.candidates, strict=True)),
-            dict(zip(("training", "testing"), settings.proposals, strict=True)),
+            dict(zip(phases, settings.candidates, strict=True)),
+            dict(zip(phases, settings.proposals, strict=True)),
             settings.proposal_nms_iou,
         )
         self.settings = settings.anchors
 
     def filter_proposals(
-        self,
-        proposals: Tensor,
-        objectness: Tensor,
-        sizes: list[tuple[int, int]],
-        anchors: list[int],
+        self, proposals: Tensor, objectness: Tensor, *rest: list
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Choose the best proposals of each image, and their scores.
-
-        Raises:
-            TrainingError: the outputs are not finite, in evaluation.
-        """
+        """Choose the best proposals of each image; in evaluation they must be finite."""
         if not self.training:
             check_finite(proposals, objectness)
-        return super().filter_proposals(proposals, objectness, sizes, anchors)
+        return super().filter_proposals(proposals, objectness, *rest)
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[Target]
@@ -190,8 +189,8 @@ class ProposalNetwork(RegionProposalNetwork):
         objects = [{"boxes": t["boxes"][t["labels"] != NOT_SAMPLED]} for t in targets]
         labels, boxes = super().assign_targets_to_anchors(anchors, objects)
         for label, anchor, target in zip(labels, anchors, targets, strict=True):
-            crowds = target["boxes"][target["labels"] == NOT_SAMPLED]
-            label[(label == BACKGROUND) & _in_crowd(anchor, crowds, self.settings)] = NOT_SAMPLED
+            crowd = target["boxes"][target["labels"] == NOT_SAMPLED]
+            label[(label == BACKGROUND) & _in_crowd(anchor, crowd, self.settings)] = NOT_SAMPLED
         return labels, boxes
 
     def compute_loss(
@@ -257,23 +256,17 @@ class RegionBranches(RoIHeads):
             _RegionNorm(fc_dim, eps=NORM_EPSILON, momentum=NORM_MOMENTUM),
             make_activation(activation),
         )
+        transposed = nn.ConvTranspose2d(dim, dim, UPSAMPLING, UPSAMPLING)
         mask_head = nn.Sequential(
             *_separable_convs(dim, layers, activation),
-            nn.ConvTranspose2d(dim, dim, UPSAMPLING, UPSAMPLING),
+            transposed,
             make_norm(dim),
             make_activation(activation),
         )
-        box_predictor = FastRCNNPredictor(fc_dim, classes + 1)
-        for layer, std in (
-            (box_predictor.cls_score, CLASS_STD),
-            (box_predictor.bbox_pred, BOX_STD),
-        ):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
         super().__init__(
             _PyramidAlign(settings.box_side, settings),
             box_head,
-            box_predictor,
+            FastRCNNPredictor(fc_dim, classes + 1),
             settings.region_iou,
             settings.region_iou,
             settings.region_samples,
@@ -287,8 +280,11 @@ class RegionBranches(RoIHeads):
             SeparableConv(dim, classes + 1, bias=True, kernel=1),
         )
         self.settings = settings.anchors
-        for branch in (self.box_head, self.mask_head, self.mask_predictor):
-            initialise(branch)
+        initialise_head(self)
+        nn.init.kaiming_normal_(transposed.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(transposed.bias)
+        nn.init.normal_(self.box_predictor.cls_score.weight, std=CLASS_STD)
+        nn.init.normal_(self.box_predictor.bbox_pred.weight, std=BOX_STD)
 
     def boxes(self, features: dict[str, Tensor], regions: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits [R, C + 1] and box codes [R, 4 (C + 1)] of regions [.., 4] by image."""
@@ -365,21 +361,16 @@ class RegionBranches(RoIHeads):
 
 def _separable_convs(dim: int, layers: int, activation: str) -> list[nn.Module]:
     """The 3x3 convolutions of a branch, each with its norm and activation."""
-    return [
-        module
-        for _ in range(layers)
-        for module in (
-            SeparableConv(dim, dim, bias=True),
-            make_norm(dim),
-            make_activation(activation),
-        )
-    ]
+    convs: list[nn.Module] = []
+    for _ in range(layers):
+        convs += [SeparableConv(dim, dim, bias=True), make_norm(dim), make_activation(activation)]
+    return convs
 
 
-def _in_crowd(boxes: Tensor, crowds: Tensor, settings: AnchorSettings) -> Tensor:
+def _in_crowd(boxes: Tensor, crowd: Tensor, settings: AnchorSettings) -> Tensor:
     """Which boxes [B, 4] lie in crowd regions [M, 4], by the rule of the detection task."""
-    everything = torch.ones(len(crowds), dtype=torch.bool, device=crowds.device)
-    return match_anchors(boxes, crowds, everything, settings) == IGNORED
+    everything = torch.ones(len(crowd), dtype=torch.bool, device=crowd.device)
+    return match_anchors(boxes, crowd, everything, settings) == IGNORED
 
 
 class MaskRCNN(TaskModel):
@@ -429,31 +420,17 @@ class MaskRCNN(TaskModel):
     def forward(
         self, images: Tensor, targets: list[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Compute losses in training, detections with masks in evaluation.
-
-        Args:
-            images: [N, 3, H, W], normalised.
-            targets: for training, one dict an image: `boxes` [M, 4] in input pixels, `labels`
-                int64 [M] from 0, `masks` bool [M, H, W] and, if any is, `iscrowd` bool [M].
+        """Compute losses in training, detections with masks in evaluation; see `TaskModel`.
 
         Returns:
             In training `objectness` and `proposal`, the losses of the proposal network, and
-            `classification`, `box` and `mask`. In evaluation one dict an image: `boxes` [K, 4]
-            in input pixels, `scores` [K] falling, `labels` int64 [K], `masks` [K, 28, 28], the
-            probability of the object over its box.
-
-        Raises:
-            ValueError: training without targets.
-            UserError: training on a single image so small that P7 has one position.
-            TrainingError: the outputs are not finite.
+            `classification`, `box` and `mask`. In evaluation one dictionary an image.
         """
         size = (images.shape[-2], images.shape[-1])
         shifted = None
         if self.training:
-            if targets is None:
-                raise ValueError("targets are needed in training")
+            shifted = [_shift_labels(target) for target in training_targets(targets)]
             check_batch(images, max(self.backbone.feature_dims))
-            shifted = [_shift_labels(target) for target in targets]
         features = self.features(images)
         listed = ImageList(images, [size] * len(images))
         proposals, losses = self.proposals(listed, features, shifted)

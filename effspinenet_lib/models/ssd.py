@@ -1,4 +1,4 @@
-"""SSDLite, and what makes a RetinaNet the lite detectors of its kind."""
+"""SSDLite, and the tower of convolutions that lite RetinaNets share between their branches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from effspinenet_lib.models.anchors import (
     assign_anchors,
     decode_boxes,
     encode_boxes,
-    match_anchors,
 )
-from effspinenet_lib.models.base import Target, crowds
+from effspinenet_lib.models.base import Target
 from effspinenet_lib.models.layers import PyramidBackbone, SeparableConv, initialise, make_norm
-from effspinenet_lib.models.retinanet import OneStageDetector, RetinaNet
-from effspinenet_lib.models.specs import OUTPUT_LEVELS, level_side
+from effspinenet_lib.models.retinanet import OneStageDetector, Sides
 
 BACKGROUND = 0  # its column of the predictions; the classes follow
 
@@ -107,30 +105,20 @@ class SSDLite(OneStageDetector):
         """Run the network: class logits [N, A, 1 + C], box codes [N, A, 4], prior boxes [A, 4]."""
         features = list(self.backbone(images).values())
         outputs = self.head(features)
-        anchors = self.anchors(images, [(f.shape[-2], f.shape[-1]) for f in features])
+        anchors = self.anchors(images, tuple((f.shape[-2], f.shape[-1]) for f in features))
         return outputs["cls_logits"], outputs["bbox_regression"], anchors
 
     def scores(self, logits: Tensor) -> Tensor:
         """Probabilities [N, A, classes], which with the background's sum to 1."""
         return logits.softmax(-1)[..., BACKGROUND + 1 :]
 
-    def anchors(self, images: Tensor, sides: list[tuple[int, int]]) -> Tensor:
+    def anchors(self, images: Tensor, sides: Sides) -> Tensor:
         """Prior boxes [A, 4] in pixels of the images, for features of these sides."""
         size = (images.shape[-2], images.shape[-1])
-        # The generator reads no values of these, but the sides, the type and the device.
+        # the generator reads the sides, dtype and device of these, no values
         grids = [torch.empty(1, 1, *side, device=images.device) for side in sides]
         with torch.device("cpu"):
             return self.priors(ImageList(images, [size]), grids)[0]
-
-    def loss_count(self, images: Tensor, targets: list[Target]) -> Tensor:
-        """Positive prior boxes of the batch."""
-        sides = [
-            (level_side(images.shape[-2], level), level_side(images.shape[-1], level))
-            for level in self.backbone.feature_dims
-        ]
-        anchors = self.anchors(images, sides)
-        matches = [match_anchors(anchors, t["boxes"], crowds(t), self.matching) for t in targets]
-        return (torch.stack(matches) >= 0).sum()
 
     def loss_divisor(self, count: Tensor) -> Tensor:
         """The positives, or one."""
@@ -158,10 +146,10 @@ class SSDLite(OneStageDetector):
         distance = F.smooth_l1_loss(
             codes.float().where(positive[..., None], wanted), wanted, reduction="sum"
         )
-        normaliser = positive.sum().clamp(min=1)
+        divisor = self.loss_divisor(positive.sum())
         return {
-            "classification": entropy.where(positive | hardest, 0).sum() / normaliser,
-            "box": distance / normaliser,
+            "classification": entropy.where(positive | hardest, 0).sum() / divisor,
+            "box": distance / divisor,
         }
 
     def detections(
@@ -213,12 +201,3 @@ class SharedTower(PyramidBackbone):
                 features = self.activation(next(norms)(conv(features)))
             towers[level] = features
         return towers
-
-
-class ShortRetinaNet(RetinaNet):
-    """RetinaNet on a pyramid that ends before P7, such as MnasFPN's P3 to P6."""
-
-    def anchors(self, sides: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-        """Anchors [A, 4] for features of these sides; the levels that are missing have none."""
-        missing = len(OUTPUT_LEVELS) - len(sides)
-        return super().anchors((*sides, *[(0, 0)] * missing), device)

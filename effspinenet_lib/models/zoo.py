@@ -63,7 +63,7 @@ from effspinenet_lib.models.specs import (
     check_betas,
     parse_betas,
 )
-from effspinenet_lib.models.ssd import SharedTower, ShortRetinaNet, SSDLite
+from effspinenet_lib.models.ssd import SharedTower, SSDLite
 
 # Detection and instance segmentation: 90 classes, COCO's highest category id. The paper does not
 # say how many; the authors' code has 91 logits, one of them the background.
@@ -598,10 +598,9 @@ _MNAS_HEAD_DIM = 48  # the released config's 64, scaled by the same factor and r
 
 
 def _lite_retinanet(
-    backbone: PyramidBackbone, num_classes: int, dim: int, layers: int, short: bool = False
+    backbone: PyramidBackbone, num_classes: int, dim: int, layers: int
 ) -> RetinaNet:
-    make = ShortRetinaNet if short else RetinaNet
-    return make(backbone, num_classes, dim, layers, _RELU, project=False, biased=False)
+    return RetinaNet(backbone, num_classes, dim, layers, _RELU, project=False, biased=False)
 
 
 @model(
@@ -657,7 +656,7 @@ def _mobilenetv2_nas_fpn(
 def _mobilenetv2_mnasfpn(task: str, num_classes: int) -> TaskModel:
     """MnasFPN on a MobileNetV2, both at 0.7 of their width."""
     tower = SharedTower(MnasFPN(_MNAS_FPN_WIDTH), _MNAS_HEAD_DIM, _LITE_LAYERS)
-    return _lite_retinanet(tower, num_classes, _MNAS_HEAD_DIM, 0, short=True)
+    return _lite_retinanet(tower, num_classes, _MNAS_HEAD_DIM, 0)
 
 
 @model("mobilenetv3_small_ssdlite", *_MOBILE)
