@@ -1,4 +1,4 @@
-"""Mask R-CNN against torchvision's, the paper's costs, and what is ignored in crowds."""
+"""Mask R-CNN against torchvision's, what is ignored in crowds, and whether it learns."""
 
 import math
 
@@ -10,18 +10,12 @@ from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_imag
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou, roi_align
 
-from effspinenet_lib import create_model, measure_cost
+from effspinenet_lib import create_model
 from effspinenet_lib.data.shapescenes import CATEGORIES, SceneSettings, render_scene
 from effspinenet_lib.errors import TrainingError, UserError
 
 CLASSES = 5
 SIDE = 64
-# Table 6: billions of multi-adds, millions of parameters; Table 2: image side.
-PRINTED = {
-    "eff_spinenet_d0": (512, 4.7, 4.6),
-    "eff_spinenet_d1": (640, 9.2, 6.4),
-    "eff_spinenet_d2": (768, 16.0, 9.2),
-}
 
 
 def make_model(classes=CLASSES):
@@ -65,15 +59,6 @@ def random_features(dim=24, side=SIDE, count=2):
         str(level): torch.randn(count, dim, math.ceil(side / 2**level), math.ceil(side / 2**level))
         for level in range(3, 8)
     }
-
-
-@pytest.mark.parametrize("name", PRINTED)
-def test_costs_are_within_3_percent_of_table_6(name):
-    side, billions, millions = PRINTED[name]
-    with torch.device("meta"):
-        cost = measure_cost(create_model(name, "instances"), side)
-    assert cost.multi_adds / 1e9 == pytest.approx(billions, rel=0.03)
-    assert cost.parameters / 1e6 == pytest.approx(millions, rel=0.03)
 
 
 def test_the_network_runs_on_fixed_numbers_of_regions(model):
@@ -150,11 +135,11 @@ def test_the_memory_format_does_not_matter(model):
 
 def test_labels_and_masks_are_those_of_the_class(model):
     regions = model.regions
-    for layer in (regions.box_predictor.cls_score, regions.mask_predictor):
+    for layer in (regions.box_predictor.cls_score, regions.mask_predictor.pointwise):
         torch.nn.init.zeros_(layer.weight)
     with torch.no_grad():
         regions.box_predictor.cls_score.bias.copy_(torch.tensor([0.0, 0, 0, 9, 0, 0]))
-        regions.mask_predictor.bias.copy_(torch.arange(6.0))
+        regions.mask_predictor.pointwise.bias.copy_(torch.arange(6.0))
         (found,) = model.eval()(torch.randn(1, 3, SIDE, SIDE))
     assert set(found["labels"].tolist()) == {2}
     assert torch.allclose(found["masks"], torch.tensor(3.0).sigmoid())
@@ -163,7 +148,7 @@ def test_labels_and_masks_are_those_of_the_class(model):
 def test_labels_are_learnt_from_0_and_crowds_not_at_all(model):
     crowd = make_target([[4, 6, 30, 40], [20, 20, 60, 62]], [1, 2], [True, False])
     sum(model.train()(torch.randn(2, 3, SIDE, SIDE), [OBJECTS, crowd]).values()).backward()
-    gradients = model.regions.mask_predictor.weight.grad.flatten(1).abs().sum(1)
+    gradients = model.regions.mask_predictor.pointwise.weight.grad.flatten(1).abs().sum(1)
     assert gradients.nonzero().flatten().tolist() == [1, 3, 5]  # OBJECTS has 0 and 4
 
 
@@ -374,7 +359,7 @@ def test_pooling_finds_the_place_of_a_region(model):
 
 def test_broken_weights_are_refused(model):
     for broken in (
-        model.proposals.head.branch.last_conv.bias,
+        model.proposals.head.objectness.pointwise.bias,
         model.regions.box_predictor.bbox_pred.bias,
     ):
         before = broken.detach().clone()
@@ -392,8 +377,36 @@ def test_training_needs_targets_and_enough_values_for_its_norms(model):
         model.train()(torch.randn(1, 3, SIDE, SIDE), [OBJECTS])
 
 
-def test_two_images_can_be_learnt():
+def test_heads_start_as_the_authors_do():
+    """Glorot's limits of separable layers by Keras' fans; the predictors' deviations."""
+    regions, head = make_model(90).regions, make_model(90).proposals.head
+    channels = head.conv.pointwise.in_channels
+
+    def limit(layer):
+        return layer.weight.abs().max().item()
+
+    for layer, fans in (
+        (head.conv.depthwise, 9 * channels + 9),
+        (head.conv.pointwise, 2 * channels),
+        (head.objectness.depthwise, channels + 1),
+        (head.codes.pointwise, channels + 12),
+        (regions.mask_predictor.pointwise, channels + 91),
+        (regions.box_head[10], 49 * channels + 256),
+    ):
+        expected = math.sqrt(6 / fans)
+        assert 0.8 * expected < limit(layer) <= expected * (1 + 1e-6)
+    assert regions.box_predictor.cls_score.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert regions.box_predictor.bbox_pred.weight.std().item() == pytest.approx(0.001, rel=0.05)
+    # the transposed convolution: a normal distribution, scale 2 over its fan out
+    transposed = regions.mask_head[-3].weight
+    assert transposed.std().item() == pytest.approx(math.sqrt(2 / (4 * channels)), rel=0.1)
+
+
+def test_the_heads_learn_two_images():
+    """On a backbone that stays as it is, which is faster and learns as surely."""
     model = make_model(len(CATEGORIES))
+    model.backbone.requires_grad_(False)
+    heads = [parameter for parameter in model.parameters() if parameter.requires_grad]
     scenes = [render_scene(SceneSettings(), 1, "train", index, SIDE) for index in (1, 3)]
     images = torch.stack([torch.from_numpy(s.image.copy()).permute(2, 0, 1) for s in scenes])
     images = (images.float() - 128) / 64
@@ -405,9 +418,9 @@ def test_two_images_can_be_learnt():
         masks = torch.from_numpy(scene.masks())
         targets.append({"boxes": boxes, "labels": labels, "masks": masks})
     model.regions.fg_bg_sampler.batch_size_per_image = 64  # faster
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimiser = torch.optim.SGD(heads, lr=0.1, momentum=0.9)
     history = []
-    for _ in range(40):
+    for _ in range(60):
         losses = model.train()(images, targets)
         optimiser.zero_grad()
         sum(losses.values()).backward()
@@ -417,9 +430,10 @@ def test_two_images_can_be_learnt():
         {name: sum(h[name] for h in part) / 5 for name in history[0]}
         for part in (history[:5], history[-5:])
     )
-    assert last["objectness"] < 0.4 * first["objectness"]
-    assert last["classification"] < 0.4 * first["classification"]
-    assert last["mask"] < 0.85 * first["mask"]
+    assert last["objectness"] < 0.2 * first["objectness"]
+    assert last["classification"] < 0.2 * first["classification"]
+    assert last["box"] < 0.6 * first["box"]
+    assert last["mask"] < 0.8 * first["mask"]
 
 
 def test_each_location_has_three_anchors_of_three_strides(model):
