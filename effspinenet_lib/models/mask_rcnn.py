@@ -280,9 +280,9 @@ class RegionBranches(RoIHeads):
             SeparableConv(dim, classes + 1, bias=True, kernel=1),
         )
         self.settings = settings.anchors
-        initialise_head(self)
+        initialise(transposed)  # its bias
         nn.init.kaiming_normal_(transposed.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(transposed.bias)
+        initialise_head(self)
         nn.init.normal_(self.box_predictor.cls_score.weight, std=CLASS_STD)
         nn.init.normal_(self.box_predictor.bbox_pred.weight, std=BOX_STD)
 
