@@ -19,7 +19,6 @@ _HOMES = {
     "Cost": "effspinenet_lib.models.cost",
     "measure_cost": "effspinenet_lib.models.cost",
     "create_backbone": "effspinenet_lib.models.zoo",
-    "create_backbone": "effspinenet_lib.models.zoo",
     "create_model": "effspinenet_lib.models.zoo",
     "list_models": "effspinenet_lib.models.zoo",
 }

@@ -5,22 +5,26 @@ import math
 import pytest
 import torch
 from torchvision.models.detection._utils import BoxCoder, Matcher
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_iou, nms, sigmoid_focal_loss
 
 from effspinenet_lib import create_model
-from effspinenet_lib.errors import TrainingError, UnknownName, UserError
+from effspinenet_lib.data.augment import pad_target
+from effspinenet_lib.errors import TrainingError, UserError
 from effspinenet_lib.models.anchors import (
     IGNORED,
     NEGATIVE,
     AnchorSettings,
+    assign_anchors,
     decode_boxes,
     encode_boxes,
     make_anchors,
     match_anchors,
 )
+from effspinenet_lib.models.retinanet import focal_loss_sum
 
 SIDES = ((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
 CPU = torch.device("cpu")
+SETTINGS = AnchorSettings()
 
 
 def random_boxes(count, side=128):
@@ -28,15 +32,30 @@ def random_boxes(count, side=128):
     return torch.cat([corners, corners + 4 + torch.rand(count, 2) * side * 0.3], 1)
 
 
+def random_targets(counts=(3, 0, 1), side=64):
+    """Targets with crowds among them, for models of 5 classes."""
+    return [
+        {
+            "boxes": random_boxes(count, side),
+            "labels": torch.randint(0, 5, (count,)),
+            "iscrowd": torch.arange(count) == index + 1,
+        }
+        for index, count in enumerate(counts)
+    ]
+
+
 @pytest.fixture(scope="module")
 def anchors():
-    return make_anchors(SIDES, AnchorSettings(), CPU)
+    return make_anchors(SIDES, SETTINGS, CPU)
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
     return create_model("eff_spinenet_m0", num_classes=5)
+
+
+# ---- anchors and boxes
 
 
 def test_anchor_count_and_centres(anchors):
@@ -68,7 +87,7 @@ def test_box_coding_against_torchvision(anchors):
 def test_matching_against_torchvision(anchors):
     torch.manual_seed(1)
     boxes = random_boxes(6)
-    matches = match_anchors(anchors, boxes, torch.zeros(6, dtype=torch.bool), AnchorSettings())
+    matches = match_anchors(anchors, boxes, torch.zeros(6, dtype=torch.bool), SETTINGS)
     expected = Matcher(0.5, 0.5, allow_low_quality_matches=True)(box_iou(boxes, anchors))
     # torchvision gives a low-quality anchor to the object it overlaps most, here it goes to
     # the object whose best anchor it is: positives are the same, and so are the clear ones.
@@ -77,48 +96,112 @@ def test_matching_against_torchvision(anchors):
     assert torch.equal(matches[clear], expected[clear])
 
 
-def test_every_object_has_an_anchor(anchors):
-    boxes = torch.tensor([[10.0, 10.0, 14.0, 13.0], [90.0, 3.0, 93.0, 9.0]])
-    matches = match_anchors(anchors, boxes, torch.zeros(2, dtype=torch.bool), AnchorSettings())
-    assert set(matches[matches >= 0].tolist()) == {0, 1}
+def matched_one_by_one(anchors, boxes, iscrowd):
+    """The rule of matching, an object at a time."""
+    matches = [NEGATIVE] * len(anchors)
+    iou = box_iou(anchors, boxes)
+    objects = [m for m in range(len(boxes)) if not iscrowd[m]]
+    for a, anchor in enumerate(anchors.tolist()):
+        for box, crowd in zip(boxes.tolist(), iscrowd.tolist(), strict=True):
+            width = min(anchor[2], box[2]) - max(anchor[0], box[0])
+            height = min(anchor[3], box[3]) - max(anchor[1], box[1])
+            area = (anchor[2] - anchor[0]) * (anchor[3] - anchor[1])
+            if crowd and max(width, 0) * max(height, 0) / area >= SETTINGS.crowd_overlap:
+                matches[a] = IGNORED
+        best = max(objects, key=lambda m: iou[a, m], default=None)
+        if best is not None and iou[a, best] >= SETTINGS.match_iou:
+            matches[a] = best
+    for m in objects:
+        if iou[:, m].max() > 0:
+            matches[int(iou[:, m].argmax())] = m
+    return matches
 
 
-def test_crowds_are_neither_positive_nor_negative(anchors):
-    boxes = torch.tensor([[0.0, 0.0, 60.0, 60.0], [80.0, 80.0, 120.0, 120.0]])
-    iscrowd = torch.tensor([True, False])
-    matches = match_anchors(anchors, boxes, iscrowd, AnchorSettings())
-    assert 0 not in matches.tolist()
-    assert 1 in matches.tolist()
-    for anchor, match in zip(anchors.tolist(), matches.tolist(), strict=True):
-        width = min(anchor[2], 60) - max(anchor[0], 0)
-        height = min(anchor[3], 60) - max(anchor[1], 0)
-        share = max(width, 0) * max(height, 0)
-        share /= (anchor[2] - anchor[0]) * (anchor[3] - anchor[1])
-        if abs(share - 0.5) > 1e-4 and match < 0:
-            assert match == (IGNORED if share > 0.5 else NEGATIVE)
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_matching_against_a_loop(count):
+    torch.manual_seed(count)
+    anchors = make_anchors(((8, 8), (4, 4), (2, 2), (1, 1), (1, 1)), SETTINGS, CPU)
+    for _ in range(4):
+        boxes, iscrowd = random_boxes(count, 64), torch.arange(count) % 4 == 1
+        boxes[-1] = boxes[0] + 0.01  # two objects with one best anchor
+        matches = match_anchors(anchors, boxes, iscrowd, SETTINGS)
+        assert matches.tolist() == matched_one_by_one(anchors, boxes, iscrowd)
+
+
+def test_an_object_outside_of_every_anchor_is_not_matched():
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [10.0, 0.0, 20.0, 10.0]])
+    boxes = torch.tensor([[50.0, 50.0, 60.0, 60.0]])
+    matches = match_anchors(anchors, boxes, torch.tensor([False]), SETTINGS)
+    assert matches.tolist() == [NEGATIVE, NEGATIVE]
+
+
+def test_assignments_say_what_each_anchor_is_to_find():
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 0.0, 30.0, 10.0], [0.0, 20, 10, 30]])
+    target = {
+        "boxes": torch.tensor([[0.0, 20.0, 10.0, 31.0], [19.0, 0.0, 31.0, 12.0]]),
+        "labels": torch.tensor([3, 4]),
+        "iscrowd": torch.tensor([False, True]),
+    }
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    assigned = assign_anchors(anchors, [target, empty], SETTINGS)
+    assert assigned.positive.tolist() == [[False, False, True], [False] * 3]
+    assert assigned.ignored.tolist() == [[False, True, False], [False] * 3]
+    assert assigned.labels.tolist() == [[NEGATIVE, NEGATIVE, 3], [NEGATIVE] * 3]
+    assert torch.equal(assigned.boxes[0, 2], target["boxes"][0])
+    assert torch.equal(assigned.boxes[0, :2], anchors[:2])
+    assert torch.equal(assigned.boxes[1], anchors)
+
+
+# ---- losses
+
+
+@pytest.mark.parametrize("gamma", [1.5, 2.0])
+def test_the_focal_loss_and_its_gradient_are_torchvisions(gamma):
+    torch.manual_seed(0)
+    logits = (torch.randn(3, 4000, 5) * 4).requires_grad_()
+    classes = torch.randint(-3, 5, (3, 4000))
+    kept = (torch.rand(3, 4000) < 0.9) | (classes >= 0)
+    expected = (classes[..., None] == torch.arange(5)).double()
+    exact = logits.detach().double().requires_grad_()
+    focal = sigmoid_focal_loss(exact[kept], expected[kept], 0.25, gamma).sum()
+    (focal / 7).backward()
+    found = focal_loss_sum(logits, classes, kept, 0.25, gamma)
+    (found / 7).backward()
+    assert found.item() == pytest.approx(focal.item(), rel=2e-6)
+    assert torch.allclose(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
+    assert not logits.grad[~kept].any()
+
+
+def test_the_focal_loss_of_extreme_logits_is_finite():
+    logits = torch.tensor([[[-200.0, 200.0], [200.0, -200.0]]], requires_grad=True)
+    kept = torch.ones(1, 2, dtype=torch.bool)
+    loss = focal_loss_sum(logits, torch.tensor([[1, 1]]), kept, 0.25, 1.5)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.75 * 200 + 0.25 * 200)
+    assert torch.allclose(logits.grad, torch.tensor([[[0.0, 0.0], [0.75, -0.25]]]))
+
+
+def test_the_focal_loss_is_float32_and_its_gradient_has_the_logits_dtype():
+    logits = torch.randn(1, 4, 3).bfloat16().requires_grad_()
+    kept = torch.ones(1, 4, dtype=torch.bool)
+    loss = focal_loss_sum(logits, torch.tensor([[0, -1, 2, 1]]), kept, 0.25, 1.5)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert logits.grad.dtype == torch.bfloat16
 
 
 def test_losses_against_a_loop(model, anchors):
     torch.manual_seed(2)
-    targets = [
-        {
-            "boxes": random_boxes(3),
-            "labels": torch.tensor([0, 4, 2]),
-            "iscrowd": torch.tensor([False, True, False]),
-        },
-        {
-            "boxes": torch.zeros(0, 4),
-            "labels": torch.zeros(0, dtype=torch.int64),
-            "iscrowd": torch.zeros(0, dtype=torch.bool),
-        },
-    ]
+    first, second = random_targets((3, 0), side=128)
+    first["iscrowd"] = torch.tensor([False, True, False])
+    targets = [first, second]
     logits = torch.randn(2, len(anchors), 5)
     codes = torch.randn(2, len(anchors), 4) * 0.1
     losses = model.losses(logits, codes, anchors, targets)
 
     focal = box = positives = 0.0
     for image, target in enumerate(targets):
-        matches = match_anchors(anchors, target["boxes"], target["iscrowd"], AnchorSettings())
+        matches = match_anchors(anchors, target["boxes"], target["iscrowd"], SETTINGS)
         for anchor in range(len(anchors)):
             match = int(matches[anchor])
             if match == IGNORED:
@@ -135,36 +218,61 @@ def test_losses_against_a_loop(model, anchors):
                 focal -= alpha * (1 - chance) ** 1.5 * math.log(chance)
     assert losses["classification"].item() == pytest.approx(focal / (positives + 1), rel=1e-4)
     assert losses["box"].item() == pytest.approx(50 * box / 4 / (positives + 1), rel=1e-4)
+    count = model.loss_count(torch.zeros(2, 3, 128, 128), targets)
+    assert (int(count), int(model.loss_divisor(count))) == (positives, positives + 1)
+
+
+def losses_and_gradients(model, targets):
+    images = torch.randn(len(targets), 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    model.zero_grad()
+    torch.manual_seed(1)  # the same stochastic depth
+    losses = model.train()(images, targets)
+    sum(losses.values()).backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return {name: loss.item() for name, loss in losses.items()}, torch.cat(gradients)
+
+
+@pytest.mark.parametrize("name", ["eff_spinenet_m0", "mobilenetv3_small_ssdlite"])
+def test_padding_changes_neither_losses_nor_gradients(name):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    targets = random_targets()
+    plain, gradients = losses_and_gradients(model, targets)
+    model.load_state_dict(state)
+    again, same = losses_and_gradients(model, [pad_target(target, 9) for target in targets])
+    assert again == pytest.approx(plain, rel=1e-6)
+    assert torch.allclose(same, gradients, rtol=1e-5, atol=1e-7)
+    assert gradients.abs().max() > 1e-3
 
 
 def test_an_image_without_objects_has_a_finite_loss(model):
-    empty = {
-        "boxes": torch.zeros(0, 4),
-        "labels": torch.zeros(0, dtype=torch.int64),
-        "iscrowd": torch.zeros(0, dtype=torch.bool),
-    }
-    losses = model.train()(torch.randn(2, 3, 64, 64), [empty, empty])
+    losses = model.train()(torch.randn(2, 3, 64, 64), random_targets((0, 0)))
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert losses["box"] == 0
 
 
-def test_targets_need_not_say_that_there_are_no_crowds(model):
-    images = torch.randn(2, 3, 64, 64)
-    target = {"boxes": torch.tensor([[5.0, 5.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
-    torch.manual_seed(1)  # the same stochastic depth in both
-    without = model.train()(images, [target] * 2)
-    torch.manual_seed(1)
-    saying = model(images, [{**target, "iscrowd": torch.tensor([False])}] * 2)
-    assert {name: float(loss) for name, loss in without.items()} == pytest.approx(
-        {name: float(loss) for name, loss in saying.items()}
-    )
+def test_a_broken_code_of_an_anchor_without_object_leaves_the_box_loss_alone(model, anchors):
+    """Codes of negatives take no part, not even by zero times infinity."""
+    targets = random_targets((2,), side=128)
+    codes = torch.zeros(1, len(anchors), 4)
+    negative = ~assign_anchors(anchors, targets, SETTINGS).positive
+    codes[negative] = torch.inf
+    codes.requires_grad_()
+    loss = model.losses(torch.zeros(1, len(anchors), 5), codes, anchors, targets)["box"]
+    loss.backward()
+    assert loss.isfinite()
+    assert codes.grad.isfinite().all()
+    assert not codes.grad[negative].any()
 
 
-def test_broken_weights_are_an_error_and_not_an_ap_of_zero(model):
-    with torch.no_grad():
-        model.class_head.predict.pointwise.weight[0] = math.nan
-    with pytest.raises(TrainingError, match="not finite"):
-        model.eval()(torch.randn(1, 3, 64, 64))
+def test_a_location_starts_with_a_low_probability(model):
+    with torch.inference_mode():
+        logits, _, _ = model.eval().network(torch.randn(2, 3, 128, 128))
+    assert logits.sigmoid().mean().item() == pytest.approx(0.01, rel=0.5)
+
+
+# ---- detections
 
 
 def test_detections_against_a_loop_over_classes(model, anchors):
@@ -179,59 +287,26 @@ def test_detections_against_a_loop_over_classes(model, anchors):
     expected = []
     for label in range(5):
         confident = scores[:, label] > 0.05
-        kept = nms(boxes[confident], scores[confident, label], 0.5)
+        values = scores[confident, label]
+        kept = nms(boxes[confident], values, 0.5)
         expected += [
             (float(score), label, box.tolist())
-            for score, box in zip(
-                scores[confident, label][kept], boxes[confident][kept], strict=True
-            )
+            for score, box in zip(values[kept], boxes[confident][kept], strict=True)
         ]
     expected.sort(key=lambda detection: -detection[0])
-    expected = expected[:100]
-    assert len(found["scores"]) == len(expected) == 100
-    for index, (score, label, box) in enumerate(expected):
+    assert len(found["scores"]) == 100
+    for index, (score, label, box) in enumerate(expected[:100]):
         assert found["scores"][index].item() == pytest.approx(score)
         assert found["labels"][index].item() == label
         assert found["boxes"][index].tolist() == pytest.approx(box, abs=1e-3)
 
 
-def test_detections_of_a_fresh_model_are_in_bounds(model):
-    with torch.inference_mode():
-        (found,) = model.eval()(torch.randn(1, 3, 128, 192))
-    assert len(found["scores"]) <= 100
-    assert found["boxes"].shape == (len(found["scores"]), 4)
-
-
-def test_a_location_starts_with_a_low_probability(model):
-    model.eval()
-    with torch.inference_mode():
-        logits, _, _ = model.network(torch.randn(2, 3, 128, 128))
-    assert logits.sigmoid().mean().item() == pytest.approx(0.01, rel=0.2)
-
-
-def test_a_batch_too_small_for_the_norms_is_refused(model):
-    with pytest.raises(UserError, match="2 images a batch"):
-        model.train()(torch.randn(1, 3, 128, 96), [{}])
-
-
-def test_training_needs_targets(model):
+def test_what_cannot_be_done_is_refused_with_the_reason(model):
     with pytest.raises(ValueError, match="targets"):
         model.train()(torch.randn(2, 3, 64, 64))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "near"),
-    [
-        ({"name": "eff_spinnet_d0"}, "eff_spinenet_d0"),
-        ({"name": "eff_spinenet_m0", "task": "detect"}, "detection"),
-        ({"name": "eff_spinenet_m0", "space2depth": True}, "space_to_depth"),
-    ],
-)
-def test_unknown_names_list_the_near_ones(arguments, near):
-    with pytest.raises(UnknownName, match=near):
-        create_model(**arguments)
-
-
-def test_no_classes_is_refused():
-    with pytest.raises(UserError, match="at least one class"):
-        create_model("eff_spinenet_m0", num_classes=0)
+    with pytest.raises(UserError, match="2 images a batch"):
+        model.train()(torch.randn(1, 3, 128, 96), [{}])
+    with torch.no_grad():
+        model.class_head.predict.pointwise.weight[0] = math.nan
+    with pytest.raises(TrainingError, match="not finite"):
+        model.eval()(torch.randn(1, 3, 64, 64))

@@ -8,21 +8,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from effspinenet_lib import create_model
 from effspinenet_lib.data import Augmentation, DataConfig, classes_of, open_dataset, training_loader
 from effspinenet_lib.data.augment import MAX_OBJECTS, PADDING_LABEL, pad_target
 from effspinenet_lib.errors import UserError
-from effspinenet_lib.models.anchors import (
-    IGNORED,
-    NEGATIVE,
-    AnchorSettings,
-    assign_anchors,
-    make_anchors,
-    match_anchors,
-)
-from effspinenet_lib.models.retinanet import CACHED, focal_loss_sum
 
 SIDE = 64
 # Operations whose result's shape, or whose program, depends on values.
@@ -61,16 +51,6 @@ def make_targets(counts=(3, 0, 1), side=SIDE, seed=0):
             }
         )
     return targets
-
-
-def losses_and_gradients(model, targets):
-    images = torch.randn(len(targets), 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
-    model.zero_grad()
-    torch.manual_seed(1)  # the same stochastic depth
-    losses = model.train()(images, targets)
-    sum(losses.values()).backward()
-    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
-    return {name: loss.item() for name, loss in losses.items()}, gradients
 
 
 def epoch(task, pad_targets, steps=4):
@@ -171,22 +151,6 @@ def test_a_compiler_builds_one_program_for_the_losses_of_all_batches(name):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", ["eff_spinenet_m0", "mobilenetv3_small_ssdlite"])
-def test_padding_changes_neither_losses_nor_gradients(name):
-    torch.manual_seed(0)
-    model = create_model(name, num_classes=5)
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    targets = make_targets()
-    plain, gradients = losses_and_gradients(model, targets)
-    model.load_state_dict(state)
-    padded = [pad_target(target, 9) for target in targets]
-    assert {len(target["labels"]) for target in padded} == {9}
-    again, same = losses_and_gradients(model, padded)
-    assert again == pytest.approx(plain, rel=1e-6)
-    assert torch.allclose(same, gradients, rtol=1e-5, atol=1e-7)
-    assert gradients.abs().max() > 1e-3
-
-
 def test_padded_rows_are_marked_and_last():
     target = make_targets((3,))[0]
     padded = pad_target(target, 5)
@@ -203,120 +167,6 @@ def test_of_too_many_objects_the_largest_are_kept_in_order():
     kept = pad_target({"boxes": boxes, "labels": torch.arange(4)}, 2)
     assert kept["labels"].tolist() == [1, 3]
     assert torch.equal(kept["boxes"], boxes[[1, 3]])
-
-
-def matched_one_by_one(anchors, boxes, iscrowd, settings):
-    """The rule of matching, an object at a time."""
-    matches = [NEGATIVE] * len(anchors)
-    iou = box_iou(anchors, boxes)
-    for a, anchor in enumerate(anchors.tolist()):
-        for box, crowd in zip(boxes.tolist(), iscrowd.tolist(), strict=True):
-            width = min(anchor[2], box[2]) - max(anchor[0], box[0])
-            height = min(anchor[3], box[3]) - max(anchor[1], box[1])
-            area = (anchor[2] - anchor[0]) * (anchor[3] - anchor[1])
-            if crowd and max(width, 0) * max(height, 0) / area >= settings.crowd_overlap:
-                matches[a] = IGNORED
-        best = max(
-            (m for m in range(len(boxes)) if not iscrowd[m]),
-            key=lambda m: iou[a, m],
-            default=None,
-        )
-        if best is not None and iou[a, best] >= settings.match_iou:
-            matches[a] = best
-    for m in range(len(boxes)):
-        if not iscrowd[m] and iou[:, m].max() > 0:
-            matches[int(iou[:, m].argmax())] = m
-    return matches
-
-
-@pytest.mark.parametrize("count", [1, 2, 9])
-def test_matching_against_a_loop(count):
-    settings = AnchorSettings()
-    anchors = make_anchors(((8, 8), (4, 4), (2, 2), (1, 1), (1, 1)), settings, torch.device("cpu"))
-    for seed in range(4):
-        target = make_targets((count,), seed=seed)[0]
-        boxes, iscrowd = target["boxes"], torch.arange(count) % 4 == 1
-        boxes[-1] = boxes[0] + 0.01  # two objects with one best anchor
-        matches = match_anchors(anchors, boxes, iscrowd, settings)
-        assert matches.tolist() == matched_one_by_one(anchors, boxes, iscrowd, settings)
-
-
-def test_an_object_outside_of_every_anchor_is_not_matched():
-    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [10.0, 0.0, 20.0, 10.0]])
-    boxes = torch.tensor([[50.0, 50.0, 60.0, 60.0]])
-    matches = match_anchors(anchors, boxes, torch.tensor([False]), AnchorSettings())
-    assert matches.tolist() == [NEGATIVE, NEGATIVE]
-
-
-def test_assignments_say_what_each_anchor_is_to_find():
-    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 0.0, 30.0, 10.0], [0.0, 20, 10, 30]])
-    target = {
-        "boxes": torch.tensor([[0.0, 20.0, 10.0, 31.0], [19.0, 0.0, 31.0, 12.0]]),
-        "labels": torch.tensor([3, 4]),
-        "iscrowd": torch.tensor([False, True]),
-    }
-    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    assigned = assign_anchors(anchors, [target, empty], AnchorSettings())
-    assert assigned.positive.tolist() == [[False, False, True], [False] * 3]
-    assert assigned.ignored.tolist() == [[False, True, False], [False] * 3]
-    assert assigned.labels.tolist() == [[NEGATIVE, NEGATIVE, 3], [NEGATIVE] * 3]
-    assert torch.equal(assigned.boxes[0, 2], target["boxes"][0])
-    assert torch.equal(assigned.boxes[0, :2], anchors[:2])
-    assert torch.equal(assigned.boxes[1], anchors)
-
-
-@pytest.mark.parametrize("gamma", [1.5, 2.0])
-def test_the_focal_loss_and_its_gradient_are_torchvisions(gamma):
-    torch.manual_seed(0)
-    anchors = 2 * CACHED // 5 // 3  # more than one piece
-    logits = (torch.randn(3, anchors, 5) * 4).requires_grad_()
-    classes = torch.randint(-3, 5, (3, anchors))
-    kept = (torch.rand(3, anchors) < 0.9) | (classes >= 0)
-    expected = (classes[..., None] == torch.arange(5)).double()
-    slow = logits.detach().double().requires_grad_()
-    focal = sigmoid_focal_loss(slow[kept], expected[kept], 0.25, gamma).sum()
-    (focal / 7).backward()
-    found = focal_loss_sum(logits, classes, kept, 0.25, gamma)
-    (found / 7).backward()
-    assert found.item() == pytest.approx(focal.item(), rel=1e-6)
-    assert torch.allclose(logits.grad.double(), slow.grad, rtol=3e-6, atol=1e-9)
-    assert not logits.grad[~kept].any()
-
-
-def test_the_focal_loss_of_extreme_logits_is_finite():
-    logits = torch.tensor([[[-200.0, 200.0], [200.0, -200.0]]], requires_grad=True)
-    loss = focal_loss_sum(
-        logits, torch.tensor([[1, 1]]), torch.ones(1, 2, dtype=torch.bool), 0.25, 1.5
-    )
-    loss.backward()
-    assert loss.item() == pytest.approx(0.75 * 200 + 0.25 * 200)
-    assert torch.allclose(logits.grad, torch.tensor([[[0.0, 0.0], [0.75, -0.25]]]))
-
-
-def test_the_focal_losss_gradient_has_the_logits_type():
-    logits = torch.randn(1, 4, 3).bfloat16().requires_grad_()
-    kept = torch.ones(1, 4, dtype=torch.bool)
-    loss = focal_loss_sum(logits, torch.tensor([[0, -1, 2, 1]]), kept, 0.25, 1.5)
-    assert loss.dtype == torch.float32
-    loss.backward()
-    assert logits.grad.dtype == torch.bfloat16
-
-
-def test_a_broken_number_of_an_anchor_without_object_leaves_the_box_loss_alone():
-    """Codes of negatives take no part, not even by zero times infinity."""
-    torch.manual_seed(0)
-    model = create_model("eff_spinenet_m0", num_classes=5)
-    anchors = make_anchors(((8, 8), (4, 4), (2, 2), (1, 1), (1, 1)), AnchorSettings(), "cpu")
-    targets = make_targets((2,))
-    codes = torch.zeros(1, len(anchors), 4)
-    negative = ~assign_anchors(anchors, targets, AnchorSettings()).positive
-    codes[negative] = torch.inf
-    codes.requires_grad_()
-    loss = model.losses(torch.zeros(1, len(anchors), 5), codes, anchors, targets)["box"]
-    loss.backward()
-    assert loss.isfinite()
-    assert codes.grad.isfinite().all()
-    assert not codes.grad[negative].any()
 
 
 def test_no_maker_of_devices_is_named():
