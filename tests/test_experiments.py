@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +36,7 @@ from effspinenet_lib.models.zoo import model_entry
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.results.paper import paper_values
 from effspinenet_lib.training.recipes import get_recipe
-from effspinenet_lib.training.run import RunConfig, RunResult, read_result
+from effspinenet_lib.training.run import RunConfig, RunResult
 
 TABLES = ("table-03", "table-04", "table-05", "table-06", "table-07", "table-10", "table-11")
 # Rows that the paper prints and that nothing here trains.
@@ -497,32 +492,3 @@ def test_a_few_steps_do_not_replace_what_a_longer_run_measured(tmp_path, coco):
     with pytest.raises(UserError, match=rf"run {first.key}, of 4 images.*another results folder"):
         train_row(ITEM, ITEM.rows[0], parameters, batch_size=3, max_steps=1, progress=False)
     assert store.measurements("table-07").equals(before)
-
-
-def test_a_row_is_killed_and_resumed(tmp_path, coco):
-    """In a process of its own, as a user does it."""
-    program = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
-        "from test_experiments import *; "
-        "train_row(ITEM, ITEM.rows[0], tiny(Path(sys.argv[2]), Path(sys.argv[3])), max_steps=3)"
-    )
-    folder = tmp_path / "results"
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(folder), str(coco)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment, **quiet)
-    deadline = time.monotonic() + 300
-    while not list(folder.glob("paper_scale/runs/*/config.json")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not list(folder.glob("paper_scale/*.csv"))
-    again = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    (run,) = (folder / "paper_scale" / "runs").iterdir()
-    result = read_result(run)
-    assert result is not None
-    assert result.steps == 3
-    assert (folder / "paper_scale" / "table-07.csv").exists()

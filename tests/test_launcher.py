@@ -14,6 +14,7 @@ from pathlib import Path
 
 import launcher_fakes
 import pytest
+from filelock import FileLock
 
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import CheckpointError, DataError, Preempted, TrainingError, UserError
@@ -27,7 +28,6 @@ from effspinenet_lib.experiments.launcher import (
 )
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.search.search import get_search
-from effspinenet_lib.training.recipes import get_recipe
 
 SEARCH = get_search("smoke")
 CONFIG = SEARCH.config((1,) * 18, 0)
@@ -139,25 +139,26 @@ def test_cores_are_shared_out_over_runs_at_once() -> None:
     assert Pool(2 * cores, "cpu", 0, None).threads(2 * cores) == 1
 
 
-def test_a_run_that_another_process_holds_is_not_run_twice(tmp_path: Path) -> None:
-    from filelock import FileLock
-
-    folder = tmp_path / CONFIG.key
-    folder.mkdir()
-    with FileLock(folder / "run.lock"), open_pool("local", 1, "cpu") as pool:
-        (outcome,) = run_many([CONFIG], tmp_path, pool, progress=False)
-    assert outcome.result is None
-    assert "another process is running this configuration" in str(outcome.error)
-
-
-def test_one_failed_run_keeps_the_others(tmp_path: Path) -> None:
+def test_real_runs_end_each_for_itself_and_are_not_run_twice(tmp_path: Path) -> None:
     bad = replace(CONFIG, data=DataConfig("coco", root=str(tmp_path / "none")))
-    with open_pool("local", 2, "cpu") as pool:
-        outcomes = list(run_many([bad, CONFIG], tmp_path, pool, progress=False))
-    by_key = {outcome.config.key: outcome for outcome in outcomes}
-    assert by_key[CONFIG.key].result is not None
-    assert isinstance(by_key[bad.key].error, DataError)
-    assert by_key[bad.key].log.name == "worker.log"
+    held = replace(CONFIG, seed=1)
+    (tmp_path / held.key).mkdir()
+    with open_pool("local", 2, "cpu", timeout=600) as pool:
+        with FileLock(tmp_path / held.key / "run.lock"):
+            outcomes = list(run_many([held, bad, CONFIG], tmp_path, pool, progress=False))
+        first, failed, locked = (
+            next(one for one in outcomes if one.config.key == config.key)
+            for config in (CONFIG, bad, held)
+        )
+        stamp = (tmp_path / CONFIG.key / "run.json").stat().st_mtime_ns
+        (again,) = run_many([CONFIG], tmp_path, pool, progress=False)
+    assert first.result is not None
+    assert 0 <= first.result.metrics["AP"] <= 100
+    assert again.result == first.result
+    assert stamp == (tmp_path / CONFIG.key / "run.json").stat().st_mtime_ns, "not trained again"
+    assert isinstance(failed.error, DataError)
+    assert failed.log.name == "worker.log"
+    assert "another process is running this configuration" in str(locked.error)
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
@@ -246,15 +247,3 @@ def test_a_ray_cluster_is_joined_where_it_is_named_and_shared(
 def test_without_ray_its_engine_says_what_to_install() -> None:
     with pytest.raises(UserError, match=r"pip install 'effspinenet\[ray\]'"), open_pool("ray"):
         pass
-
-
-def test_the_smoke_recipe_trains_in_a_process(tmp_path: Path) -> None:
-    config = replace(CONFIG, recipe=get_recipe("smoke_search"))
-    with open_pool("local", 1, "cpu", timeout=300) as pool:
-        (first,) = run_many([config], tmp_path, pool, progress=False)
-        stamp = (tmp_path / config.key / "run.json").stat().st_mtime_ns
-        (again,) = run_many([config], tmp_path, pool, progress=False)
-    assert first.result is not None
-    assert 0 <= first.result.metrics["AP"] <= 100
-    assert again.result == first.result
-    assert stamp == (tmp_path / config.key / "run.json").stat().st_mtime_ns, "not trained again"

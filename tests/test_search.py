@@ -628,7 +628,7 @@ def test_equation_4_keeps_the_computation_of_the_blocks_but_for_rounding() -> No
 
 @pytest.mark.parametrize(
     ("scale", "size", "classes", "count"),
-    [("D0", 512, 90, 12), ("M0", 96, 12, 20), ("M2", 160, 12, 4), ("D2", 768, 90, 4)],
+    [("D0", 512, 90, 8), ("M0", 96, 12, 12), ("M2", 160, 12, 3), ("D2", 768, 90, 3)],
 )
 def test_costs_are_those_of_the_built_model(
     scale: str, size: int, classes: int, count: int

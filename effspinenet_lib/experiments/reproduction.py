@@ -524,21 +524,21 @@ def _protect_longer(
     """Refuse a run of few steps whose row would replace that of another, longer run."""
     if max_steps is None or max_steps >= config.recipe.steps:
         return
-    frame = store.measurements(item.id)
-    same = frame[
-        (frame["row"] == row.label)
-        & (frame["model"] == config.model)
-        & (frame["source"] == store.source)
-        & (frame["seed"] == config.seed)
+    rows, records = store.measurements(item.id), store.runs()
+    same = rows[
+        (rows["row"] == row.label)
+        & (rows["model"] == config.model)
+        & (rows["seed"] == config.seed)
+        & (rows["run"] != config.key)
     ]
-    images = store.runs().set_index("run")["images"]
-    for run in same["run"].unique():
-        if run != config.key and images.get(run, 0) > max_steps * config.recipe.batch_size:
-            raise UserError(
-                f"{store.folder / item.id}.csv holds what run {run}, of {images[run]:,} images, "
-                f"measured for {row.label}; {max_steps} steps of {config.recipe.batch_size} would "
-                "replace it: give another results folder"
-            )
+    few = max_steps * config.recipe.batch_size
+    longer = records[records["run"].isin(same["run"]) & (records["images"] > few)]
+    for run, images in longer[["run", "images"]].itertuples(index=False):
+        raise UserError(
+            f"{store.folder / item.id}.csv holds what run {run}, of {images:,} images, measured "
+            f"for {row.label}; {max_steps} steps of {config.recipe.batch_size} would replace it: "
+            "give another results folder"
+        )
 
 
 # Rows of the results
