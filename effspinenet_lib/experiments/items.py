@@ -243,7 +243,7 @@ _TABLE_7 = (
     ),
 )
 
-# Table 8: SP-EfficientNet-B0 beside the distribution that was learned from it. Table 9: D0 without
+# Table 8: SP-EfficientNet-B0 and the distribution that was learned from it. Table 9: D0 without
 # space-to-depth (model 1), and without weighted fusion too (model 2).
 _TABLE_8 = (
     Row("SP-EfficientNet-B0", "sp_efficientnet_b0", "sp_efficientnet_m0", group="D0"),

@@ -47,7 +47,7 @@ from effspinenet_lib.training.recipes import SEARCH_HELD_OUT_IMAGES, Recipe, get
 FINISHED, DUPLICATE, FAILED = "finished", "duplicate", "failed"  # states of a trial
 OWN_FORMAT = "shapescenes"
 HELD_OUT = "search"  # split of ShapeScenes that no training and no table sees
-STATES_FOLDER = "search"  # beside the runs: one file a method and seed
+STATES_FOLDER = "search"  # in the folder of runs: one file a method and seed
 ELSEWHERE = "choose another results folder"
 RESTART = (
     f"restart with --force, which drops the trials of this method and seed alone, or {ELSEWHERE}"
@@ -259,7 +259,7 @@ class Search:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Samples that a controller asked for: what the state file holds beside the controller."""
+    """Samples that a controller asked for: what the state file holds with the controller."""
 
     step: int
     first: int  # number of the first one's trial
@@ -385,7 +385,7 @@ def run_references(
 ) -> pd.DataFrame:
     """Train distributions that no controller chose as trials of several seeds, each once.
 
-    They show what the best of a search is worth beside others, and how much a seed matters. What
+    They show what the best of a search is worth against others, and how much a seed matters. What
     failed is run again under its number.
 
     Args:

@@ -84,7 +84,7 @@ def detector_costs(betas: Ints, scale: Scale, num_classes: int, size: int) -> Co
     """Costs of RetinaNet on the scale-permuted backbones of many betas.
 
     What depends on the dimensions is counted here; the rest, one number for all, is what
-    SP-EfficientNet's module has beside it.
+    SP-EfficientNet's module has in addition.
 
     Args:
         betas: [N, 18]; N is at least 1.
