@@ -1,4 +1,4 @@
-"""What every model costs for every task, compared with the #FLOPs and #Params cells of the paper."""
+"""What every model costs for every task, and the #FLOPs and #Params cells of the paper."""
 
 from __future__ import annotations
 
