@@ -366,7 +366,7 @@ def detections(
         model: as `create_model` gives it.
         picture: uint8 [H, W, 3].
         image_size: side of the square input; the picture's long side is resized to it.
-        preprocessing: one of `data.released.PREPROCESSINGS`.
+        preprocessing: one of `data.augment.PREPROCESSINGS`.
 
     Returns:
         `boxes` [K, 4] in pixels of the picture, `scores` [K] falling, `labels` int64 [K] and, of

@@ -69,7 +69,7 @@ def disable_malloc_trim() -> bool:
     """Let this process keep the memory of freed tensors for the next ones.
 
     glibc returns blocks of over 32 MiB to the system as they are freed, and the system clears
-    every page of the next one: a third of a training step of Eff-SpineNet-D0 at 512x512 on a CPU.
+    every page of the next one, which takes a good part of a training step on a CPU.
     From here on the process keeps what it had at its peak.
 
     Returns:

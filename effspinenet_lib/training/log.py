@@ -21,8 +21,8 @@ from effspinenet_lib.training.loop import Step
 ROW_STEPS = 10  # our choice: steps averaged in a row of the curve
 EVENTS = "tb"
 # A run has diverged when the last `DIVERGED_ROWS` rows of its curve, 200 steps, all lie above
-# `DIVERGED_FACTOR` times the median of the rows before them (our choice: over 23 runs of the proxy
-# profile's length no single row lay above 1.5 times that median).
+# `DIVERGED_FACTOR` times the median of the rows before them (our choice: in 23 runs of the
+# proxy's length, on an earlier network, no row lay above 1.5 times that median).
 DIVERGED_FACTOR = 10.0
 DIVERGED_ROWS = 20
 
