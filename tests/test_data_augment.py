@@ -269,14 +269,13 @@ TRUTH: dict[str, Any] = {
         ({"size": [6, 8], "counts": 5}, "is invalid"),
         ({"size": [6, 8]}, "has no segmentation"),
         (coco_mask.encode(np.ones((3, 3), np.uint8, order="F")), "is of 3 x 3 pixels"),
-        ({"size": [6, 8], "counts": "zzzzz"}, "is invalid"),
     ],
 )
 def test_a_malformed_mask_names_its_annotation(shape: Any, message: str) -> None:
     truth = copy.deepcopy(TRUTH)
     truth["annotations"][0]["segmentation"] = shape
     with pytest.raises(DataError, match=f"file.json: annotation 9: .*{message}"):
-        RunLengths.from_coco(truth, "file.json").decode(slice(0, 1), 6, 8, "file.json")
+        RunLengths.from_coco(truth, "file.json")
 
 
 def test_a_folder_without_masks_says_so(tiny_coco: Path, tmp_path: Path) -> None:
@@ -291,6 +290,17 @@ def test_a_folder_without_masks_says_so(tiny_coco: Path, tmp_path: Path) -> None
     number = content["annotations"][3]["id"]
     with pytest.raises(DataError, match=rf"{path}: annotation {number}: has no segmentation"):
         dataset.prepare("instances")
+
+
+def test_run_lengths_that_do_not_fill_the_image_name_it(tiny_coco: Path) -> None:
+    dataset = open_dataset(DataConfig("coco", str(tiny_coco)), "eval")
+    count = len(dataset.annotations.boxes)
+    counts = np.frombuffer(b"zzzzz" * count, np.uint8)
+    dataset._run_lengths = RunLengths(counts, np.arange(count + 1) * 5)
+    index = int(np.diff(dataset.annotations.starts).argmax())
+    name = dataset.annotations.file_name(index)
+    with pytest.raises(DataError, match=f"{name}: a segmentation is invalid"):
+        dataset.load(index, "instances")
 
 
 def test_smaller_objects_lie_on_larger_ones() -> None:

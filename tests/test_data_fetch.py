@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import socket
 import struct
 import tarfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -65,13 +65,7 @@ def server() -> Iterator[FileServer]:
             content, start = state.files[name], 0
             if wanted and state.knows_ranges:
                 start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-                if start >= len(content):
-                    self.send_error(416)
-                    return
                 self.send_response(206)
-                self.send_header(
-                    "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
-                )
             else:
                 self.send_response(200)
             self.send_header("Content-Length", str(len(content) - start))
@@ -105,7 +99,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def described(name: str, content: bytes) -> Archive:
     checksum = f"sha1:{hashlib.sha1(content).hexdigest()}"
-    return Archive(f"http://nowhere.invalid/{name}", len(content), checksum, 10**7)
+    return Archive(f"http://nowhere.invalid/{name}", len(content), checksum)
 
 
 def zipped(files: dict[str, bytes]) -> bytes:
@@ -141,9 +135,8 @@ def picture(kind: str = "JPEG", size: tuple[int, int] = (7, 5), value: int = 3) 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
-def fetched(server: FileServer, path: Path, **changes: object) -> bytes:
-    archive = replace(described(path.name, CONTENT), **changes)
-    return fetching.download(archive, path, server.url).read_bytes()
+def fetched(server: FileServer, path: Path) -> bytes:
+    return fetching.download(described(path.name, CONTENT), path, server.url).read_bytes()
 
 
 @pytest.mark.parametrize("resets", [True, False])
@@ -179,30 +172,17 @@ def test_a_later_call_goes_on_with_what_an_earlier_one_left(
     assert not server.asked
 
 
-def test_a_wrong_checksum_is_named_and_leaves_nothing(server: FileServer, tmp_path: Path) -> None:
-    server.files["a.bin"] = CONTENT[:-1] + b"?"
-    expected = hashlib.sha1(CONTENT).hexdigest()
-    with pytest.raises(DataError, match=f"wrong checksum: sha1 .*, expected {expected}"):
-        fetched(server, tmp_path / "a.bin")
-    assert not list(tmp_path.iterdir())
-    server.files["a.bin"] = CONTENT
-    assert fetched(server, tmp_path / "a.bin") == CONTENT
-
-
-def test_a_file_of_another_size_is_refused_before_it_is_fetched(
-    server: FileServer, tmp_path: Path
-) -> None:
+def test_another_file_is_named_and_leaves_nothing(server: FileServer, tmp_path: Path) -> None:
     server.files["a.bin"] = CONTENT + b"more"
     with pytest.raises(DataError, match="has 300004 bytes, not 300000"):
         fetched(server, tmp_path / "a.bin")
-
-
-def test_what_is_left_of_another_file_is_replaced(server: FileServer, tmp_path: Path) -> None:
-    (tmp_path / "a.bin.part").write_bytes(b"?" * 200_000)
-    server.files["a.bin"] = CONTENT[:100_000]
-    with pytest.raises(DataError, match="has 100000 bytes, not 300000"):
-        fetched(server, tmp_path / "a.bin")
     server.files["a.bin"] = CONTENT
+    for rest in (b"?" * 200_000, b"?" * 300_000):
+        (tmp_path / "a.bin.part").write_bytes(rest)
+        expected = hashlib.sha1(CONTENT).hexdigest()
+        with pytest.raises(DataError, match=f"wrong checksum: sha1 .*, expected {expected}"):
+            fetched(server, tmp_path / "a.bin")
+        assert not list(tmp_path.iterdir())
     assert fetched(server, tmp_path / "a.bin") == CONTENT
 
 
@@ -211,33 +191,18 @@ def test_what_a_second_try_may_mend_is_tried_again(
     server: FileServer, tmp_path: Path, status: int, requests: int
 ) -> None:
     server.status = status
-    with pytest.raises(DataError, match=r"a\.bin: (the server says 40|cannot be fetched)"):
+    with pytest.raises(DataError, match=r"a\.bin: (HTTP Error 40|cannot be fetched)"):
         fetched(server, tmp_path / "a.bin")
     assert len(server.asked) == requests
 
 
-def test_an_unreachable_server_and_another_scheme_are_one_line(
-    server: FileServer, tmp_path: Path
-) -> None:
+def test_an_unreachable_server_and_another_scheme_are_one_line(tmp_path: Path) -> None:
     archive = described("a.bin", CONTENT)
     with pytest.raises(DataError, match="cannot be fetched") as caught:
         fetching.download(archive, tmp_path / "a.bin", "http://127.0.0.1:1")
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="only http"):
         fetching.download(archive, tmp_path / "a.bin", "file:///etc")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_disk_that_fills_up_says_so_and_keeps_the_part(
-    server: FileServer, tmp_path: Path
-) -> None:
-    server.files["a.bin"] = CONTENT
-    part = tmp_path / "a.bin.part"
-    part.symlink_to("/dev/full")
-    with pytest.raises(UserError, match="the disk is full; what is there is kept"):
-        fetched(server, tmp_path / "a.bin")
-    assert part.is_symlink()
-    assert len(server.asked) == 1
 
 
 # The archives
@@ -271,8 +236,7 @@ HARMFUL: dict[str, tuple[str, Callable[[], bytes]]] = {
 }
 
 
-def everything(name: str, tree: Path) -> str:
-    del tree
+def everything(name: str, _: Path) -> str:
     return name
 
 
@@ -382,6 +346,8 @@ def test_coco_becomes_a_folder_that_trains(
     server.asked.clear()
     assert not fetch("coco", folder, server.url)
     assert not server.asked
+    with pytest.raises(UserError, match="holds coco; choose another folder"):
+        fetch("voc", folder, server.url)
 
 
 def test_the_command_fetches_and_says_how_to_check(
@@ -400,7 +366,7 @@ def test_an_interrupted_fetch_shows_no_half_folder_and_goes_on(
 ) -> None:
     folder = tmp_path / "coco"
     train = server.files.pop("train2017.zip")
-    with pytest.raises(DataError, match="the server says 404"):
+    with pytest.raises(DataError, match="HTTP Error 404"):
         fetch("coco", folder, server.url)
     assert [path.name for path in folder.iterdir()] == [".fetching-coco"]
     server.files["train2017.zip"] = train
@@ -434,33 +400,37 @@ def test_a_fetch_killed_while_folders_take_their_places_goes_on(
     assert len(open_dataset(DataConfig("coco", str(folder)), "eval")) == 2
 
 
-def test_folders_of_the_users_own_are_not_touched(
-    coco: KnownSet, server: FileServer, tmp_path: Path
-) -> None:
-    (tmp_path / "val2017").mkdir()
-    with pytest.raises(UserError, match="val2017: is there already and was not fetched"):
-        fetch("coco", tmp_path, server.url)
-    assert not server.asked
-
-
-def test_too_small_a_disk_is_told_before_anything_is_fetched(
+def test_what_cannot_be_finished_is_refused_before_anything_is_fetched(
     coco: KnownSet, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = replace(coco, archives=tuple(replace(a, unpacked=10**16) for a in coco.archives))
-    monkeypatch.setitem(KNOWN_SETS, "coco", small)
-    with pytest.raises(UserError, match=r"30000000\.0 GB are needed, .* GB are free"):
-        fetch("coco", tmp_path / "coco", server.url)
+    (tmp_path / "val2017").mkdir()
+    with pytest.raises(UserError, match="val2017: exists; choose another folder"):
+        fetch("coco", tmp_path, server.url)
+    with pytest.raises(UnknownName, match=r"coco, imagenet, voc|did you mean coco"):
+        fetch("kokoo", tmp_path, server.url)
+    folder = tmp_path / "other"
+    (folder / ".fetching-coco").mkdir(parents=True)
+    with (
+        FileLock(folder / ".fetching-coco" / "lock"),
+        pytest.raises(UserError, match="another process fetches into it"),
+    ):
+        fetch("coco", folder, server.url)
+    large = replace(coco, archives=tuple(replace(a, size=10**16) for a in coco.archives))
+    monkeypatch.setitem(KNOWN_SETS, "coco", large)
+    with pytest.raises(UserError, match=r"40000000\.0 GB are needed, .* GB are free"):
+        fetch("coco", folder, server.url)
     assert not server.asked
 
 
-def test_another_set_in_the_same_folder_and_an_unknown_one_are_refused(
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_disk_that_fills_up_is_told_in_one_line(
     coco: KnownSet, server: FileServer, tmp_path: Path
 ) -> None:
-    fetch("coco", tmp_path, server.url)
-    with pytest.raises(UserError, match="holds coco; choose another folder"):
-        fetch("voc", tmp_path, server.url)
-    with pytest.raises(UnknownName, match=r"coco, imagenet, voc|did you mean coco"):
-        fetch("kokoo", tmp_path, server.url)
+    (tmp_path / ".fetching-coco").mkdir()
+    (tmp_path / ".fetching-coco" / "annotations.zip.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="No space left on device; what is there is kept"):
+        fetch("coco", tmp_path, server.url)
+    assert len(server.asked) == 1
 
 
 def test_the_archives_that_a_user_has_are_checked_and_kept(
@@ -526,8 +496,7 @@ def test_voc_gains_the_label_maps_of_sbd(
 def test_a_list_of_another_length_than_the_papers_is_refused(
     monkeypatch: pytest.MonkeyPatch, server: FileServer, tmp_path: Path
 ) -> None:
-    parts = (ExpectedPart("train_aug", 10_582, None, 20),)
-    install(monkeypatch, server, "voc", voc_archives(), parts)
+    install(monkeypatch, server, "voc", voc_archives(), KNOWN_SETS["voc"].parts)
     with pytest.raises(DataError, match="train_aug has 4 images, not 10582"):
         fetch("voc", tmp_path / "voc", server.url)
 
@@ -625,16 +594,3 @@ def test_damaged_label_maps_are_named(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"missing\.mat: cannot be read"):
         fetching.sbd_labels(tmp_path / "missing.mat")
-
-
-def test_two_fetches_into_one_folder_do_not_meet(
-    coco: KnownSet, server: FileServer, tmp_path: Path
-) -> None:
-    from filelock import FileLock
-
-    os.makedirs(tmp_path / ".fetching-coco")
-    with (
-        FileLock(tmp_path / ".fetching-coco" / "lock"),
-        pytest.raises(UserError, match="another process fetches into it"),
-    ):
-        fetch("coco", tmp_path, server.url)

@@ -413,7 +413,6 @@ def test_file_names_that_are_no_utf8_load_in_every_layout(voc: Path, tmp_path: P
         f"{name}/{name}.jpg",
         f"n01/{name}.jpg",
     ]
-    assert dataset.ground_truth()["images"][1]["file_name"] == f"n01/{name}.jpg"
     for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
         (voc / folder / f"a.{suffix}").rename(voc / folder / f"{name}.{suffix}")
     for split in ("train", "val", "train_aug"):

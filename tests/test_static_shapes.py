@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from effspinenet_lib import create_model
 from effspinenet_lib.data import Augmentation, DataConfig, classes_of, open_dataset, training_loader
 from effspinenet_lib.data.augment import MAX_OBJECTS, PADDING_LABEL, pad_target
-from effspinenet_lib.errors import UserError
 
 SIDE = 64
 # Operations whose result's shape, or whose program, depends on values.
@@ -119,16 +118,6 @@ def test_the_recorder_sees_what_depends_on_data():
         values[values > 0] = 2.0
         torch.nonzero(values)
     assert {"_local_scalar_dense", "nonzero", "index", "index_put_"} <= recorder.data_dependent
-
-
-def test_instances_cannot_be_padded():
-    with pytest.raises(UserError, match="proposals"):
-        epoch("instances", MAX_OBJECTS)
-
-
-def test_padding_to_no_rows_is_refused():
-    with pytest.raises(UserError, match="0 rows"):
-        epoch("detection", 0)
 
 
 @pytest.mark.parametrize("name", ["eff_spinenet_m0", "mobilenetv3_small_ssdlite"])

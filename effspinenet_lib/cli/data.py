@@ -155,10 +155,11 @@ def check(
     layout = known.format if known else detect_format(folder)
     typer.echo(f"{folder}: {layout.upper()} layout")
     rows: list[Row] = []
-    for part in check_folder(folder, layout, known, pictures, workers or os.cpu_count() or 1):
-        if part.dataset is not None:
-            _print_counts(part.split, part.dataset)
-        rows += part.rows
+    parts = check_folder(folder, layout, known, pictures, workers or os.cpu_count() or 1)
+    for split, dataset, found in parts:
+        if dataset is not None:
+            _print_counts(split, dataset)
+        rows += found
     if report is not None:
         write_report(report, folder, rows)
         typer.echo(f"Wrote {report}")

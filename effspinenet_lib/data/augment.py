@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,16 +134,10 @@ def resize(image: NDArray[np.uint8], scale: float) -> Tensor:
     pixels = _channels_first(image)[None]
     if scale == 1:
         return pixels[0]
+    target: dict[str, Any] = {"scale_factor": scale * _SCALE_NUDGE, "recompute_scale_factor": False}
     if min(height, width) * scale < 1:
-        size = scaled_size(height, width, scale)
-        return functional.interpolate(pixels, size, mode="bilinear", antialias=True)[0]
-    return functional.interpolate(
-        pixels,
-        scale_factor=scale * _SCALE_NUDGE,
-        mode="bilinear",
-        antialias=True,
-        recompute_scale_factor=False,
-    )[0]
+        target = {"size": scaled_size(height, width, scale)}
+    return functional.interpolate(pixels, **target, mode="bilinear", antialias=True)[0]
 
 
 def normalise(pixels: Tensor, canvas: Tensor) -> None:
@@ -237,7 +232,7 @@ def pad_target(target: Target, rows: int) -> Target:
     Rows of `PADDING_LABEL` are added at the end; of more objects the largest are kept, in order.
 
     Args:
-        target: `boxes` [M, 4], `labels` int64 [M] and, if any is, `iscrowd` bool [M].
+        target: `boxes` [M, 4], `labels` int64 [M] and, if there are crowds, `iscrowd` bool [M].
         rows: how many the result has.
     """
     if len(target["labels"]) > rows:
@@ -341,10 +336,7 @@ def fit_image(
 ) -> tuple[Tensor, tuple[float, float]]:
     """The input that evaluation makes of an image, and its scales, as `fit_released` gives them.
 
-    Args:
-        image: uint8 [H, W, 3], RGB.
-        image_size: side of the square input in pixels.
-        preprocessing: one of `PREPROCESSINGS`.
+    `preprocessing` is one of `PREPROCESSINGS`.
     """
     if preprocessing == RELEASED:
         return fit_released(image, image_size)

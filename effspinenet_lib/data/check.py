@@ -42,18 +42,9 @@ class Row:
     problem: str = ""
 
 
-@dataclass(frozen=True)
-class CheckedPart:
-    """A split of a data folder: its data set (None where it cannot be opened) and the rows."""
-
-    split: str
-    dataset: Dataset | None
-    rows: tuple[Row, ...]
-
-
 def check_folder(
     folder: Path, layout: str, known: KnownSet | None, pictures: bool, workers: int
-) -> Iterator[CheckedPart]:
+) -> Iterator[tuple[str, Dataset | None, list[Row]]]:
     """Check every split of a data folder, one after the other.
 
     Args:
@@ -62,6 +53,9 @@ def check_folder(
         known: the data set that it should be; None: its own splits are counted.
         pictures: decode every image, and every label map.
         workers: threads that decode.
+
+    Yields:
+        The split, its data set (None where it cannot be opened), and the rows.
     """
     expected = {part.split: part for part in known.parts} if known else {}
     task = only_task(layout) or "detection"
@@ -76,7 +70,7 @@ def check_folder(
             rows = [Row(split, error.kind, file, problem=fault) for file, fault in error.faults]
         except DataError as error:
             rows = [Row(split, "invalid", problem=str(error))]
-        yield CheckedPart(split, dataset, tuple(rows))
+        yield split, dataset, rows
 
 
 def _counts(split: str, dataset: Dataset, expected: ExpectedPart | None) -> list[Row]:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -14,19 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effspinenet_lib.data.dataset import Annotations, Category, RunLengths, Truth
-from effspinenet_lib.data.folders import (
-    FolderDataset,
-    cached_arrays,
-    check_records,
-    file_digest,
-    need,
-)
+from effspinenet_lib.data.folders import FolderDataset, cached_arrays, check_records, need
 from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.files import read_json
 
 PREFIX = "instances_"
 YEAR = "2017"  # COCO 2017's splits are known as train and val, its files carry the year
-TABLES = ("images", "annotations", "categories")
+TABLES = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
 class HeldOutSplit(NamedTuple):
@@ -67,8 +60,7 @@ class HeldOutSplit(NamedTuple):
         """
         if self.size >= len(names):
             raise UserError(
-                f"{self.name}: {self.split} has {len(names)} images, too few to hold {self.size} "
-                "out"
+                f"{self.split} has {len(names)} images, too few to hold {self.size} out"
             )
         files = [os.fsencode(PurePosixPath(name).name) for name in names]
         digests = [hashlib.sha256(file).digest() for file in files]
@@ -99,9 +91,9 @@ class CocoFolder(FolderDataset):
         part = HeldOutSplit.parse(split)
         whole = part.split if part else split
         self.path = _annotation_file(Path(root), whole)
-        self._digest = file_digest(self.path)
-        arrays = cached_arrays(self.path, self._digest, "boxes", self._read_boxes)
-        annotations = Annotations(**{f.name: arrays[f.name] for f in fields(Annotations)})
+        arrays = cached_arrays(self.path, "boxes", self._read_boxes)
+        categories, dropped = arrays.pop("categories"), arrays.pop("dropped")
+        annotations = Annotations(**arrays)
         names = annotations.file_names.tolist()
         keep = part.select(names) if part else np.ones(len(names), np.bool_)
         if images is not None:
@@ -110,11 +102,11 @@ class CocoFolder(FolderDataset):
         kept = set(annotations.image_ids.tolist())
         super().__init__(
             f"{Path(root).name} {split}",
-            [Category(int(n), str(name)) for n, name in arrays["categories"]],
+            [Category(int(n), str(name)) for n, name in categories],
             annotations,
             _image_folder(Path(root), whole, annotations.file_name(0), self.path),
             self.path,
-            [str(name) for number, name in arrays["dropped"] if int(number) in kept],
+            [str(name) for number, name in dropped if int(number) in kept],
         )
 
     @classmethod
@@ -142,13 +134,10 @@ class CocoFolder(FolderDataset):
         return {**arrays, "categories": np.array(categories), "dropped": dropped}
 
     def _read_masks(self) -> RunLengths:
-        arrays = cached_arrays(
-            self.path,
-            self._digest,
-            "masks",
-            lambda: vars(RunLengths.from_coco(_read(self.path)[0], self.origin)),
-        )
-        return RunLengths(**arrays).select(self._rows)
+        def read() -> dict[str, NDArray[Any]]:
+            return vars(RunLengths.from_coco(_read(self.path)[0], self.origin))
+
+        return RunLengths(**cached_arrays(self.path, "masks", read)).select(self._rows)
 
 
 def _annotation_file(root: Path, split: str) -> Path:
@@ -186,8 +175,7 @@ def _read(path: Path, masks: bool = True) -> tuple[Truth, NDArray[np.str_]]:
 
     content = read_json(path, None if masks else without_masks)
 
-    def named(table: str) -> Iterator[tuple[str, Any]]:
-        kind = {"categories": "category"}.get(table, table.removesuffix("s"))
+    def named(table: str, kind: str) -> Iterator[tuple[str, Any]]:
         for number, record in enumerate(content[table], start=1):
             known = isinstance(record, dict) and "id" in record
             yield f"{path}: {kind} {record['id'] if known else f'number {number}'}", record
@@ -195,5 +183,5 @@ def _read(path: Path, masks: bool = True) -> tuple[Truth, NDArray[np.str_]]:
     for table in TABLES:
         if not isinstance(need(content, table, str(path)), list):
             raise DataError(f"{path}: {table} must be a list")
-    truth, dropped = check_records(path, *map(named, TABLES))
+    truth, dropped = check_records(path, *(named(*table) for table in TABLES.items()))
     return {"info": {"description": path.name}, **truth}, dropped

@@ -151,12 +151,9 @@ def open_dataset(config: DataConfig, split: Part, task: str = "detection") -> Da
     For `classification` it is crops of the single objects, except where each image shows one.
 
     Raises:
-        UserError: `split` is neither, the format does not serve the task, or the cache cannot be
-            written.
+        UserError: the format does not serve the task, or the cache cannot be written.
         DataError: an annotation file is invalid; names the file and the record.
     """
-    if split not in ("train", "eval"):
-        raise UnknownName("part of the data", split, ("train", "eval"))
     only = only_task(config.format)
     if only not in (None, task):
         raise UserError(f"data in the format {config.format!r} serves {only}, not {task}")
@@ -183,8 +180,7 @@ def export_coco(config: DataConfig, folder: str | os.PathLike[str]) -> list[Path
     if config.format != SHAPESCENES:
         raise UserError(f"only ShapeScenes can be exported, not {config.format!r}")
     size = config.image_size or SCENE_IMAGE_SIZE
-    parts: tuple[Part, Part] = ("train", "eval")
+    splits = {config.split_of(part): config.images_of(part) or 0 for part in ("train", "eval")}
     return [
-        export_split(folder, config.split_of(part), config.images_of(part) or 0, size, config.seed)
-        for part in parts
+        export_split(folder, split, images, size, config.seed) for split, images in splits.items()
     ]

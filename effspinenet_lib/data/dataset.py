@@ -37,16 +37,14 @@ class InvalidData(DataError):  # noqa: N818 - it says what is wrong
         kind: "missing" for image files, else "invalid".
     """
 
-    faults: tuple[tuple[str, str], ...] = ()
-    kind: str = "invalid"
+    def __init__(self, faults: Sequence[tuple[str, str]], kind: str = "invalid") -> None:
+        super().__init__(faults, kind)
+        self.faults, self.kind = faults, kind
 
-    @classmethod
-    def of(cls, faults: Sequence[tuple[str, str]], kind: str = "invalid") -> InvalidData:
-        """The error that holds `faults`."""
-        more = f" ({len(faults)} faults; `effspinenet data check` lists them)"
-        error = cls(faults[0][1] + (more if len(faults) > 1 else ""))
-        error.faults, error.kind = tuple(faults), kind
-        return error
+    def __str__(self) -> str:
+        first, count = self.faults[0][1], len(self.faults)
+        more = f" ({count} faults; `effspinenet data check` lists them)"
+        return first + (more if count > 1 else "")
 
 
 def collect_faults(check: Callable[..., Any], records: Iterable[Any]) -> list[Any]:
@@ -62,7 +60,7 @@ def collect_faults(check: Callable[..., Any], records: Iterable[Any]) -> list[An
         except DataError as error:
             faults.append(("", str(error)))
     if faults:
-        raise InvalidData.of(faults)
+        raise InvalidData(faults)
     return good
 
 
@@ -190,43 +188,16 @@ class Annotations:
         )
         return chosen, rows
 
-    def to_coco(self, categories: Sequence[Category]) -> Truth:
-        """The COCO dictionary of the arrays."""
-        owners = np.repeat(self.image_ids, np.diff(self.starts)).tolist()
-        images = zip(self.image_ids.tolist(), self.sizes.tolist(), strict=True)
-        columns = (owners, self.labels, self.boxes, self.area, self.iscrowd)
-        rows = zip(*(np.asarray(column).tolist() for column in columns), strict=True)
-        return {
-            "images": [
-                {"id": number, "file_name": self.file_name(index), "height": h, "width": w}
-                for index, (number, (h, w)) in enumerate(images)
-            ],
-            "annotations": [
-                {
-                    "id": number,
-                    "image_id": owner,
-                    "category_id": categories[label].id,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": area,
-                    "iscrowd": int(crowd),
-                }
-                for number, (owner, label, (x1, y1, x2, y2), area, crowd) in enumerate(rows, 1)
-            ],
-            "categories": [{"id": c.id, "name": c.name} for c in categories],
-        }
-
 
 @dataclass(frozen=True)
 class RunLengths:
     """The masks of a data set as COCO's compressed run lengths, in the order of `Annotations`.
 
     Attributes:
-        ids: int64 [B], the annotations' ids, for messages.
         counts: uint8 [C], the run lengths of all, one after the other.
         starts: int64 [B + 1], where those of each begin.
     """
 
-    ids: NDArray[np.int64]
     counts: NDArray[np.uint8]
     starts: NDArray[np.int64]
 
@@ -237,39 +208,30 @@ class RunLengths:
         Raises:
             InvalidData: segmentations are missing or invalid; names each annotation.
         """
-        index = {image["id"]: number for number, image in enumerate(truth["images"])}
-        records = sorted(truth["annotations"], key=lambda record: index[record["image_id"]])
-        encoded = collect_faults(
-            lambda record: _encode(record, truth["images"][index[record["image_id"]]], origin),
-            records,
-        )
-        return cls(
-            ids=np.array([record["id"] for record in records], np.int64),
-            counts=np.frombuffer(b"".join(encoded), np.uint8),
-            starts=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-        )
+        order = {image["id"]: number for number, image in enumerate(truth["images"])}
+        records = sorted(truth["annotations"], key=lambda record: order[record["image_id"]])
+
+        def encode(record: Mapping[str, Any]) -> bytes:
+            image = truth["images"][order[record["image_id"]]]
+            where = f"{origin}: annotation {record['id']}"
+            return _encode(record.get("segmentation"), image["height"], image["width"], where)
+
+        encoded = collect_faults(encode, records)
+        counts = np.frombuffer(b"".join(encoded), np.uint8)
+        return cls(counts, np.cumsum([0, *map(len, encoded)], dtype=np.int64))
 
     def select(self, rows: NDArray[np.bool_]) -> RunLengths:
         """Those of the annotations where `rows` [B] is true."""
         lengths = np.diff(self.starts)
         starts = np.cumsum([0, *lengths[rows]], dtype=np.int64)
-        return RunLengths(self.ids[rows], self.counts[np.repeat(rows, lengths)], starts)
+        return RunLengths(self.counts[np.repeat(rows, lengths)], starts)
 
-    def decode(self, rows: slice, height: int, width: int, origin: str) -> NDArray[np.bool_]:
-        """The masks of rows of the annotations, [M, height, width].
-
-        Raises:
-            DataError: the run lengths do not fill the image; names the annotation of `origin`.
-        """
+    def decode(self, rows: slice, height: int, width: int) -> NDArray[np.bool_]:
+        """The masks of rows of the annotations, [M, height, width]."""
         masks = np.zeros((rows.stop - rows.start, height, width), np.bool_)
         for mask, row in zip(masks, range(rows.start, rows.stop), strict=True):
             counts = self.counts[self.starts[row] : self.starts[row + 1]].tobytes()
-            try:
-                mask[:] = coco_mask.decode({"size": [height, width], "counts": counts})
-            except ValueError as error:
-                raise DataError(
-                    f"{origin}: annotation {self.ids[row]}: its segmentation is invalid ({error})"
-                ) from error
+            mask[:] = coco_mask.decode({"size": [height, width], "counts": counts})
         return masks
 
 
@@ -279,30 +241,27 @@ def encode_mask(mask: NDArray[np.bool_]) -> str:
     return counts.decode("ascii")
 
 
-def _encode(record: Mapping[str, Any], image: Mapping[str, Any], origin: str) -> bytes:
+def _encode(shape: Any, height: int, width: int, where: str) -> bytes:
     """The compressed run lengths of a segmentation: polygons, run lengths, compressed or not."""
-    where = f"{origin}: annotation {record['id']}"
-    shape = record.get("segmentation")
     if not shape or (isinstance(shape, dict) and not shape.get("counts")):
         raise DataError(f"{where}: has no segmentation, which this task needs")
-    size = [image["height"], image["width"]]
     try:
         if isinstance(shape, dict) and isinstance(shape["counts"], str | bytes):
-            counts = shape["counts"]
-            counts = counts.encode("ascii") if isinstance(counts, str) else counts
-            encoded = {"size": list(shape["size"]), "counts": counts}
+            encoded = shape
             coco_mask.area(encoded)
         else:
-            parts = coco_mask.frPyObjects(shape, *size)
+            parts = coco_mask.frPyObjects(shape, height, width)
             encoded = coco_mask.merge(parts) if isinstance(shape, list) else parts
     except Exception as error:  # pycocotools raises bare ones too
         raise DataError(f"{where}: its segmentation is invalid ({error})") from error
-    if list(encoded["size"]) != size:
+    rows, columns = encoded["size"]
+    if (rows, columns) != (height, width):
         raise DataError(
-            f"{where}: its segmentation is of {encoded['size'][1]} x {encoded['size'][0]} pixels, "
-            f"the image of {size[1]} x {size[0]}"
+            f"{where}: its segmentation is of {columns} x {rows} pixels, the image of "
+            f"{width} x {height}"
         )
-    return bytes(encoded["counts"])
+    counts = encoded["counts"]
+    return counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
 
 
 def paint_semantic(
@@ -356,11 +315,11 @@ class Dataset(ABC):
         """
 
     def ground_truth(self) -> Truth:
-        """The annotations as a COCO dictionary, with the original category ids.
+        """The annotations as a COCO dictionary, with the original ids; only where there are boxes.
 
         Boxes are as annotated; segmentations are included where the data has them.
         """
-        return self.annotations.to_coco(self.categories)
+        raise NotImplementedError(f"{self.name} has no boxes")
 
     def __len__(self) -> int:
         return len(self.annotations.image_ids)
@@ -385,12 +344,18 @@ class Dataset(ABC):
         """The masks of the boxes of image `index`, [M, H, W].
 
         Raises:
-            DataError: the data set has none.
+            DataError: the data set has none, or one does not fill the image.
         """
         self.prepare("instances")
         assert self._run_lengths is not None
         height, width = self.annotations.sizes[index].tolist()
-        return self._run_lengths.decode(self.annotations.rows(index), height, width, self.origin)
+        try:
+            return self._run_lengths.decode(self.annotations.rows(index), height, width)
+        except ValueError as error:
+            name = self.annotations.file_name(index)
+            raise DataError(
+                f"{self.origin}: {name}: a segmentation is invalid ({error})"
+            ) from error
 
     def semantic(self, index: int) -> NDArray[np.uint8]:
         """The semantic labels of image `index`, [H, W]; see `Sample.semantic`.

@@ -1,30 +1,28 @@
 """Fetches COCO 2017 and VOC 2012 with SBD; lays out the user's own ImageNet archives.
 
 Everything is made in a hidden folder inside the data folder: archives, what they unpack to, and a
-marker for each step that is done. Only when all of it is complete are the finished folders moved
-into place, so that a data folder is complete or visibly unfinished, and the same command resumes.
+marker for each archive that is done. Only when all are done are the finished folders moved into
+place, so that a data folder is complete or visibly unfinished, and the same command resumes.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import http.client
 import re
 import shutil
 import tarfile
 import time
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from gzip import BadGzipFile
+from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -45,6 +43,8 @@ FIRST_WAIT_SECONDS = 1.0
 _PIECE_BYTES = 1 << 20
 _GB = 10**9
 
+Place = Callable[[str, Path], "str | None"]
+
 
 @dataclass(frozen=True)
 class Archive:
@@ -54,13 +54,11 @@ class Archive:
         url: where its publisher offers it.
         size: in bytes, as its server says.
         checksum: `sha1:` or `md5:` and hexadecimal digits.
-        unpacked: bytes to keep free for its content.
     """
 
     url: str
     size: int
     checksum: str
-    unpacked: int
 
     @property
     def name(self) -> str:
@@ -84,21 +82,56 @@ class KnownSet:
 
     Attributes:
         name: for `effspinenet data fetch`.
-        title: for people.
         format: of `DataConfig`.
         archives: in the order in which they are unpacked.
         folders: what the finished data folder holds.
         parts: what it should contain.
+        place: where in the folder a member of an archive goes; None where it is not needed.
         terms: where the archives come from if the user has to get them; "" if they are fetched.
     """
 
     name: str
-    title: str
     format: str
     archives: tuple[Archive, ...]
     folders: tuple[str, ...]
     parts: tuple[ExpectedPart, ...]
+    place: Place
     terms: str = ""
+
+
+# Where each member of an archive goes.
+
+_VOC_FOLDER, _SBD_FOLDER = "VOCdevkit/VOC2012/", "benchmark_RELEASE/dataset/"
+_SBD, _DEVKIT = ".sbd", ".devkit"
+_SYNSETS, _VAL_LABELS = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
+_COCO_FOLDERS = ("annotations", "train2017", "val2017")
+_VOC_FOLDERS = ("Annotations", "ImageSets", "JPEGImages", LABELS)
+
+
+def _place_coco(name: str, tree: Path) -> str | None:
+    del tree
+    top, _, rest = name.partition("/")
+    wanted = top in _COCO_FOLDERS and (top != "annotations" or rest.startswith("instances_"))
+    return name if wanted else None
+
+
+def _place_voc(name: str, tree: Path) -> str | None:
+    del tree
+    if name.startswith(_VOC_FOLDER):
+        inside = name.removeprefix(_VOC_FOLDER)
+        return inside if inside.split("/")[0] in _VOC_FOLDERS else None
+    inside = name.removeprefix(_SBD_FOLDER)
+    wanted = inside in ("train.txt", "val.txt") or re.fullmatch(r"cls/[^/]+\.mat", inside)
+    return f"{_SBD}/{inside}" if wanted else None
+
+
+def _place_imagenet(name: str, tree: Path) -> str | None:
+    file = PurePosixPath(name).name
+    if file in (_SYNSETS, _VAL_LABELS):
+        return f"{_DEVKIT}/{file}"
+    if match := re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name):
+        return f"val/{validation_classes(tree / _DEVKIT)[int(match[1]) - 1]}/{name}"
+    return f"train/{name}" if "/" in name and name.endswith(".JPEG") else None
 
 
 # Sizes are what the servers announce. COCO publishes no checksums: these are GluonCV's SHA-1; the
@@ -111,56 +144,56 @@ _SBD_URL = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/
 _IMAGENET_URL = "https://image-net.org/data/ILSVRC/2012"
 COCO = KnownSet(
     "coco",
-    "COCO 2017",
     "coco",
     (
         Archive(f"{_COCO_URL}/annotations/annotations_trainval2017.zip", 252_907_541,
-                "sha1:8551ee4bb5860311e79dace7e79cb91e432e78b3", 1 * _GB),
+                "sha1:8551ee4bb5860311e79dace7e79cb91e432e78b3"),
         Archive(f"{_COCO_URL}/zips/val2017.zip", 815_585_330,
-                "sha1:4950dc9d00dbe1c933ee0170f5797584351d2a41", 1 * _GB),
+                "sha1:4950dc9d00dbe1c933ee0170f5797584351d2a41"),
         Archive(f"{_COCO_URL}/zips/train2017.zip", 19_336_861_798,
-                "sha1:10ad623668ab00c62c096f0ed636d6aff41faca5", 21 * _GB),
+                "sha1:10ad623668ab00c62c096f0ed636d6aff41faca5"),
     ),
-    ("annotations", "train2017", "val2017"),
+    _COCO_FOLDERS,
     (
         ExpectedPart("train2017", 118_287, 860_001, 80),
         ExpectedPart("val2017", 5_000, 36_781, 80),
     ),
+    _place_coco,
 )  # fmt: skip
 VOC = KnownSet(
     "voc",
-    "PASCAL VOC 2012 with SBD's label maps",
     "voc_segmentation",
     (
         Archive(f"{_VOC_URL}/VOCtrainval_11-May-2012.tar", 1_999_639_040,
-                "md5:6cd6e144f989b92b3379bac3b3de84fd", 2 * _GB),
+                "md5:6cd6e144f989b92b3379bac3b3de84fd"),
         Archive(f"{_SBD_URL}/benchmark.tgz", 1_419_539_633,
-                "md5:82b4d87ceb2ed10f6038a1cba92111cb", 2 * _GB),
+                "md5:82b4d87ceb2ed10f6038a1cba92111cb"),
     ),
-    ("Annotations", "ImageSets", "JPEGImages", LABELS, AUGMENTED_LABELS),
+    (*_VOC_FOLDERS, AUGMENTED_LABELS),
     (
         ExpectedPart("train", 1_464, None, 20),
         ExpectedPart("val", 1_449, None, 20),
         ExpectedPart("train_aug", 10_582, None, 20),
     ),
+    _place_voc,
 )  # fmt: skip
 IMAGENET = KnownSet(
     "imagenet",
-    "ImageNet ILSVRC 2012",
     "imagenet",
     (
         Archive(f"{_IMAGENET_URL}/ILSVRC2012_devkit_t12.tar.gz", 2_568_145,
-                "md5:fa75699e90414af021442c21a62c3abf", 1 * _GB),
+                "md5:fa75699e90414af021442c21a62c3abf"),
         Archive(f"{_IMAGENET_URL}/ILSVRC2012_img_val.tar", 6_744_924_160,
-                "md5:29b22e2961454d5413ddabcf34fc5622", 7 * _GB),
+                "md5:29b22e2961454d5413ddabcf34fc5622"),
         Archive(f"{_IMAGENET_URL}/ILSVRC2012_img_train.tar", 147_897_477_120,
-                "md5:1d675b47d978889d74fa0da5fadfb00e", 148 * _GB),
+                "md5:1d675b47d978889d74fa0da5fadfb00e"),
     ),
     ("train", "val"),
     (
         ExpectedPart("train", 1_281_167, None, 1000),
         ExpectedPart("val", 50_000, None, 1000),
     ),
+    _place_imagenet,
     terms="https://image-net.org/download-images (an account and its terms are needed)",
 )  # fmt: skip
 KNOWN_SETS = {known.name: known for known in (COCO, VOC, IMAGENET)}
@@ -185,7 +218,7 @@ def fetch(name: str, folder: Path, source: str | None = None, archives: Path | N
     """
     if name not in KNOWN_SETS:
         raise UnknownName("data set to fetch", name, KNOWN_SETS)
-    known, done = KNOWN_SETS[name], folder / ".fetched.json"
+    done = folder / ".fetched.json"
     if done.exists():
         if (found := read_json(done)["set"]) != name:
             raise UserError(f"{folder}: holds {found}; choose another folder")
@@ -193,45 +226,45 @@ def fetch(name: str, folder: Path, source: str | None = None, archives: Path | N
     work = ensure_folder(folder / f".fetching-{name}")
     try:
         with FileLock(work / "lock", timeout=0):
-            if not (work / "laid-out").exists():
-                _lay_out(known, folder, work, source, archives)
-                (work / "laid-out").touch()
-            for finished in known.folders:
-                if (work / "tree" / finished).exists():
-                    (work / "tree" / finished).rename(folder / finished)
-            missing = [part for part in known.folders if not (folder / part).is_dir()]
-            if missing:
-                raise DataError(f"{folder}: the archives had no {', '.join(missing)}")
-            sums = {archive.name: archive.checksum for archive in known.archives}
-            write_json(done, {"set": name, "archives": sums})
+            _make(KNOWN_SETS[name], folder, work, source, archives)
+            write_json(done, {"set": name})
             shutil.rmtree(work)
     except Timeout as error:
         raise UserError(f"{folder}: another process fetches into it; wait for it") from error
+    except OSError as error:
+        where, reason = error.filename or folder, error.strerror or error
+        raise UserError(
+            f"{where}: {reason}; what is there is kept: fix that and run the same command again"
+        ) from error
     return True
 
 
-def _lay_out(
+def _make(
     known: KnownSet, folder: Path, work: Path, source: str | None, archives: Path | None
 ) -> None:
-    """Make the finished folders in `work`/tree."""
+    """Fetch and unpack what has no marker yet, then move the finished folders into place."""
 
     def own(archive: Archive) -> Path | None:
-        path = None if archives is None else archives / archive.name
+        path = archives / archive.name if archives else None
         return path if path and path.is_file() else None
 
     left = [one for one in known.archives if not (work / f"{one.name}.done").exists()]
-    _check_start(known, folder, work, left, [one for one in left if not own(one)])
+    if left:
+        _check_start(known, folder, work, left, [one for one in left if not own(one)])
     for archive in left:
         if path := own(archive):
             check_archive(archive, path, str(path))
         else:
             path = download(archive, work / archive.name, source)
-        if unpack(path, work / "tree", _PLACES[known.name]) == 0:
-            raise DataError(f"{path}: has none of the files that {known.title} consists of")
+        if unpack(path, work / "tree", known.place) == 0:
+            raise DataError(f"{path}: has none of the files that {known.name} consists of")
+        if known.name == "voc" and archive == known.archives[-1]:
+            _add_sbd(work / "tree", {part.split: part.images for part in known.parts}["train_aug"])
         (work / f"{archive.name}.done").touch()
         (work / archive.name).unlink(missing_ok=True)
-    if known.name == "voc":
-        _add_sbd(work / "tree", {part.split: part.images for part in known.parts}["train_aug"])
+    for finished in known.folders:
+        if not (folder / finished).exists():
+            (work / "tree" / finished).rename(folder / finished)
 
 
 def _check_start(
@@ -240,43 +273,19 @@ def _check_start(
     """Check, before anything is fetched, that it can be finished."""
     for name in known.folders:
         if (folder / name).exists():
-            raise UserError(
-                f"{folder / name}: is there already and was not fetched by this command; "
-                "choose another folder, or move it away"
-            )
+            raise UserError(f"{folder / name}: exists; choose another folder, or move it away")
     if known.terms and missing:
-        raise UserError(
-            f"{known.title} is not fetched: get {', '.join(one.name for one in missing)} from "
-            f"{known.terms}, and give their folder with --archives"
-        )
+        names = ", ".join(archive.name for archive in missing)
+        raise UserError(f"get {names} from {known.terms}, and give their folder with --archives")
+    # Pictures take as much space as their archive, and one fetched archive is kept at a time.
     have = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     largest = max((archive.size for archive in missing), default=0)
-    needed = sum(archive.unpacked for archive in left) + largest - have
+    needed = sum(archive.size for archive in left) + largest - have
     if (free := shutil.disk_usage(folder).free) < needed:
         raise UserError(
             f"{folder}: {needed / _GB:.1f} GB are needed, {free / _GB:.1f} GB are free; free some, "
             "or choose another folder"
         )
-
-
-# Download
-
-
-class _NetworkError(Exception):
-    """The server or the way to it failed, which another try may mend."""
-
-
-@contextmanager
-def _local(path: Path) -> Iterator[None]:
-    """Around what works on a file of this machine: another try would not help."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else f"cannot be used ({error.strerror or error})"
-        raise UserError(
-            f"{path}: {reason}; what is there is kept: fix that and run the same command again"
-        ) from error
 
 
 def download(archive: Archive, path: Path, source: str | None = None) -> Path:
@@ -291,27 +300,15 @@ def download(archive: Archive, path: Path, source: str | None = None) -> Path:
         `path`.
 
     Raises:
-        UserError: the file cannot be written, or the URL is neither http nor https.
+        UserError: the URL is neither http nor https.
         DataError: the server does not have it, does not answer, or gives another file.
     """
     url = archive.url if source is None else f"{source.rstrip('/')}/{archive.name}"
-    if urlsplit(url).scheme not in ("http", "https"):
+    if not url.startswith(("http://", "https://")):
         raise UserError(f"{url}: only http:// and https:// are fetched from")
+    if path.exists():
+        return path
     part = path.with_name(path.name + ".part")
-    with _local(part):
-        if not path.exists():
-            _complete(url, archive, part)
-            try:
-                check_archive(archive, part, url)
-            except DataError:
-                part.unlink()
-                raise
-            part.replace(path)
-    return path
-
-
-def _complete(url: str, archive: Archive, part: Path) -> None:
-    """Bring `part` to the archive's size, over as many requests as it takes."""
     failures = 0
     with open(part, "ab") as handle, _bar(archive.name, archive.size) as bar:
         while (have := handle.tell()) < archive.size:
@@ -323,7 +320,7 @@ def _complete(url: str, archive: Archive, part: Path) -> None:
                         handle.truncate()
                     handle.write(piece)
                     bar.update(handle.tell() - bar.n)
-            except _NetworkError as error:
+            except ConnectionError as error:
                 reason = str(error)
             failures = 0 if handle.tell() > have else failures + 1
             if failures == ATTEMPTS:
@@ -333,31 +330,39 @@ def _complete(url: str, archive: Archive, part: Path) -> None:
                 )
             if failures:
                 time.sleep(FIRST_WAIT_SECONDS * 2 ** (failures - 1))
+    try:
+        check_archive(archive, part, url)
+    except DataError:
+        part.unlink()
+        raise
+    part.replace(path)
+    return path
 
 
 def _stream(url: str, have: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """The pieces of a file of `size` bytes from byte `have` on, or from 0, each with its place."""
+    """The pieces of a file of `size` bytes from byte `have` on, or from 0, each with its place.
+
+    Raises:
+        ConnectionError: the server or the way to it failed, which another try may mend.
+        DataError: the server does not have the file.
+    """
     request = urllib.request.Request(url, headers={"User-Agent": "effspinenet"})
     if have:
         request.add_header("Range", f"bytes={have}-")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-            start = have if response.status == http.client.PARTIAL_CONTENT else 0
+            start = have if response.status == HTTPStatus.PARTIAL_CONTENT else 0
             total = start + int(response.headers.get("Content-Length", size - start))
             if total != size:
                 raise DataError(f"{url}: the server's file has {total} bytes, not {size}")
             while piece := response.read(_PIECE_BYTES):
                 yield start, piece
                 start += len(piece)
-    except urllib.error.HTTPError as error:
-        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-            yield 0, b""  # what is there is of another file
-        else:
-            final = http.client.BAD_REQUEST <= error.code < http.client.INTERNAL_SERVER_ERROR
-            message = f"{url}: the server says {error.code} {error.reason}"
-            raise (DataError if final else _NetworkError)(message) from error
     except (http.client.HTTPException, OSError) as error:  # urllib's are among the latter
-        raise _NetworkError(str(getattr(error, "reason", None) or error)) from error
+        code = getattr(error, "code", HTTPStatus.INTERNAL_SERVER_ERROR)
+        if code < HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise DataError(f"{url}: {error}") from error
+        raise ConnectionError(str(getattr(error, "reason", error))) from error
 
 
 def _bar(title: str, size: int) -> tqdm:
@@ -369,13 +374,12 @@ def check_archive(archive: Archive, path: Path, origin: str) -> None:
 
     Raises:
         DataError: it is another file; says what was expected and found.
-        UserError: it cannot be read.
     """
     if (size := path.stat().st_size) != archive.size:
         raise DataError(f"{origin}: has {size} bytes, {archive.size} are expected")
     kind, _, expected = archive.checksum.partition(":")
     digest = hashlib.new(kind, usedforsecurity=False)
-    with _local(path), open(path, "rb") as handle, _bar(f"{path.name}, checksum", size) as bar:
+    with open(path, "rb") as handle, _bar(f"{path.name}, checksum", size) as bar:
         while piece := handle.read(_PIECE_BYTES):
             digest.update(piece)
             bar.update(len(piece))
@@ -384,12 +388,6 @@ def check_archive(archive: Archive, path: Path, origin: str) -> None:
             f"{origin}: wrong checksum: {kind} {digest.hexdigest()}, expected {expected}; fetch it "
             "again, or from another source"
         )
-
-
-# Archives
-
-Place = Callable[[str, Path], "str | None"]  # where in the tree a member goes; None: not needed
-Member = tuple[str, int, Callable[[str, Path], Any]]  # name, size, and what writes it
 
 
 def unpack(archive: Path, tree: Path, place: Place) -> int:
@@ -403,46 +401,46 @@ def unpack(archive: Path, tree: Path, place: Place) -> int:
 
     Raises:
         DataError: the archive is damaged, or a member would be written outside the tree.
-        UserError: a file cannot be written.
     """
     needed = 0
     tree.mkdir(parents=True, exist_ok=True)
     try:
-        with tqdm(desc=archive.name, unit="file", disable=None) as bar:
-            for name, size, extract in _members(archive):
-                bar.update()
-                if (target := place(name, tree)) is not None:
-                    needed += 1
-                    path = tree / target
-                    if not path.is_file() or path.stat().st_size != size:
-                        extract(target, tree)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # gzip's own has none
-            with _local(Path(error.filename or tree)):
-                raise
+        for name, size, extract in tqdm(
+            _members(archive), desc=archive.name, unit="file", disable=None
+        ):
+            if (target := place(name, tree)) is not None:
+                needed += 1
+                path = tree / target
+                if not path.is_file() or path.stat().st_size != size:
+                    extract(target, tree)
+    except (tarfile.TarError, zipfile.BadZipFile, BadGzipFile, zlib.error, EOFError) as error:
         reason = str(error).partition("\n")[0]
-        message = f"{archive}: is damaged or unsafe ({reason}); remove it and fetch it again"
-        raise DataError(message) from error
+        raise DataError(
+            f"{archive}: is damaged or unsafe ({reason}); remove it and fetch it again"
+        ) from error
     return needed
 
 
-def _members(archive: Path) -> Iterator[Member]:
+def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[str, Path], object]]]:
+    """Name, size, and what writes it to a place in a folder, of each file in an archive."""
     if archive.suffix != ".zip":
         with tarfile.open(archive, "r:*") as tar:
             yield from _tar_members(tar, "")
         return
+
+    def extract(entry: zipfile.ZipInfo, target: str, tree: Path) -> None:
+        entry.filename = target
+        packed.extract(entry, tree)  # drops what leads out of the tree
+
     with zipfile.ZipFile(archive) as packed:
-
-        def extract(entry: zipfile.ZipInfo, target: str, tree: Path) -> None:
-            entry.filename = target
-            packed.extract(entry, tree)  # drops what leads out of the tree
-
         for entry in packed.infolist():
             if not entry.is_dir():
                 yield entry.filename, entry.file_size, partial(extract, entry)
 
 
-def _tar_members(tar: tarfile.TarFile, prefix: str) -> Iterator[Member]:
+def _tar_members(
+    tar: tarfile.TarFile, prefix: str
+) -> Iterator[tuple[str, int, Callable[[str, Path], object]]]:
     def extract(entry: tarfile.TarInfo, target: str, tree: Path) -> None:
         tar.extract(entry.replace(name=target, deep=False), tree, filter="data")
 
@@ -452,45 +450,6 @@ def _tar_members(tar: tarfile.TarFile, prefix: str) -> Iterator[Member]:
                 yield from _tar_members(inner, f"{prefix}{entry.name.removesuffix('.tar')}/")
         elif not entry.isdir():
             yield prefix + entry.name, entry.size, partial(extract, entry)
-
-
-# The layouts
-
-_VOC_FOLDER, _SBD_FOLDER = "VOCdevkit/VOC2012/", "benchmark_RELEASE/dataset/"
-_SBD, _DEVKIT = ".sbd", ".devkit"
-_SYNSETS, _VAL_LABELS = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
-
-
-def _place_coco(name: str, tree: Path) -> str | None:
-    del tree
-    top, _, rest = name.partition("/")
-    wanted = top in COCO.folders and (top != "annotations" or rest.startswith("instances_"))
-    return name if wanted else None
-
-
-def _place_voc(name: str, tree: Path) -> str | None:
-    del tree
-    if name.startswith(_VOC_FOLDER):
-        inside = name.removeprefix(_VOC_FOLDER)
-        return inside if inside.split("/")[0] in VOC.folders else None
-    inside = name.removeprefix(_SBD_FOLDER)
-    wanted = inside in ("train.txt", "val.txt") or re.fullmatch(r"cls/[^/]+\.mat", inside)
-    return f"{_SBD}/{inside}" if wanted else None
-
-
-def _place_imagenet(name: str, tree: Path) -> str | None:
-    file = PurePosixPath(name).name
-    if file in (_SYNSETS, _VAL_LABELS):
-        return f"{_DEVKIT}/{file}"
-    if match := re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name):
-        classes = validation_classes(tree / _DEVKIT)
-        if not 1 <= int(match[1]) <= len(classes):
-            raise DataError(f"{name} has no class in the development kit")
-        return f"val/{classes[int(match[1]) - 1]}/{name}"
-    return f"train/{name}" if "/" in name and name.endswith(".JPEG") else None
-
-
-_PLACES: dict[str, Place] = {"coco": _place_coco, "voc": _place_voc, "imagenet": _place_imagenet}
 
 
 def _read_mat(path: Path, variable: str) -> NDArray[Any]:
@@ -507,19 +466,11 @@ def _read_mat(path: Path, variable: str) -> NDArray[Any]:
 
 @lru_cache(maxsize=1)
 def validation_classes(devkit: Path) -> list[str]:
-    """The WordNet id of each validation image in order, by ImageNet's development kit.
-
-    Raises:
-        DataError: its files cannot be read or do not fit each other.
-    """
+    """The WordNet id of each validation image in order, by ImageNet's development kit."""
     synsets = _read_mat(devkit / _SYNSETS, "synsets")[["ILSVRC2012_ID", "WNID"]]
     names = {int(number): str(name) for number, name in synsets.tolist()}
     labels = (devkit / _VAL_LABELS).read_text(encoding="utf-8").split()
-    try:
-        return [names[int(label)] for label in labels]
-    except (KeyError, ValueError) as error:
-        message = f"{devkit / _VAL_LABELS}: names a class that is not in {_SYNSETS} ({error})"
-        raise DataError(message) from error
+    return [names[int(label)] for label in labels]
 
 
 def augmented_list(voc: Path, sbd: Path) -> list[str]:
@@ -537,8 +488,8 @@ def augmented_list(voc: Path, sbd: Path) -> list[str]:
     """
     lists = voc / LABEL_LISTS
     paths = (sbd / "train.txt", sbd / "val.txt", lists / "train.txt", lists / "val.txt")
-    *used, left_out = (dict(split_list(path)) for path in paths)
-    return sorted(set().union(*used) - set(left_out))
+    *used, left_out = (set(split_list(path)) for path in paths)
+    return sorted(set().union(*used) - left_out)
 
 
 def _add_sbd(tree: Path, expected: int) -> None:
@@ -550,8 +501,8 @@ def _add_sbd(tree: Path, expected: int) -> None:
     for name in tqdm(names, desc="SBD's label maps", unit="image", disable=None):
         path = folder / f"{name}.png"
         if not path.exists() and not (tree / LABELS / path.name).exists():
+            labels = sbd_labels(tree / _SBD / "cls" / f"{name}.mat")
             with atomic_write(path, "wb") as handle:
-                labels = sbd_labels(tree / _SBD / "cls" / f"{name}.mat")
                 Image.fromarray(labels).save(handle, "PNG")
     with atomic_write(tree / LABEL_LISTS / "train_aug.txt") as handle:
         handle.write("".join(f"{name}\n" for name in names))
@@ -561,10 +512,9 @@ def sbd_labels(path: Path) -> NDArray[np.uint8]:
     """The label map of one of SBD's files, uint8 [H, W].
 
     Raises:
-        DataError: the file cannot be read or holds no label map.
+        DataError: the file cannot be read as a MATLAB file or holds no label map.
     """
     content = _read_mat(path, "GTcls")
-    labels = content["Segmentation"].item() if "Segmentation" in (content.dtype.names or ()) else 0
-    if not isinstance(labels, np.ndarray) or labels.ndim != 2 or labels.dtype != np.uint8:
+    if "Segmentation" not in (content.dtype.names or ()):
         raise DataError(f"{path}: has no label map (GTcls.Segmentation)")
-    return np.ascontiguousarray(labels)
+    return np.ascontiguousarray(content["Segmentation"].item(), np.uint8)

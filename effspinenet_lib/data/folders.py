@@ -7,13 +7,13 @@ for all of them and with all their faults at once.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,7 +34,6 @@ from effspinenet_lib.files import CACHE_VARIABLE, atomic_write, cache_folder, en
 # A box whose part inside the image is thinner than this many pixels is degenerate (our choice;
 # the thinnest real boxes of COCO are about a pixel).
 SMALLEST_SIDE = 0.01
-LARGEST_INTEGER = np.iinfo(np.int64).max
 # Smaller annotation files are read each time, in less than a second (our choice).
 LEAST_CACHED_BYTES = 4 * 2**20
 CACHE_VERSION = 2  # raise it when what is cached, or how it is read from its source, changes
@@ -59,48 +58,47 @@ def check_records(
     Raises:
         InvalidData: records are invalid; holds every fault.
     """
-    classes = collect_faults(_unique(_category), categories)
-    pictures = collect_faults(_unique(_image), images)
-    for kind, records in (("categories", classes), ("images", pictures)):
-        if not records:
-            raise DataError(f"{source}: lists no {kind}")
-    known, by_id = {c["id"] for c in classes}, {image["id"]: image for image in pictures}
+    classes = _by_id(source, "categories", categories, _category)
+    pictures = _by_id(source, "images", images, _image)
     kept, dropped = [], []
-    checked = collect_faults(
-        lambda named: _annotation(named[0], named[1], by_id, known), annotations
-    )
-    for where, record in checked:
-        image = by_id[record["image_id"]]
+
+    def check(named: tuple[str, Any]) -> None:
+        where, record = named[0], _annotation(*named, pictures, classes)
+        image = pictures[record["image_id"]]
         if is_degenerate(record["bbox"], image["width"], image["height"]):
             name = where.removeprefix(str(source)).lstrip(":/ ")
             dropped.append((str(image["id"]), f"{name}, {image['file_name']}"))
         else:
             kept.append(record)
-    ids = [record["id"] for record in kept]
-    usable = all(isinstance(number, int) and number > 0 for number in ids)
-    if not usable or len(set(ids)) < len(ids):  # the COCO evaluation takes the id 0 for "unmatched"
+
+    collect_faults(check, annotations)
+    ids = {record["id"] for record in kept if isinstance(record["id"], int) and record["id"] > 0}
+    if len(ids) < len(kept):  # the COCO evaluation takes the id 0 for "unmatched"
         for number, record in enumerate(kept, start=1):
             record["id"] = number
-    truth = {
-        "images": sorted(pictures, key=lambda image: image["id"]),
+    tables = {
+        "images": [*pictures.values()],
         "annotations": kept,
-        "categories": sorted(classes, key=lambda category: category["id"]),
+        "categories": [*classes.values()],
     }
-    return truth, np.array(dropped, np.str_).reshape(-1, 2)
+    return tables, np.array(dropped, np.str_).reshape(-1, 2)
 
 
-def _unique(check: Callable[[str, Any], Truth]) -> Callable[[tuple[str, Any]], Truth]:
-    """`check` of a named record, whose id must not occur twice."""
-    seen = set()
+def _by_id(
+    source: Path, table: str, records: Named, check: Callable[[str, Any], Truth]
+) -> dict[int, Truth]:
+    """The checked records of a table by their ids, in order."""
+    found: dict[int, Truth] = {}
 
-    def checked(named: tuple[str, Any]) -> Truth:
+    def add(named: tuple[str, Any]) -> None:
         record = check(*named)
-        if record["id"] in seen:
+        if found.setdefault(record["id"], record) is not record:
             raise DataError(f"{named[0]}: the id occurs twice")
-        seen.add(record["id"])
-        return record
 
-    return checked
+    collect_faults(add, records)
+    if not found:
+        raise DataError(f"{source}: lists no {table}")
+    return dict(sorted(found.items()))
 
 
 def need(record: Any, key: str, where: str) -> Any:
@@ -116,22 +114,12 @@ def need(record: Any, key: str, where: str) -> Any:
     return record[key]
 
 
-def _integer(record: Any, key: str, where: str, least: int = -LARGEST_INTEGER) -> int:
-    value = need(record, key, where)
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > LARGEST_INTEGER:
-        raise DataError(f"{where}: {key} is {value!r:.40}; an integer is needed")
-    if value < least:
-        raise DataError(f"{where}: {key} is {value}; it must be {least} or more")
-    return value
-
-
 def finite(values: Any, count: int) -> bool:
     """True for a list of `count` finite numbers."""
     return (
         isinstance(values, list)
         and len(values) == count
-        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-        and all(abs(v) <= sys.float_info.max for v in values)
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
     )
 
 
@@ -139,18 +127,21 @@ def relative_name(name: Any, where: str) -> str:
     """Check that a file name stays inside the folder that it is relative to.
 
     Raises:
-        DataError: it cannot name a file, is absolute or leaves the folder with "..".
+        DataError: it is absolute or leaves the folder with "..".
     """
-    try:
-        valid = isinstance(name, str) and name.strip() and b"\0" not in os.fsencode(name)
-    except UnicodeEncodeError:
-        valid = False
-    if not valid:
+    if not isinstance(name, str) or not name.strip():
         raise DataError(f"{where}: the file name {name!r} is not a name")
-    for flavour in (PurePosixPath(name), PureWindowsPath(name)):
-        if flavour.is_absolute() or flavour.drive or ".." in flavour.parts:
-            raise DataError(f"{where}: the file name {name!r} leads out of the data folder")
-    return str(name)
+    path = PureWindowsPath(name)  # knows both slashes
+    if path.anchor or ".." in path.parts:
+        raise DataError(f"{where}: the file name {name!r} leads out of the data folder")
+    return name
+
+
+def _integer(record: Any, key: str, where: str) -> int:
+    value = need(record, key, where)
+    if not isinstance(value, int):
+        raise DataError(f"{where}: {key} is {value!r:.40}; an integer is needed")
+    return value
 
 
 def _category(where: str, record: Any) -> Truth:
@@ -158,23 +149,22 @@ def _category(where: str, record: Any) -> Truth:
 
 
 def _image(where: str, record: Any) -> Truth:
-    return {
-        "id": _integer(record, "id", where),
-        "file_name": relative_name(need(record, "file_name", where), where),
-        "width": _integer(record, "width", where, least=1),
-        "height": _integer(record, "height", where, least=1),
-    }
+    sides = {side: _integer(record, side, where) for side in ("width", "height")}
+    for side, value in sides.items():
+        if value < 1:
+            raise DataError(f"{where}: {side} is {value}; it must be 1 or more")
+    name = relative_name(need(record, "file_name", where), where)
+    return {"id": _integer(record, "id", where), "file_name": name, **sides}
 
 
 def _annotation(
-    where: str, record: Any, images: Mapping[int, Truth], categories: set[int]
-) -> tuple[str, Truth]:
-    image_id = _integer(record, "image_id", where)
-    if image_id not in images:
-        raise DataError(f"{where}: image {image_id} is not listed under images")
-    category_id = _integer(record, "category_id", where)
-    if category_id not in categories:
-        raise DataError(f"{where}: category {category_id} is not listed under categories")
+    where: str, record: Any, images: Mapping[int, Truth], categories: Mapping[int, Truth]
+) -> Truth:
+    annotation = {}
+    for table, known in (("image", images), ("category", categories)):
+        number = annotation[f"{table}_id"] = _integer(record, f"{table}_id", where)
+        if number not in known:
+            raise DataError(f"{where}: {table} {number} is not listed")
     bbox = need(record, "bbox", where)
     if not finite(bbox, 4):
         raise DataError(f"{where}: bbox is {bbox!r:.80}; four finite numbers are needed")
@@ -184,17 +174,10 @@ def _annotation(
     crowd = record.get("iscrowd", 0)
     if crowd not in (0, 1):
         raise DataError(f"{where}: iscrowd is {crowd!r:.40}; it must be 0 or 1")
-    annotation = {
-        "id": record.get("id"),
-        "image_id": image_id,
-        "category_id": category_id,
-        "bbox": bbox,
-        "area": area,
-        "iscrowd": int(crowd),
-    }
+    rest = {"id": record.get("id"), "bbox": bbox, "area": area, "iscrowd": int(crowd)}
     if record.get("segmentation"):
-        annotation["segmentation"] = record["segmentation"]
-    return where, annotation
+        rest["segmentation"] = record["segmentation"]
+    return {**annotation, **rest}
 
 
 def is_degenerate(bbox: Sequence[float], width: int, height: int) -> bool:
@@ -205,8 +188,8 @@ def is_degenerate(bbox: Sequence[float], width: int, height: int) -> bool:
     return min(box_width, box_height) <= 0 or min(across, down) < SMALLEST_SIDE
 
 
-def split_list(path: Path) -> list[tuple[str, int]]:
-    """The names in a list of images, each once, sorted, and the line that each is in.
+def split_list(path: Path) -> list[str]:
+    """The names in a list of images, each once, sorted.
 
     Raises:
         DataError: the list is missing or empty, or a name leaves the folder.
@@ -215,33 +198,22 @@ def split_list(path: Path) -> list[tuple[str, int]]:
         found = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt")))
         raise DataError(f"{path}: no such split; splits found: {found or 'none'}")
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    names = {
-        relative_name(line.split()[0], f"{path}: line {number}"): number
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    }
+    names = {relative_name(line.split()[0], str(path)) for line in lines if line.strip()}
     if not names:
         raise DataError(f"{path}: lists no images")
-    return sorted(names.items())
+    return sorted(names)
 
 
-def decode_image(path: Path, mode: str | None = "RGB") -> NDArray[np.uint8]:
-    """Decode an image to uint8 [H, W, 3], or as it is stored if `mode` is None.
-
-    EXIF rotation is not applied: the boxes of COCO and VOC are given in stored pixels.
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file for the block, in which Pillow's errors become one line.
 
     Raises:
         DataError: the file is missing, truncated or not an image.
     """
-    with image_errors(path), Image.open(path) as picture:
-        return np.array(picture if mode is None else picture.convert(mode))
-
-
-@contextmanager
-def image_errors(path: Path) -> Iterator[None]:
-    """Turn what Pillow raises for an image file into one line."""
     try:
-        yield
+        with Image.open(path) as picture:
+            yield picture
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such image") from error
     except UnidentifiedImageError as error:
@@ -251,13 +223,13 @@ def image_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: the image cannot be decoded ({error})") from error
 
 
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while piece := handle.read(_HASHED_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+def decode_image(path: Path) -> NDArray[np.uint8]:
+    """Decode an image to uint8 [H, W, 3], RGB; errors as in `open_image`.
+
+    EXIF rotation is not applied: the boxes of COCO and VOC are given in stored pixels.
+    """
+    with open_image(path) as picture:
+        return np.array(picture.convert("RGB"))
 
 
 @contextmanager
@@ -274,14 +246,13 @@ def cache_lock(path: Path) -> Iterator[None]:
 
 
 def cached_arrays(
-    source: Path, digest: str, kind: str, read: Callable[[], dict[str, NDArray[Any]]]
+    source: Path, kind: str, read: Callable[[], dict[str, NDArray[Any]]]
 ) -> dict[str, NDArray[Any]]:
     """The arrays that `read` makes of an annotation file; kept in the cache if it is large.
 
     Args:
-        source: the file.
-        digest: of the file.
-        kind: which arrays of the file, for the name in the cache.
+        source: the file; its SHA-256 is part of the name in the cache.
+        kind: which arrays of the file; so is this.
         read: reads them.
 
     Raises:
@@ -289,7 +260,12 @@ def cached_arrays(
     """
     if source.stat().st_size < LEAST_CACHED_BYTES:
         return read()
-    path = cache_folder() / "annotations" / f"{digest}-{kind}-{CACHE_VERSION}.npz"
+    digest = hashlib.sha256()
+    with open(source, "rb") as handle:
+        while piece := handle.read(_HASHED_BYTES):
+            digest.update(piece)
+    name = f"{digest.hexdigest()}-{kind}-{CACHE_VERSION}.npz"
+    path = cache_folder() / "annotations" / name
     if not path.exists():
         with cache_lock(path):
             if not path.exists():
@@ -322,13 +298,8 @@ class FolderDataset(Dataset):
     ) -> None:
         """Warn once of degenerate boxes that were dropped; check that images exist.
 
-        Args:
-            name: of the data set and split.
-            categories: the classes.
-            annotations: the boxes.
-            image_folder: what the file names are relative to.
-            source: the file that names the images; None where they were found in the folder.
-            dropped: names of the degenerate boxes.
+        File names are relative to `image_folder`; `source` is the file that names them, None
+        where they were found in the folder.
 
         Raises:
             InvalidData: image files are missing.
@@ -349,7 +320,7 @@ class FolderDataset(Dataset):
                 if file not in present and not os.path.isfile(image_folder / file)
             ]
             if missing:
-                raise InvalidData.of(missing, "missing")
+                raise InvalidData(missing, "missing")
 
     @classmethod
     @abstractmethod

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,8 +78,7 @@ class Batch:
         return replace(self, images=self.images.pin_memory())
 
 
-@dataclass
-class _Item:
+class _Item(NamedTuple):
     pixels: Tensor  # uint8, or float32 where they are normalised already
     target: Target | None
     image_id: int
@@ -86,28 +86,19 @@ class _Item:
     size: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class _Collate:
-    image_size: int
-    pad_targets: int | None = None
-
-    def __call__(self, items: Sequence[_Item]) -> Batch:
-        images = torch.zeros(len(items), 3, self.image_size, self.image_size)
-        for item, canvas in zip(items, images, strict=True):
-            if item.pixels.dtype == torch.uint8:
-                normalise(item.pixels, canvas)
-            else:
-                canvas.copy_(item.pixels)
-        targets = [item.target for item in items if item.target is not None]
-        if self.pad_targets is not None:
-            targets = [pad_target(target, self.pad_targets) for target in targets]
-        return Batch(
-            images=images,
-            targets=targets,
-            image_ids=tuple(item.image_id for item in items),
-            scales=torch.tensor([item.scales for item in items], dtype=torch.float32),
-            sizes=[item.size for item in items],
-        )
+def _collate(items: Sequence[_Item], image_size: int, pad_targets: int | None = None) -> Batch:
+    images = torch.zeros(len(items), 3, image_size, image_size)
+    for item, canvas in zip(items, images, strict=True):
+        if item.pixels.dtype == torch.uint8:
+            normalise(item.pixels, canvas)
+        else:
+            canvas.copy_(item.pixels)
+    targets = [item.target for item in items if item.target is not None]
+    if pad_targets is not None:
+        targets = [pad_target(target, pad_targets) for target in targets]
+    scales = torch.tensor([item.scales for item in items], dtype=torch.float32)
+    ids, sizes = tuple(item.image_id for item in items), [item.size for item in items]
+    return Batch(images, targets, ids, scales, sizes)
 
 
 @dataclass(frozen=True)
@@ -124,18 +115,18 @@ class _TrainingItems(TorchDataset[_Item]):
         sample = self.dataset.load(index, self.task)
         height, width = sample.image.shape[:2]
         generator = _generator(_AUGMENTATION_STREAM, self.seed, epoch, index)
-        crop = None
-        if not self.dataset.photographs:
-            crop = draw_crop(height, width, self.image_size, self.augmentation, generator)
-            pixels = crop_image(sample.image, crop, self.image_size)
-            target = training_target(sample, crop, self.image_size, self.task)
-        else:
+        if self.dataset.photographs:
             flip = self.augmentation.flip_probability
             pixels = random_crop(sample.image, self.image_size, flip, generator)
             target = {"label": torch.tensor(int(sample.labels[0]))}
+            scale = math.nan
+        else:
+            crop = draw_crop(height, width, self.image_size, self.augmentation, generator)
+            pixels = crop_image(sample.image, crop, self.image_size)
+            target = training_target(sample, crop, self.image_size, self.task)
+            scale = crop.scale
         if self.policy:
             pixels = auto_augment(pixels, self.policy, generator)
-        scale = crop.scale if crop else math.nan
         return _Item(pixels, target, sample.image_id, (scale, scale), (height, width))
 
 
@@ -147,13 +138,12 @@ class _EvaluationItems(TorchDataset[_Item]):
 
     def __getitem__(self, index: int) -> _Item:
         sample = self.dataset.load(index)
-        height, width = sample.image.shape[:2]
         if self.dataset.photographs and self.preprocessing != RELEASED:
             pixels, scale = centre_crop(sample.image, self.image_size)
             scales = scale, scale
         else:
             pixels, scales = fit_image(sample.image, self.image_size, self.preprocessing)
-        return _Item(pixels, None, sample.image_id, scales, (height, width))
+        return _Item(pixels, None, sample.image_id, scales, sample.image.shape[:2])
 
 
 def _generator(*words: int) -> np.random.Generator:
@@ -217,8 +207,7 @@ def training_loader(
     Args:
         dataset: what to train on.
         image_size: side of the square input in pixels.
-        batch_size: images a step over all processes; each of `world_size` processes gets its
-            equal share.
+        batch_size: images a step; each of `world_size` processes gets its equal share.
         augmentation: the random changes.
         seed: of order and augmentation.
         start_step: the first step, where a run resumes.
@@ -229,14 +218,12 @@ def training_loader(
         task: what the targets are for.
         auto_augment: an AutoAugment policy of `augment.POLICIES`, for classification; "" for none.
         pad_targets: rows that the targets of detection are padded to, so that all batches have
-            the same shapes; None: as many as there are objects. The targets of classification and
-            segmentation have one shape anyway.
+            the same shapes; None: as many as there are objects.
 
     Raises:
         UnknownName: no such AutoAugment policy.
-        UserError: an empty data set, a batch that `world_size` does not divide, AutoAugment for
-            a task with boxes or masks, which it would not move, or padding for instances, whose
-            training has shapes that depend on the proposals whatever the targets' are.
+        UserError: an empty data set, a batch that `world_size` does not divide, or AutoAugment
+            for a task with boxes or masks, which it would not move.
         DataError: the data set lacks what the task needs.
     """
     if len(dataset) == 0:
@@ -249,17 +236,12 @@ def training_loader(
         raise UnknownName("AutoAugment policy", auto_augment, POLICIES)
     if auto_augment and task != "classification":
         raise UserError(f"AutoAugment is for classification, not for {task}; leave it out")
-    if pad_targets is not None and pad_targets < 1:
-        raise UserError(f"targets cannot be padded to {pad_targets} rows; one is the least")
-    if pad_targets is not None and task == "instances":
-        raise UserError(
-            "the training of instances has shapes that depend on the data (its proposals), which "
-            "padded targets do not change: train it on a device that needs no fixed shapes"
-        )
     order = TrainingOrder(len(dataset), batch_size, seed, start_step, total_steps, rank, world_size)
     dataset.prepare(task)
     items = _TrainingItems(dataset, image_size, augmentation, seed, task, auto_augment)
-    collate = _Collate(image_size, pad_targets if task == "detection" else None)
+    collate = partial(
+        _collate, image_size=image_size, pad_targets=pad_targets if task == "detection" else None
+    )
     return _loader(items, order, collate, workers)
 
 
@@ -284,13 +266,13 @@ def evaluation_loader(
     images = list(range(start, len(dataset) if end is None else end))
     order = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
     items = _EvaluationItems(dataset, image_size, preprocessing)
-    return _loader(items, order, _Collate(image_size), workers)
+    return _loader(items, order, partial(_collate, image_size=image_size), workers)
 
 
 def _loader(
     items: TorchDataset[_Item],
     order: Sampler[list[EpochAndIndex]] | list[list[int]],
-    collate: _Collate,
+    collate: Callable[[Sequence[_Item]], Batch],
     workers: int,
 ) -> Batches:
     # A generator of its own keeps the loader from drawing on torch's global one, which would

@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from effspinenet_lib.data.dataset import (
     SEMANTIC_IGNORE,
@@ -21,9 +20,8 @@ from effspinenet_lib.data.dataset import (
 from effspinenet_lib.data.folders import (
     FolderDataset,
     check_records,
-    decode_image,
     finite,
-    image_errors,
+    open_image,
     split_list,
 )
 from effspinenet_lib.errors import DataError
@@ -85,13 +83,10 @@ class VocFolder(FolderDataset):
 
     def _read(self) -> tuple[Truth, NDArray[np.str_]]:
         folder, names = self.root / "Annotations", split_list(self._list)[: self._limit]
-        for stem, line in names:
+        for stem in names:
             if not os.path.isfile(folder / f"{stem}.xml"):
-                raise DataError(
-                    f"{self._list}: line {line} names {stem:.200}, but {folder.name} has no "
-                    f"{stem:.200}.xml"
-                )
-        numbers = {stem: number for number, (stem, _) in enumerate(names, start=1)}
+                raise DataError(f"{self._list}: names {stem:.200}, but {folder} has no XML of it")
+        numbers = {stem: number for number, stem in enumerate(names, start=1)}
         present = set(os.listdir(self.root / IMAGES)) if (self.root / IMAGES).is_dir() else set()
         images: list[tuple[str, Truth]] = []
         objects: list[tuple[str, Truth]] = []
@@ -119,25 +114,16 @@ class VocFolder(FolderDataset):
         return {"info": {"description": self.root.name}, **truth}, dropped
 
 
-class _Builder(ElementTree.TreeBuilder):
-    """Refuses document types: they can define entities that expand without limit."""
-
-    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise ValueError("declares a document type, which is not read; remove the declaration")
-
-
 def parse_xml(path: Path) -> ElementTree.Element:
     """The root element of an XML file.
 
     Raises:
-        DataError: the file cannot be read, is not XML or declares a document type.
+        DataError: the file is not XML.
     """
     try:
-        return ElementTree.parse(path, ElementTree.XMLParser(target=_Builder())).getroot()
-    except ElementTree.ParseError as error:
+        return ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last: its encoding
         raise DataError(f"{path}: is not XML ({error})") from error
-    except (OSError, ValueError, LookupError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _number(element: ElementTree.Element, name: str) -> Any:
@@ -201,9 +187,14 @@ class VocSegmentationFolder(FolderDataset):
         """
         self.root = Path(root)
         path = self.root / LABEL_LISTS / f"{split}.txt"
-        names = [name for name, _ in split_list(path)[:images]]
-        self._labels = np.array(collect_faults(lambda name: self._label_map(name, path), names))
-        sizes = [_size(self.root / file) for file in self._labels.tolist()]
+        names = split_list(path)[:images]
+        self._labels = np.array(
+            collect_faults(lambda name: self._label_map(name, path), names), np.str_
+        )
+        sizes = []
+        for file in self._labels.tolist():
+            with open_image(self.root / file) as picture:  # reads the header alone
+                sizes.append((picture.height, picture.width))
         super().__init__(
             f"{self.root.name} {split}",
             [Category(number, name) for number, name in enumerate(VOC_CLASSES, start=1)],
@@ -224,10 +215,8 @@ class VocSegmentationFolder(FolderDataset):
         for folder in (LABELS, AUGMENTED_LABELS):
             if os.path.isfile(self.root / folder / f"{name}.png"):
                 return f"{folder}/{name}.png"
-        raise DataError(
-            f"{source}: names {name:.200}, but neither {LABELS} nor {AUGMENTED_LABELS} has "
-            f"{name:.200}.png"
-        )
+        folders = f"neither {LABELS} nor {AUGMENTED_LABELS}"
+        raise DataError(f"{source}: names {name:.200}, but {folders} has its PNG")
 
     def prepare(self, task: str) -> None:
         """Nothing is read ahead: a label map is read with its image."""
@@ -240,19 +229,12 @@ class VocSegmentationFolder(FolderDataset):
             DataError: the file cannot be decoded or has values that are not classes; names it.
         """
         path = self.root / str(self._labels[index])
-        labels = decode_image(path, mode=None)
+        with open_image(path) as picture:
+            labels = np.array(picture)
         if labels.ndim != 2 or labels.dtype != np.uint8:
             raise DataError(f"{path}: a label map has one value a pixel (a palette, or grey)")
         wrong = labels[(labels > len(self.categories)) & (labels != SEMANTIC_IGNORE)]
         if wrong.size:
-            raise DataError(
-                f"{path}: has the label {wrong[0]}; 0 to {len(self.categories)} and "
-                f"{SEMANTIC_IGNORE} are known"
-            )
+            known = f"0 to {len(self.categories)} and {SEMANTIC_IGNORE}"
+            raise DataError(f"{path}: has the label {wrong[0]}; {known} are known")
         return labels
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Height and width of an image file, from its first bytes."""
-    with image_errors(path), Image.open(path) as picture:
-        return picture.height, picture.width
