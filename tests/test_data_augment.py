@@ -292,17 +292,6 @@ def test_a_folder_without_masks_says_so(tiny_coco: Path, tmp_path: Path) -> None
         dataset.prepare("instances")
 
 
-def test_run_lengths_that_do_not_fill_the_image_name_it(tiny_coco: Path) -> None:
-    dataset = open_dataset(DataConfig("coco", str(tiny_coco)), "eval")
-    count = len(dataset.annotations.boxes)
-    counts = np.frombuffer(b"zzzzz" * count, np.uint8)
-    dataset._run_lengths = RunLengths(counts, np.arange(count + 1) * 5)
-    index = int(np.diff(dataset.annotations.starts).argmax())
-    name = dataset.annotations.file_name(index)
-    with pytest.raises(DataError, match=f"{name}: a segmentation is invalid"):
-        dataset.load(index, "instances")
-
-
 def test_smaller_objects_lie_on_larger_ones() -> None:
     masks = np.zeros((2, 4, 4), np.bool_)
     masks[0, 1:3, 1:3] = True

@@ -298,6 +298,15 @@ def test_unreadable_images_are_named(
     assert one_line(caught).startswith(str(picture))
 
 
+def test_run_lengths_that_do_not_fit_the_image_name_it(tmp_path: Path) -> None:
+    content = coco_content()
+    for record in content["annotations"]:
+        record["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": "P" * 20}
+    write_coco(tmp_path, content)
+    with pytest.raises(DataError, match=r"10\.png: a segmentation is invalid"):
+        open_folder(tmp_path).masks(0)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
 def test_images_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
     content = coco_content()
