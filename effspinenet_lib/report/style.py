@@ -53,7 +53,7 @@ GROUND = "#EEEEEF"  # stands for the page's background in the same way
 FONT_SIZE = 10.0
 PIXELS_PER_INCH = 96  # of CSS
 LEAST_SCALE = 0.8  # a picture scrolls sideways rather than shrink below this share of its size
-WIDE, PANEL_WIDTH, PANEL_HEIGHT, STRIP = 7.0, 4.2, 3.3, 0.4  # inches
+WIDE, PANEL_WIDTH, PANEL_HEIGHT = 7.0, 4.2, 3.3  # inches
 
 _RC: Any = {
     "figure.facecolor": "none",
@@ -82,7 +82,7 @@ class Picture:
     """A drawing that shows itself in notebooks and in the book.
 
     Attributes:
-        svg: the inline SVG element.
+        svg: the inline SVG element, or a line that says why there is none.
         alt: what the drawing shows, in words, for readers who cannot see it.
     """
 
@@ -247,11 +247,9 @@ def to_picture(figure: Figure, alt: str) -> Picture:
 
 
 def empty_picture(what: str, reason: str = NOT_RUN) -> Picture:
-    """A strip that says why there is nothing to draw."""
-    with drawing():
-        figure = new_figure(WIDE, STRIP)
-        figure.text(0.5, 0.5, f"{what}: {reason}", ha="center", va="center", color=INK)
-        return to_picture(figure, f"{what}: {reason}.")
+    """A line of text in place of a picture that there is nothing to draw for."""
+    alt = f"{what}: {reason}"
+    return Picture(f'<p class="esn-absent">{escape(alt)}</p>', alt)
 
 
 def family_of(name: str) -> str:
