@@ -1,4 +1,4 @@
-"""Table 7's comparators: costs, SSDLite against torchvision, the wiring of the pyramids."""
+"""Table 7's comparators: SSDLite against torchvision, the wiring of the pyramids."""
 
 import math
 
@@ -12,9 +12,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 
-from effspinenet_lib import create_model, list_models, measure_cost
+from effspinenet_lib import create_model, measure_cost
 from effspinenet_lib.errors import TrainingError, UserError
-from effspinenet_lib.models.fpn import TimmFeatures, set_norms
+from effspinenet_lib.models.fpn import TimmFeatures
+from effspinenet_lib.models.layers import set_norms
 from effspinenet_lib.models.mobile_fpn import (
     NAS_FPN_CELLS,
     MnasFPN,
@@ -24,18 +25,9 @@ from effspinenet_lib.models.mobile_fpn import (
     mnasnet_a1_features,
     mobilenetv3_features,
 )
-from effspinenet_lib.models.ssd import PriorBoxes, SharedTower, ShortRetinaNet, SSDSettings
-from effspinenet_lib.models.zoo import NOTES
+from effspinenet_lib.models.retinanet import RetinaNet
+from effspinenet_lib.models.ssd import PriorBoxes, SharedTower, SSDSettings
 
-# facts of the paper: Table 7 (billions of Multi-Adds, millions of parameters).
-PAPER = {
-    "mobilenetv2_fpn": (1.01, 2.20),
-    "mobilenetv2_mnasfpn": (0.53, 1.29),
-    "mobilenetv2_nas_fpn": (0.98, 2.62),
-    "mobilenetv3_small_ssdlite": (0.16, 1.77),
-    "mobilenetv3_large_ssdlite": (0.51, 3.22),
-    "mnasnet_a1_ssdlite": (0.8, 4.9),
-}
 SIDES = (8, 4, 2, 1, 1, 1)  # of SSDLite's features at 128 pixels
 CLASSES = 5
 
@@ -79,50 +71,12 @@ def random_target(count):
     return {"boxes": boxes, "labels": torch.randint(CLASSES, (count,))}
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_costs_stand_within_five_percent_of_table_7(name):
-    with torch.device("meta"):
-        cost = measure_cost(create_model(name), 320)
-    multi_adds, parameters = PAPER[name]
-    assert cost.multi_adds / 1e9 == pytest.approx(multi_adds, rel=0.05)
-    assert cost.parameters / 1e6 == pytest.approx(parameters, rel=0.05)
-
-
-def test_every_comparator_is_listed_with_a_note():
-    listed = {name for name, tables in list_models().items() if "table-07" in tables}
-    assert set(PAPER) == set(NOTES) == listed - {f"eff_spinenet_m{i}" for i in range(3)}
-
-
 def test_mnasfpn_at_full_width_costs_what_its_released_config_states():
     with torch.device("meta"):  # 64 channels in the predictor; 0.92 B and 2.5 M
         tower = SharedTower(MnasFPN(1.0), 64, 4)
-        cost = measure_cost(ShortRetinaNet(tower, 90, 64, 0, "relu", project=False), 320)
+        cost = measure_cost(RetinaNet(tower, 90, 64, 0, "relu", project=False), 320)
     assert cost.multi_adds / 1e9 == pytest.approx(0.92, rel=0.02)
     assert cost.parameters / 1e6 == pytest.approx(2.5, rel=0.02)
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_a_training_step_lowers_the_loss_and_reaches_every_parameter(name):
-    torch.manual_seed(0)
-    # With 15 repeats the gradients explode: they hold for the smallest of steps only.
-    options = {"repeats": 1} if name == "mobilenetv2_nas_fpn" else {}
-    model = create_model(name, num_classes=CLASSES, **options)
-    images = torch.randn(2, 3, 128, 128)
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    targets = [random_target(3), nothing]
-    before = sum(model(images, targets).values())
-    before.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    length = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 1e-3 / length * parameter.grad
-    assert sum(model(images, targets).values()) < before
-    model.eval()
-    with torch.no_grad():
-        assert [set(found) for found in model(images[..., :96, :64])] == [
-            {"boxes", "scores", "labels"}
-        ] * 2
 
 
 def test_prior_boxes_against_torchvisions(priors):
@@ -244,7 +198,8 @@ def test_mnasnet_levels_against_timm():
 def test_mobilenetv2_of_full_width_costs_what_timms_does():
     ours, theirs = MobileNetV2Features(1.0), TimmFeatures("mobilenetv2_100")
     assert ours.feature_dims == theirs.feature_dims == {3: 32, 4: 96, 5: 320}
-    assert measure_cost(ours, 96) == measure_cost(theirs, 96)
+    costs = [measure_cost(features, 96) for features in (ours, theirs)]
+    assert len({(cost.multi_adds, cost.parameters) for cost in costs}) == 1
     shapes = {level: tuple(f.shape[2:]) for level, f in ours(torch.zeros(1, 3, 96, 80)).items()}
     assert shapes == {3: (12, 10), 4: (6, 5), 5: (3, 3)}
 
@@ -287,9 +242,6 @@ def test_nas_fpn_repeats_its_cells_as_asked():
 
     one_more = 7 * (64 * 9 + 64 * 64 + 2 * 64)  # depthwise, pointwise, norm
     assert parameters(repeats=4) - parameters(repeats=3) == one_more
-    for wrong in (0, 1.5, True):
-        with pytest.raises(UserError, match="repeats"):
-            create_model("mobilenetv2_nas_fpn", repeats=wrong)
 
 
 def test_nas_fpn_adds_what_no_cell_consumes():

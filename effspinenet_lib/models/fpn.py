@@ -14,7 +14,6 @@ from effspinenet_lib.models.layers import (
     PyramidBackbone,
     SeparableConv,
     WeightedFusion,
-    conv_norm,
     initialise,
     make_activation,
     make_norm,
@@ -169,7 +168,8 @@ class FeaturePyramid(ExtractedPyramid):
 class BiFPN(ExtractedPyramid):
     """EfficientDet's pyramid: repeated top-down and bottom-up passes with weighted fusion.
 
-    P6 is C5 after a 1x1 convolution and max pooling, P7 the max pooling of P6.
+    P6 is C5 after a 1x1 convolution and max pooling, P7 the max pooling of P6. The convolutions
+    have biases before their norms, as in EfficientDet's code.
 
     Args:
         extractor: gives C3 to C5.
@@ -180,7 +180,7 @@ class BiFPN(ExtractedPyramid):
 
     def __init__(self, extractor: TimmFeatures, dim: int, repeats: int, activation: str) -> None:
         super().__init__(extractor, OUTPUT_LEVELS, dim)
-        self.coarser = conv_norm(extractor.feature_dims[DEEPEST], dim)
+        self.coarser = _projection(extractor.feature_dims[DEEPEST], dim)
         dims = {**self.feature_dims, **extractor.feature_dims}
         self.cells = nn.ModuleList(
             BiFPNCell(dims if cell == 0 else self.feature_dims, dim, activation)
@@ -249,11 +249,11 @@ class FusionNode(nn.Module):
     def __init__(self, inputs: tuple[int, ...], dim: int, activation: str) -> None:
         super().__init__()
         self.project = nn.ModuleList(
-            nn.Identity() if channels == dim else conv_norm(channels, dim) for channels in inputs
+            nn.Identity() if channels == dim else _projection(channels, dim) for channels in inputs
         )
         self.fuse = WeightedFusion(len(inputs), BIFPN_EPSILON)
         self.refine = nn.Sequential(
-            make_activation(activation), SeparableConv(dim, dim, bias=False), make_norm(dim)
+            make_activation(activation), SeparableConv(dim, dim, bias=True), make_norm(dim)
         )
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -262,6 +262,11 @@ class FusionNode(nn.Module):
             project(feature) for project, feature in zip(self.project, features, strict=True)
         ]
         return self.refine(self.fuse(projected))
+
+
+def _projection(inputs: int, dim: int) -> nn.Sequential:
+    """A 1x1 convolution with bias, and its norm."""
+    return nn.Sequential(nn.Conv2d(inputs, dim, 1), make_norm(dim))
 
 
 def _conv(dim: int, stride: int, separable: bool) -> nn.Module:
@@ -281,7 +286,7 @@ def _downsample(features: Tensor) -> Tensor:
 
 
 def _stage_indices(name: str, levels: tuple[int, ...], options: dict[str, Any]) -> tuple[int, ...]:
-    """Numbers that timm gives the stages of these levels; a network without memory knows them."""
+    """Timm's numbers of the stages of these levels."""
     with torch.device("meta"):
         network: Any = timm.create_model(name, features_only=True, **options)
     strides = [int(stride) for stride in network.feature_info.reduction()]
