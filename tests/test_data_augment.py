@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -180,16 +179,10 @@ def test_boxes_mostly_cut_off_are_dropped_and_crowds_are_not() -> None:
     assert target["labels"].tolist() == [0, 2, 5]
     assert target["iscrowd"].tolist() == [False, False, True]
     assert target["boxes"].tolist() == [[0, 0, 44, 100], [0, 0, 20, 50], [0, 0, 18, 50]]
-
-
-def test_images_without_boxes_have_empty_targets() -> None:
-    target = training_target(
-        sample_of(noise(9, 9), []), CropParams(2.0, flip=True), 16, "detection"
-    )
-    assert target["boxes"].shape == (0, 4)
-    assert target["boxes"].dtype == torch.float32
-    assert target["labels"].dtype == torch.int64
-    assert target["iscrowd"].dtype == torch.bool
+    empty = training_target(sample_of(noise(9, 9), []), CropParams(2.0), 16, "detection")
+    assert empty["boxes"].shape == (0, 4)
+    dtypes = {name: values.dtype for name, values in empty.items()}
+    assert dtypes == {"boxes": torch.float32, "labels": torch.int64, "iscrowd": torch.bool}
 
 
 def test_crops_are_drawn_from_the_whole_range() -> None:
@@ -228,13 +221,12 @@ def scenes() -> ShapeScenes:
     return dataset
 
 
-def test_scene_masks_and_labels_are_those_that_were_drawn(scenes: ShapeScenes) -> None:
+def test_scene_labels_are_those_that_were_drawn(scenes: ShapeScenes) -> None:
     for index in range(len(scenes)):
-        scene = scenes.scene(index)
-        assert np.array_equal(scenes.load(index, "instances").masks, scene.masks())
-        assert np.array_equal(scenes.load(index, "segmentation").semantic, scene.semantic)
-    assert scenes.load(0).masks is None
-    assert scenes.load(0).semantic is None
+        semantic = scenes.load(index, "segmentation").semantic
+        assert np.array_equal(semantic, scenes.scene(index).semantic)
+    plain = scenes.load(0)
+    assert plain.masks is plain.semantic is None
 
 
 def test_coco_masks_are_pycocotools_own(tiny_coco: Path) -> None:
@@ -276,20 +268,6 @@ def test_a_malformed_mask_names_its_annotation(shape: Any, message: str) -> None
     truth["annotations"][0]["segmentation"] = shape
     with pytest.raises(DataError, match=f"file.json: annotation 9: .*{message}"):
         RunLengths.from_coco(truth, "file.json")
-
-
-def test_a_folder_without_masks_says_so(tiny_coco: Path, tmp_path: Path) -> None:
-    source = tiny_coco / "annotations" / "instances_val2017.json"
-    content = json.loads(source.read_text())
-    del content["annotations"][3]["segmentation"]
-    (tmp_path / "annotations").mkdir()
-    path = tmp_path / "annotations" / "instances_val2017.json"
-    path.write_text(json.dumps(content))
-    (tmp_path / "val2017").symlink_to(tiny_coco / "val2017")
-    dataset = open_dataset(DataConfig("coco", str(tmp_path)), "eval")
-    number = content["annotations"][3]["id"]
-    with pytest.raises(DataError, match=rf"{path}: annotation {number}: has no segmentation"):
-        dataset.prepare("instances")
 
 
 def test_smaller_objects_lie_on_larger_ones() -> None:

@@ -252,17 +252,10 @@ def test_a_harmful_or_damaged_archive_is_refused_in_one_line(tmp_path: Path, cas
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("x.zip", zipped({"../../out": b"2", "/abs": b"2"})),
-        ("x.tar", tarred({"/abs": b"2"})),
-    ],
-)
-def test_names_that_lead_out_are_written_inside(tmp_path: Path, name: str, content: bytes) -> None:
-    archive = written(tmp_path, name, content)
+def test_names_that_lead_out_of_a_zip_are_written_inside(tmp_path: Path) -> None:
+    archive = written(tmp_path, "x.zip", zipped({"../../out": b"2", "/abs": b"2"}))
     unpack(archive, tmp_path / "inner" / "tree", everything)
-    assert {p.name for p in tmp_path.iterdir()} == {name, "inner"}
+    assert {p.name for p in tmp_path.iterdir()} == {"x.zip", "inner"}
     assert (tmp_path / "inner" / "tree" / "abs").read_bytes() == b"2"
 
 
@@ -504,23 +497,21 @@ def test_a_list_of_another_length_than_the_papers_is_refused(
 def test_the_augmented_list_has_every_set_but_vocs_val(tmp_path: Path) -> None:
     """As many names as the released lists hold; how they overlap is made up."""
     names = [f"2008_{number:06d}" for number in range(20_000)]
-    voc, sbd = tmp_path / "ImageSets" / "Segmentation", tmp_path / "sbd"
-    voc.mkdir(parents=True)
-    sbd.mkdir()
-    lists = {
-        sbd / "train.txt": names[:8498],
-        sbd / "val.txt": names[8498:11355],
-        voc / "train.txt": names[11355 - 1104 : 11355 + 360],
-        voc / "val.txt": names[: 11355 + 360 - 10582] + names[15_000 : 15_000 + 316],
-    }
-    for path, stems in lists.items():
+    sbd, vocs = set(names[:11_355]), set(names[10_251:11_715])
+    val = {*names[:1_133], *names[15_000:15_316]}
+    voc, other = tmp_path / "ImageSets" / "Segmentation", tmp_path / "sbd"
+    for path, stems in (
+        (other / "train.txt", names[:8_498]),
+        (other / "val.txt", names[8_498:11_355]),
+        (voc / "train.txt", vocs),
+        (voc / "val.txt", val),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(stems))
-    assert [len(stems) for stems in lists.values()] == [8498, 2857, 1464, 1449]
-    found = augmented_list(tmp_path, sbd)
+    assert (len(vocs), len(val)) == (1_464, 1_449)
+    found = augmented_list(tmp_path, other)
     assert len(found) == 10_582
-    wanted = {stem for path, stems in lists.items() if path != voc / "val.txt" for stem in stems}
-    left_out = set(lists[voc / "val.txt"])
-    assert found == [name for name in names if name in wanted and name not in left_out]
+    assert found == sorted((sbd | vocs) - val)
 
 
 def imagenet_archives() -> dict[str, bytes]:
@@ -580,17 +571,11 @@ def test_what_torchvision_knows_of_the_archives_is_the_same() -> None:
     assert known == {name: f"md5:{digits}" for name, digits in sums.items()}
 
 
-def test_damaged_label_maps_are_named(tmp_path: Path) -> None:
-    whole = SBD_MAT.read_bytes()
-    for content in (
-        b"",
-        whole[:300],
-        whole[:200] + b"?" * 400,
-        (MAT_FILES / "meta.mat").read_bytes(),
-    ):
-        path = written(tmp_path, "x.mat", content)
-        with pytest.raises(DataError, match=r"x\.mat: ") as caught:
-            fetching.sbd_labels(path)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match=r"missing\.mat: cannot be read"):
-        fetching.sbd_labels(tmp_path / "missing.mat")
+@pytest.mark.parametrize(
+    "content", [b"", SBD_MAT.read_bytes()[:300], (MAT_FILES / "meta.mat").read_bytes()]
+)
+def test_damaged_label_maps_are_named(tmp_path: Path, content: bytes) -> None:
+    path = written(tmp_path, "x.mat", content)
+    with pytest.raises(DataError, match=r"x\.mat: ") as caught:
+        fetching.sbd_labels(path)
+    assert "\n" not in str(caught.value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,6 @@ from effspinenet_lib.data.loader import TrainingOrder
 from effspinenet_lib.errors import UserError
 
 JITTER = Augmentation((0.5, 2.0), 0.5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder of this module's own."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EFFSPINENET_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +82,19 @@ def test_the_batch_of_a_seed_and_a_step_does_not_change(task: str) -> None:
     assert np.mean(covered) == pytest.approx(masks, abs=1e-4)
 
 
-@pytest.mark.parametrize("start", [1, 4, 6, 8])
-def test_a_resumed_loader_gives_the_rest_of_the_run(scenes: ShapeScenes, start: int) -> None:
-    assert_same(batches(scenes)[start:], batches(scenes, start))
+@pytest.mark.parametrize(("start", "workers"), [(0, 2), (1, 0), (3, 1), (4, 0), (8, 0)])
+def test_neither_where_a_loader_starts_nor_its_workers_change_a_batch(
+    scenes: ShapeScenes, start: int, workers: int
+) -> None:
+    assert_same(batches(scenes)[start:], batches(scenes, start, workers=workers))
 
 
-def test_the_number_of_workers_changes_nothing(scenes: ShapeScenes) -> None:
-    alone = batches(scenes)
-    assert_same(alone, batches(scenes, workers=2))
-    assert_same(alone[3:], batches(scenes, 3, workers=1))
+def test_a_spawned_worker_makes_the_same_batch(scenes: ShapeScenes) -> None:
+    """Such a worker gets the loader's parts pickled."""
+    loader = training_loader(scenes, 64, 5, JITTER, 7, 0, 2)
+    items, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    batches_again = [collate([items[key] for key in keys]) for keys in loader.batch_sampler]
+    assert_same(list(loader), batches_again)
 
 
 def test_the_seed_changes_order_and_augmentation(scenes: ShapeScenes) -> None:
@@ -165,8 +160,9 @@ def test_loading_leaves_the_global_random_states_alone(scenes: ShapeScenes, work
 def test_a_finished_run_has_no_batches_left(scenes: ShapeScenes) -> None:
     assert batches(scenes, 9, 9) == []
     assert batches(scenes, 12, 9) == []
-    loader = training_loader(scenes, 64, 5, JITTER, 0, 2, 9)
-    assert len(loader) == 7
+    assert len(training_loader(scenes, 64, 5, JITTER, 0, 2, 9)) == 7
+    with pytest.raises(UserError, match="cannot be shared"):
+        batches(scenes, batch_size=0)
 
 
 def test_evaluation_shows_every_image_once_in_order(scenes: ShapeScenes) -> None:
@@ -192,13 +188,9 @@ def test_targets_scaled_back_are_perfect_detections(tiny_coco: Path) -> None:
             boxes = target["boxes"][~target["iscrowd"]].double() / scale
             labels = target["labels"][~target["iscrowd"]]
             for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist(), strict=True):
+                category, box = dataset.categories[label].id, [x1, y1, x2 - x1, y2 - y1]
                 detections.append(
-                    {
-                        "image_id": image_id,
-                        "category_id": dataset.categories[label].id,
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "score": 0.9,
-                    }
+                    {"image_id": image_id, "category_id": category, "bbox": box, "score": 0.9}
                 )
     truth = COCO()
     truth.dataset = dataset.ground_truth()
@@ -235,8 +227,3 @@ def test_a_batch_moves_with_its_targets(scenes: ShapeScenes) -> None:
     assert moved.images.device.type == "meta"
     assert all(value.device.type == "meta" for target in moved.targets for value in target.values())
     assert moved.image_ids == batch.image_ids
-
-
-def test_a_batch_of_no_images_is_refused(scenes: ShapeScenes) -> None:
-    with pytest.raises(UserError, match="cannot be shared"):
-        batches(scenes, batch_size=0)

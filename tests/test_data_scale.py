@@ -77,11 +77,6 @@ def names_of(dataset: Dataset) -> list[str]:
     return [dataset.annotations.file_name(index) for index in range(len(dataset))]
 
 
-def arrays(dataset: Dataset) -> dict[str, np.ndarray]:
-    return {name: np.array(value) for name, value in vars(dataset.annotations).items()
-            if isinstance(value, np.ndarray)}  # fmt: skip
-
-
 # The store
 
 
@@ -94,24 +89,21 @@ def test_cached_annotations_are_those_of_the_file(
     monkeypatch.setattr(
         coco_layout, "_read", lambda *args, **kw: (read.append(1), original(*args, **kw))[1]
     )
-    for split in ("train2017", "train2017-held-3", "train2017-rest-3"):
-        for limit in (None, 2):
-            monkeypatch.setattr(folders, "LEAST_CACHED_BYTES", 0)
-            cached = opened(folder, split, limit)
-            cached.prepare("instances")
-            assert len(read) == 2
-            monkeypatch.setattr(folders, "LEAST_CACHED_BYTES", 10**9)
-            plain = opened(folder, split, limit)
-            for name, value in arrays(plain).items():
-                assert (arrays(cached)[name] == value).all()
-                assert arrays(cached)[name].dtype == value.dtype
-            assert cached.categories == plain.categories
-            assert all((cached.masks(i) == plain.masks(i)).all() for i in range(len(plain)))
-            assert cached.masks(1).any()
-            truth = cached.ground_truth()
-            assert [image["id"] for image in truth["images"]] == arrays(plain)["image_ids"].tolist()
-            assert len(truth["annotations"]) == len(plain.annotations.boxes)
-            del read[2:]
+    for split, limit in (("train2017", None), ("train2017-held-3", None), ("train2017-rest-3", 2)):
+        monkeypatch.setattr(folders, "LEAST_CACHED_BYTES", 0)
+        cached = opened(folder, split, limit)
+        cached.prepare("instances")
+        assert len(read) == 2
+        monkeypatch.setattr(folders, "LEAST_CACHED_BYTES", 10**9)
+        plain = opened(folder, split, limit)
+        for name, value in vars(plain.annotations).items():
+            assert np.array_equal(vars(cached.annotations)[name], value)
+            assert vars(cached.annotations)[name].dtype == value.dtype
+        assert cached.categories == plain.categories
+        assert all((cached.masks(i) == plain.masks(i)).all() for i in range(len(plain)))
+        assert cached.masks(1).any()
+        assert len(cached.ground_truth()["annotations"]) == len(plain.annotations.boxes)
+        del read[2:]
     assert len(list(stores.glob("*.npz"))) == 2
 
 
@@ -136,22 +128,6 @@ def test_a_cache_that_cannot_be_written_says_how_to_choose_another(
         opened(folder)
 
 
-def test_spawned_workers_give_the_same_batches(
-    stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = opened(coco_folder(tmp_path / "data"))
-
-    def batches(workers: int) -> list[Any]:
-        loader = training_loader(dataset, 16, 4, Augmentation(), 0, 0, 3, workers)
-        if workers:
-            loader.multiprocessing_context = "spawn"
-        return list(loader)
-
-    for one, two in zip(batches(0), batches(1), strict=True):
-        assert one.image_ids == two.image_ids
-        assert (one.images == two.images).all()
-
-
 # Memory
 
 
@@ -164,7 +140,7 @@ from pathlib import Path
 import psutil
 from effspinenet_lib.data import Augmentation, DataConfig, open_dataset, training_loader
 
-root, images, batch = sys.argv[1], int(sys.argv[2]), 50
+root, images, batch = sys.argv[1], int(sys.argv[2]), 25
 dataset = open_dataset(DataConfig("coco", root, "train2017"), "train")
 steps = 2 * images // batch
 loader = iter(training_loader(dataset, 8, batch, Augmentation((0.5, 2.0), 0.5), 0, 0, steps, 1))
@@ -177,8 +153,8 @@ for step, _ in enumerate(loader, start=1):
 
 
 def test_a_workers_memory_stays_small_and_does_not_grow(tmp_path: Path) -> None:
-    """120,000 annotations of 1,500 images, two epochs, a real worker."""
-    images, per_image = 1_500, 80
+    """120,000 annotations of 600 images, two epochs, a real worker."""
+    images, per_image = 600, 200
     root = tmp_path / "data"
     names = coco_folder(root, NAMES[:1]) and [f"{n:012d}.jpg" for n in range(images)]
     for name in names:
@@ -219,31 +195,14 @@ def test_the_held_out_part_is_the_lowest_digests(tmp_path: Path, count: int) -> 
     by_digest = sorted(NAMES, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     assert sorted(names_of(held)) == sorted(by_digest[:count])
     assert sorted(names_of(rest)) == sorted(by_digest[count:])
-    assert held.name == f"data train2017-held-{count}"
     truth = held.ground_truth()
     assert sorted(image["file_name"] for image in truth["images"]) == sorted(names_of(held))
     assert len(truth["annotations"]) == 2 * count
-    assert opened(folder, "train-rest-4", images=2).image_id(0) == opened(
-        folder, "train-rest-4"
-    ).image_id(0)
-
-
-def test_the_order_of_the_annotation_file_does_not_decide(tmp_path: Path) -> None:
-    one, two = coco_folder(tmp_path / "one"), coco_folder(tmp_path / "two")
-    write_annotations(two, NAMES[::-1])
-    parts = [names_of(opened(root, "train2017-held-4")) for root in (one, two)]
-    assert sorted(parts[0]) == sorted(parts[1])
-
-
-def test_the_papers_part_is_cut_from_as_many_names_as_coco_has() -> None:
-    """The rule on 118,287 made-up names: the count, and the two sides make up the whole."""
-    names = [f"{number * 5:012d}.jpg" for number in range(118_287)]
-    held, rest = (HeldOutSplit("train2017", side, 7392).select(names) for side in ("held", "rest"))
-    assert held.sum() == 7392
-    assert (held ^ rest).all()
-    worst = max(hashlib.sha256(n.encode()).digest() for n, h in zip(names, held, strict=True) if h)
-    best = min(hashlib.sha256(n.encode()).digest() for n, h in zip(names, rest, strict=True) if h)
-    assert worst < best
+    few, all_of_it = (opened(folder, "train-rest-4", images) for images in (2, None))
+    assert few.image_id(0) == all_of_it.image_id(0)
+    write_annotations(folder, NAMES[::-1])  # whose order does not decide
+    again = opened(folder, HeldOutSplit("train2017", "held", count).name)
+    assert sorted(names_of(again)) == sorted(by_digest[:count])
 
 
 def test_names_that_are_no_utf8_are_cut_by_their_bytes(stores: Path, tmp_path: Path) -> None:
@@ -255,17 +214,13 @@ def test_names_that_are_no_utf8_are_cut_by_their_bytes(stores: Path, tmp_path: P
     assert len(list(evaluation_loader(held, 16, 3, workers=1))) == 1
 
 
-def test_names_of_parts() -> None:
+def test_names_of_parts(tmp_path: Path) -> None:
     assert HeldOutSplit.parse("train2017-held-7392") == HeldOutSplit("train2017", "held", 7392)
     assert HeldOutSplit.parse("a-rest-1-rest-2") == HeldOutSplit("a-rest-1", "rest", 2)
     for whole in ("train2017", "train-held", "held-3", "train-held-0", "train-held-x"):
         assert HeldOutSplit.parse(whole) is None
-
-
-def test_too_large_a_part_is_refused(tmp_path: Path) -> None:
-    folder = coco_folder(tmp_path / "data")
     with pytest.raises(UserError, match="train2017 has 10 images, too few to hold 10 out"):
-        opened(folder, "train2017-held-10")
+        opened(coco_folder(tmp_path / "data"), "train2017-held-10")
 
 
 # Workers that die or fail
