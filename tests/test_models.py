@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +270,22 @@ def test_a_backbone_trains_under_torchvisions_detectors(detector: type) -> None:
     with torch.no_grad():
         found = model.eval()(images)
     assert [set(one) for one in found] == [{"boxes", "scores", "labels"}] * 2
+
+
+def state_names(name: str, task: str) -> str:
+    """A digest of the names and shapes of all that a weights file of a model holds."""
+    with torch.device("meta"):
+        state = create_model(name, task).state_dict()
+    lines = (f"{key} {list(value.shape)}" for key, value in sorted(state.items()))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def test_weights_files_of_every_model_keep_their_names_and_shapes() -> None:
+    """A change here makes weights unreadable that people have trained."""
+    pinned = json.loads((Path(__file__).parent / "golden" / "state_names.json").read_text())
+    found = {
+        f"{name} {task}": state_names(name, task)
+        for name in list_models()
+        for task in model_entry(name).image_sizes
+    }
+    assert found == pinned
