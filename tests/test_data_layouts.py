@@ -31,7 +31,7 @@ from effspinenet_lib.data import (
     open_dataset,
     training_loader,
 )
-from effspinenet_lib.data.augment import CROP_PADDING, FILL, auto_augment, centre_crop, random_crop
+from effspinenet_lib.data.augment import CROP_PADDING, auto_augment, centre_crop, random_crop
 from effspinenet_lib.data.fetch import KNOWN_SETS, ExpectedPart, KnownSet
 from effspinenet_lib.errors import DataError, UnknownName, UserError
 
@@ -116,27 +116,6 @@ def test_the_centre_crop_is_torchvisions_resize_and_centre_crop() -> None:
     assert scale == pytest.approx(224 / side)
 
 
-def test_random_crops_cover_the_shares_and_ratios_that_they_should() -> None:
-    """A picture whose red and green say where a pixel lay tells what a crop shows."""
-    ramp = np.zeros((256, 256, 3), np.uint8)
-    ramp[..., 0], ramp[..., 1] = np.arange(256)[:, None], np.arange(256)[None]
-    generator = np.random.default_rng(0)
-    shares, flips = [], 0
-    for _ in range(200):
-        view = random_crop(ramp, 32, 0.5, generator).float()
-        assert view.shape == (3, 32, 32)
-        # A crop's sides, of the slope between the second and the last but one pixel.
-        down = (view[0, -2, 5] - view[0, 1, 5]).item() * 32 / 29
-        across = (view[1, 5, -2] - view[1, 5, 1]).item() * 32 / 29
-        flips += across < 0
-        assert 0.7 < abs(across) / down < 1.45
-        shares.append(down * abs(across) / 256**2)
-    assert 0.06 < min(shares) < 0.15
-    assert 0.85 < max(shares) < 1.05
-    assert 0.48 < sum(shares) / 200 < 0.6
-    assert 75 < flips < 125
-
-
 def view_batches(dataset: Dataset, policy: str = "imagenet", **options: Any) -> list[Batch]:
     settings = {"seed": 3, "start_step": 0, "total_steps": 6, "workers": 0, **options}
     return list(
@@ -175,15 +154,28 @@ def test_auto_augment_is_decided_by_seed_epoch_and_image_alone(photos: Path) -> 
         assert [target["label"].item() for target in batch.targets] == labels
 
 
-def test_auto_augment_changes_pixels_as_torchvision_does(photos: Path) -> None:
-    """From the same seed as the loader draws, torchvision's own transform gives the same."""
-    pixels = torch.from_numpy(noise(32, 32, 1)).permute(2, 0, 1)
-    changed = 0
+def test_crops_and_auto_augment_are_torchvisions() -> None:
+    """From the seed that ours draw, torchvision's own transforms give the same pixels."""
+    picture = noise(48, 32, 1)
+    pixels, changed = torch.from_numpy(picture).permute(2, 0, 1), 0
+    policy = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=128)
+    bicubic = v2.InterpolationMode.BICUBIC
+    cropped = v2.Compose(
+        [
+            v2.RandomResizedCrop(24, (0.08, 1), (3 / 4, 4 / 3), bicubic, antialias=True),
+            v2.RandomHorizontalFlip(0.5),
+        ]
+    )
     for seed in range(30):
-        mine = auto_augment(pixels, "imagenet", np.random.default_rng(seed))
-        torch.manual_seed(int(np.random.default_rng(seed).integers(2**63)))
-        assert torch.equal(mine, v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=FILL)(pixels))
-        changed += not torch.equal(mine, pixels)
+        first, second = (np.random.default_rng(seed) for _ in range(2))
+        start = int(np.random.default_rng(seed).integers(2**63))
+        augmented = auto_augment(pixels, "imagenet", first)
+        torch.manual_seed(start)
+        assert torch.equal(augmented, policy(pixels))
+        changed += not torch.equal(augmented, pixels)
+        view = random_crop(picture, 24, 0.5, second)
+        torch.manual_seed(start)
+        assert torch.equal(view, cropped(pixels))
     assert changed > 20
 
 

@@ -78,8 +78,8 @@ def _counts(split: str, dataset: Dataset, expected: ExpectedPart | None) -> list
     found = {"images": len(dataset), "annotations": boxes, "classes": len(dataset.categories)}
     rows = []
     for what, number in found.items():
-        wanted = getattr(expected, what) if expected else None
-        wrong = wanted is not None and wanted != number
+        wanted = getattr(expected, what, None)
+        wrong = wanted not in (None, number)
         problem = f"{number} {what}, {wanted} are expected" if wrong else ""
         rows.append(Row(split, what, found=number, expected=wanted, problem=problem))
     return rows

@@ -176,17 +176,11 @@ class Annotations:
         """The images where `keep` [N] is true; also which rows of boxes [B] these have."""
         counts = np.diff(self.starts)
         rows = np.repeat(keep, counts)
-        chosen = Annotations(
-            image_ids=self.image_ids[keep],
-            file_names=self.file_names[keep],
-            sizes=self.sizes[keep],
-            starts=np.cumsum([0, *counts[keep]], dtype=np.int64),
-            boxes=self.boxes[rows],
-            labels=self.labels[rows],
-            iscrowd=self.iscrowd[rows],
-            area=self.area[rows],
-        )
-        return chosen, rows
+        starts = np.cumsum([0, *counts[keep]], dtype=np.int64)
+        images = (self.image_ids[keep], self.file_names[keep], self.sizes[keep])
+        columns = ("boxes", "labels", "iscrowd", "area")
+        boxes = {column: getattr(self, column)[rows] for column in columns}
+        return Annotations(*images, starts, **boxes), rows
 
 
 @dataclass(frozen=True)
@@ -385,7 +379,7 @@ class Dataset(ABC):
         """Counts: images, empty images, objects, crowds, and objects by class and COCO size."""
         table = self.annotations
         objects = ~table.iscrowd
-        sizes = np.searchsorted(SIZE_LIMITS, table.area[objects], side="left")
+        sizes = np.searchsorted(SIZE_LIMITS, table.area[objects])
         counts = np.zeros((len(self.categories), len(SIZE_NAMES)), np.int64)
         np.add.at(counts, (table.labels[objects], sizes), 1)
         return {
@@ -420,10 +414,8 @@ class ObjectCrops(Dataset):
         self._owners = np.searchsorted(table.starts, rows, side="right") - 1
         self._sides = np.maximum(1, np.round(CROP_CONTEXT * long_sides)).astype(np.int64)
         self._corners = centres.astype(np.int64) - self._sides[:, None] // 2  # left, top
-        names = [
-            f"{table.file_name(owner)}#{row - table.starts[owner] + 1}"
-            for row, owner in zip(rows, self._owners, strict=True)
-        ]
+        numbers = rows - table.starts[self._owners] + 1
+        names = [f"{table.file_name(o)}#{n}" for o, n in zip(self._owners, numbers, strict=True)]
         annotations = Annotations.of_images(
             np.arange(1, len(rows) + 1),
             np.array(names, np.str_),

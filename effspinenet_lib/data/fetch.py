@@ -44,6 +44,8 @@ _PIECE_BYTES = 1 << 20
 _GB = 10**9
 
 Place = Callable[[str, Path], "str | None"]
+# A file of an archive: its name, its size, and what writes it to a place in a folder.
+Member = tuple[str, int, Callable[[str, Path], object]]
 
 
 @dataclass(frozen=True)
@@ -291,13 +293,8 @@ def _check_start(
 def download(archive: Archive, path: Path, source: str | None = None) -> Path:
     """Fetch an archive to `path`, or resume from what `path`.part holds of it.
 
-    Args:
-        archive: what to fetch.
-        path: where it is moved once it is complete and its checksum is right.
-        source: URL of a folder that has it too, instead of the publisher's.
-
-    Returns:
-        `path`.
+    It is moved to `path`, which is returned, once it is complete and its checksum is right.
+    `source` is the URL of a folder that has it too.
 
     Raises:
         UserError: the URL is neither http nor https.
@@ -405,9 +402,8 @@ def unpack(archive: Path, tree: Path, place: Place) -> int:
     needed = 0
     tree.mkdir(parents=True, exist_ok=True)
     try:
-        for name, size, extract in tqdm(
-            _members(archive), desc=archive.name, unit="file", disable=None
-        ):
+        members = tqdm(_members(archive), desc=archive.name, unit="file", disable=None)
+        for name, size, extract in members:
             if (target := place(name, tree)) is not None:
                 needed += 1
                 path = tree / target
@@ -421,8 +417,7 @@ def unpack(archive: Path, tree: Path, place: Place) -> int:
     return needed
 
 
-def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[str, Path], object]]]:
-    """Name, size, and what writes it to a place in a folder, of each file in an archive."""
+def _members(archive: Path) -> Iterator[Member]:
     if archive.suffix != ".zip":
         with tarfile.open(archive, "r:*") as tar:
             yield from _tar_members(tar, "")
@@ -438,9 +433,7 @@ def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[str, Path], ob
                 yield entry.filename, entry.file_size, partial(extract, entry)
 
 
-def _tar_members(
-    tar: tarfile.TarFile, prefix: str
-) -> Iterator[tuple[str, int, Callable[[str, Path], object]]]:
+def _tar_members(tar: tarfile.TarFile, prefix: str) -> Iterator[Member]:
     def extract(entry: tarfile.TarInfo, target: str, tree: Path) -> None:
         tar.extract(entry.replace(name=target, deep=False), tree, filter="data")
 

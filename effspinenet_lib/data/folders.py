@@ -36,7 +36,7 @@ from effspinenet_lib.files import CACHE_VARIABLE, atomic_write, cache_folder, en
 SMALLEST_SIDE = 0.01
 # Smaller annotation files are read each time, in less than a second (our choice).
 LEAST_CACHED_BYTES = 4 * 2**20
-CACHE_VERSION = 2  # raise it when what is cached, or how it is read from its source, changes
+CACHE_VERSION = 3  # raise it when what is cached, or how it is read from its source, changes
 _HASHED_BYTES = 1 << 20
 
 Named = Iterable[tuple[str, Any]]  # records, each with the words that name it in messages
@@ -250,10 +250,7 @@ def cached_arrays(
 ) -> dict[str, NDArray[Any]]:
     """The arrays that `read` makes of an annotation file; kept in the cache if it is large.
 
-    Args:
-        source: the file; its SHA-256 is part of the name in the cache.
-        kind: which arrays of the file; so is this.
-        read: reads them.
+    The name in the cache is the SHA-256 of the file and `kind`, which says which arrays they are.
 
     Raises:
         UserError: the cache cannot be written.
@@ -327,21 +324,16 @@ class FolderDataset(Dataset):
     def splits(cls, folder: Path) -> list[str]:
         """The names of the splits, sorted; none if the folder does not have this layout."""
 
-    def image_path(self, index: int) -> Path:
-        """The file of image `index`."""
-        return self.image_folder / self.annotations.file_name(index)
-
     def load_image(self, index: int) -> NDArray[np.uint8]:
         """Image `index` as uint8 [H, W, 3], RGB.
 
         Raises:
             DataError: the file is missing, truncated or of another size than annotated.
         """
-        pixels = decode_image(self.image_path(index))
+        path = self.image_folder / self.annotations.file_name(index)
+        pixels = decode_image(path)
         height, width = self.annotations.sizes[index].tolist()
         if height and pixels.shape != (height, width, 3):
-            raise DataError(
-                f"{self.image_path(index)}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, "
-                f"its annotations say {width} x {height}"
-            )
+            found = f"{pixels.shape[1]} x {pixels.shape[0]}"
+            raise DataError(f"{path}: is {found} pixels, its annotations say {width} x {height}")
         return pixels

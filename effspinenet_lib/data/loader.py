@@ -239,9 +239,8 @@ def training_loader(
     order = TrainingOrder(len(dataset), batch_size, seed, start_step, total_steps, rank, world_size)
     dataset.prepare(task)
     items = _TrainingItems(dataset, image_size, augmentation, seed, task, auto_augment)
-    collate = partial(
-        _collate, image_size=image_size, pad_targets=pad_targets if task == "detection" else None
-    )
+    rows = pad_targets if task == "detection" else None
+    collate = partial(_collate, image_size=image_size, pad_targets=rows)
     return _loader(items, order, collate, workers)
 
 
