@@ -105,20 +105,31 @@ class RunResult:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is computed, which changes neither its key nor its result; see `train_run`."""
+    """A run, its folder and processes, and what changes neither its key nor its result.
 
+    The fields are `train_run`'s arguments; `target` are the steps to train to.
+    """
+
+    config: RunConfig
+    folder: Path
+    accelerator: Accelerator
+    target: int
     workers: int
-    max_steps: int | None
     progress: bool
     checkpoint_seconds: float
     checkpoints: int
     micro_batch: int | None
 
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "checkpoints", "micro_batch"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise UserError(f"{name} is {count}; it must be 1 or more")
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def parts(self) -> int:
+        """Parts of a batch that each process computes one after the other."""
+        share = max(1, self.config.recipe.batch_size // self.accelerator.num_processes)
+        return math.ceil(share / (self.micro_batch or share))
 
 
 @dataclass
@@ -177,40 +188,51 @@ def train_run(
         TrainingError: a loss is not finite, the run has diverged, or memory is too small.
         Preempted: a signal asked to stop, or another process of the run died.
     """
-    options = RunOptions(workers, max_steps, progress, checkpoint_seconds, checkpoints, micro_batch)
-    target = min(max_steps or config.recipe.steps, config.recipe.steps)
+    for name, count in (
+        ("max_steps", max_steps),
+        ("checkpoints", checkpoints),
+        ("micro_batch", micro_batch),
+    ):
+        if count is not None and count < 1:
+            raise UserError(f"{name} is {count}; it must be 1 or more")
     accelerator = make_accelerator()
     if accelerator.device.type == CPU:
         disable_malloc_trim()
-    folder = ensure_folder(Path(runs_dir) / config.key)
-    with handle_preemption() as preemption, lost_processes(), _alone_in(folder, accelerator):
-        if accelerator.is_main_process:
-            _clean(folder, force)
+    run = RunOptions(
+        config=config,
+        folder=ensure_folder(Path(runs_dir) / config.key),
+        accelerator=accelerator,
+        target=min(max_steps or config.recipe.steps, config.recipe.steps),
+        workers=workers,
+        progress=progress,
+        checkpoint_seconds=checkpoint_seconds,
+        checkpoints=checkpoints,
+        micro_batch=micro_batch,
+    )
+    with handle_preemption() as preemption, lost_processes(), _alone_in(run):
+        if run.is_main:
+            _clean(run.folder, force)
         accelerator.wait_for_everyone()
-        data = _open_data(config, folder)
-        result = read_result(folder)
-        if result is None or result.steps < target:
-            if accelerator.is_main_process:
-                write_json(folder / CONFIG, config.to_dict())
-                write_json(folder / DATA, {part: describe_data(data[part]) for part in data})
-            train, held_out = data["train"], data["eval"]
-            state = build_or_resume(config, train, folder, accelerator, options)
-            run_steps(state, target, config, train, folder, accelerator, options, preemption)
-            _evaluate(state, config, held_out, folder, accelerator, options)
+        train, held_out = _open_data(run)
+        result = read_result(run.folder)
+        if result is None or result.steps < run.target:
+            state = build_or_resume(run, train)
+            if state.step < run.target:
+                run_steps(run, state, train, preemption)
+            _evaluate(run, state, held_out)
             accelerator.wait_for_everyone()
-            result = read_result(folder)
+            result = read_result(run.folder)
             assert result is not None
-        if runs_csv is not None and accelerator.is_main_process:
+        if runs_csv is not None and run.is_main:
             row = {**result.record, "profile": OWN_DATA}
             upsert(Path(runs_csv), "run", [row], f"run {result.key}")
         return result
 
 
-def build_or_resume(
-    config: RunConfig, dataset: Dataset, folder: Path, accelerator: Accelerator, options: RunOptions
-) -> TrainState:
+def build_or_resume(run: RunOptions, dataset: Dataset) -> TrainState:
     """The model and its optimizer, fresh or as they were at the last checkpoint."""
-    latest = load_latest(folder, config.key, config.model)
+    config, accelerator = run.config, run.accelerator
+    latest = load_latest(run.folder, config.key, config.model)
     seed_everything(config.seed)
     plain = zoo.create_model(
         config.model,
@@ -219,13 +241,12 @@ def build_or_resume(
         **config.options,
     )
     if latest is not None:
-        load_into(plain, latest.model_state, str(folder))
+        load_into(plain, latest.model_state, str(run.folder))
     elif config.initial_weights is not None:
         load_backbone(plain, config.initial_weights)
     if isinstance(plain, Classifier):
         plain.label_smoothing = config.recipe.label_smoothing
-    parts = _parts_a_step(config, accelerator, options)
-    model = prepare_model(plain, config.recipe, accelerator, parts)
+    model = prepare_model(plain, config.recipe, accelerator, run.parts)
     optimizer = accelerator.prepare_optimizer(build_optimizer(model, config.recipe))
     ema = build_ema(accelerator.unwrap_model(model), config.recipe)
     if latest is None:
@@ -236,24 +257,13 @@ def build_or_resume(
     return TrainState(model, optimizer, ema, latest.step, latest.wall_seconds, latest.curve_state)
 
 
-def run_steps(
-    state: TrainState,
-    target: int,
-    config: RunConfig,
-    dataset: Dataset,
-    folder: Path,
-    accelerator: Accelerator,
-    options: RunOptions,
-    preemption: Preemption,
-) -> None:
-    """Train `state` to step `target`; the main process logs and saves checkpoints.
+def run_steps(run: RunOptions, state: TrainState, dataset: Dataset, preemption: Preemption) -> None:
+    """Train `state` to the target; the main process logs and saves checkpoints.
 
     Asked to stop, it saves the state after the current step. Any other error leaves the last
     checkpoint.
     """
-    if state.step >= target:
-        return
-    recipe, main = config.recipe, accelerator.is_main_process
+    config, recipe, accelerator = run.config, run.config.recipe, run.accelerator
     # the shapes of Mask R-CNN vary anyway
     padded = accelerator.device.type in STATIC_SHAPES and config.task != "instances"
     batches = training_loader(
@@ -263,8 +273,8 @@ def run_steps(
         Augmentation(recipe.scale_jitter, recipe.flip_probability),
         config.seed,
         state.step,
-        target,
-        workers=options.workers,
+        run.target,
+        workers=run.workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         task=config.task,
@@ -279,14 +289,14 @@ def run_steps(
         accelerator,
         config.seed,
         state.step,
-        options.micro_batch,
+        run.micro_batch,
         state.ema,
         preemption,
     )
     with preemption.in_steps(), _loader_errors(preemption):
         try:
-            if main:
-                _log_and_save(steps, state, target, config, folder, accelerator, options)
+            if run.is_main:
+                _log_and_save(run, state, steps)
             else:
                 for checked in steps:
                     state.step = checked[-1].step
@@ -294,22 +304,15 @@ def run_steps(
             accelerator.wait_for_everyone()  # a launcher ends the others once one has ended
             raise
     if accelerator.num_processes > 1:  # all evaluate with the main one's running statistics
-        for buffer in _trained(state, accelerator).buffers():
+        for buffer in _trained(run, state).buffers():
             buffer.copy_(broadcast(buffer))
 
 
-def _log_and_save(
-    steps: Iterator[list[Step]],
-    state: TrainState,
-    target: int,
-    config: RunConfig,
-    folder: Path,
-    accelerator: Accelerator,
-    options: RunOptions,
-) -> None:
-    checkpointer = Checkpointer(folder, options.checkpoint_seconds, options.checkpoints)
+def _log_and_save(run: RunOptions, state: TrainState, steps: Iterator[list[Step]]) -> None:
+    config, accelerator = run.config, run.accelerator
+    checkpointer = Checkpointer(run.folder, run.checkpoint_seconds, run.checkpoints)
     began, spent = time.monotonic(), state.seconds
-    log = TrainingLog(folder, state.step, config.recipe.steps, state.log, options.progress)
+    log = TrainingLog(run.folder, state.step, config.recipe.steps, state.log, run.progress)
 
     def save() -> None:
         state.seconds, state.log = spent + time.monotonic() - began, log.state()
@@ -332,7 +335,7 @@ def _log_and_save(
                 log.add(checked)
                 state.step = checked[-1].step
                 # what may be the start of a divergence replaces no earlier checkpoint
-                if state.step == target or (checkpointer.due and not log.may_diverge):
+                if state.step == run.target or (checkpointer.due and not log.may_diverge):
                     save()
         except Preempted:
             save()
@@ -351,34 +354,28 @@ def _loader_errors(preemption: Preemption) -> Iterator[None]:
         raise Preempted.by(preemption.signal) from error
 
 
-def _trained(state: TrainState, accelerator: Accelerator) -> nn.Module:
+def _trained(run: RunOptions, state: TrainState) -> nn.Module:
     """The model that is evaluated and kept: the average where the recipe has one."""
-    model: nn.Module = accelerator.unwrap_model(state.model)
+    model: nn.Module = run.accelerator.unwrap_model(state.model)
     return model if state.ema is None else state.ema.module
 
 
-def _evaluate(
-    state: TrainState,
-    config: RunConfig,
-    dataset: Dataset,
-    folder: Path,
-    accelerator: Accelerator,
-    options: RunOptions,
-) -> None:
+def _evaluate(run: RunOptions, state: TrainState, dataset: Dataset) -> None:
     """Evaluate the model; the main process writes what a run leaves, run.json last."""
+    config, folder = run.config, run.folder
     began = time.monotonic()
-    model = _trained(state, accelerator)
+    model = _trained(run, state)
     evaluation = evaluate(
         inference_copy(model),
         dataset,
         config.task,
         config.image_size,
         EVALUATION_BATCH,
-        options.workers,
-        options.progress,
-        accelerator=accelerator,
+        run.workers,
+        run.progress,
+        accelerator=run.accelerator,
     )
-    if not accelerator.is_main_process:
+    if not run.is_main:
         return
     metrics = {
         name: None if math.isnan(value) else value for name, value in evaluation.metrics.items()
@@ -401,20 +398,16 @@ def _evaluate(
     write_predictions(folder / PREDICTIONS, evaluation.predictions)
     write_json(folder / METRICS, metrics)
     seconds = time.monotonic() - began
-    write_json(folder / RECORD, _record(state, config, accelerator, options, seconds))
+    write_json(folder / RECORD, _record(run, state, seconds))
 
 
-def _record(
-    state: TrainState,
-    config: RunConfig,
-    accelerator: Accelerator,
-    options: RunOptions,
-    evaluation_seconds: float,
-) -> dict[str, Any]:
+def _record(run: RunOptions, state: TrainState, evaluation_seconds: float) -> dict[str, Any]:
     """The run's row of runs.csv; the caller knows the profile."""
+    config, accelerator = run.config, run.accelerator
     images = state.step * config.recipe.batch_size
-    processes, parts = accelerator.num_processes, _parts_a_step(config, accelerator, options)
-    shared = f"; processes: {processes}, parts a step: {parts}" if processes * parts > 1 else ""
+    processes = accelerator.num_processes
+    shared = f"; processes: {processes}, parts a step: {run.parts}"
+    hardware = describe_hardware(accelerator) + (shared if processes * run.parts > 1 else "")
     return {
         "run": config.key,
         "state": FINISHED if state.step == config.recipe.steps else PARTIAL,
@@ -428,7 +421,7 @@ def _record(
         "images_per_second": round(images / max(state.seconds, 1e-9), 2),
         "precision": resolve_precision(config.recipe, accelerator.device),
         "threads": torch.get_num_threads(),
-        "hardware": describe_hardware(accelerator) + shared,
+        "hardware": hardware,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -436,12 +429,6 @@ def _record(
         "commit": current_commit(),
         "date": today(),
     }
-
-
-def _parts_a_step(config: RunConfig, accelerator: Accelerator, options: RunOptions) -> int:
-    """Parts of a batch that each process computes one after the other."""
-    share = max(1, config.recipe.batch_size // accelerator.num_processes)
-    return math.ceil(share / (options.micro_batch or share))
 
 
 # --- The run's folder ----------------------------------------------------------------------------
@@ -466,17 +453,17 @@ def read_result(folder: Path) -> RunResult | None:
 
 
 @contextmanager
-def _alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+def _alone_in(run: RunOptions) -> Iterator[None]:
     """Lock the run folder against other runs; the main process does it for all of a run."""
-    if not accelerator.is_main_process:
+    if not run.is_main:
         yield
         return
     try:
-        with FileLock(folder / LOCK, timeout=0):
+        with FileLock(run.folder / LOCK, timeout=0):
             yield
     except Timeout as error:
         raise UserError(
-            f"{folder}: another process is running this configuration; wait for it or stop it"
+            f"{run.folder}: another process is running this configuration; wait for it or stop it"
         ) from error
 
 
@@ -489,21 +476,23 @@ def _clean(folder: Path, force: bool) -> None:
             path.unlink()
 
 
-def _open_data(config: RunConfig, folder: Path) -> dict[str, Dataset]:
-    """Both parts of the data; refused where the folder holds a run on other data.
+def _open_data(run: RunOptions) -> tuple[Dataset, Dataset]:
+    """What to train and to evaluate on; refused where the folder holds a run on other data.
 
-    The path of the data is no part of a run's key, so that its content is compared here.
+    The path of the data is no part of a run's key, so its content is compared.
     """
-    data = {
-        "train": open_dataset(config.data, "train", config.task),
-        "eval": open_dataset(config.data, "eval", config.task),
-    }
-    require_same_categories(data["train"], data["eval"])
-    if (folder / DATA).exists():
-        for part, known in read_json(folder / DATA).items():
-            if describe_data(data[part])["digest"] != known["digest"]:
-                raise DataError(
-                    f"{folder}: holds a run on other data than {data[part].name} is now; choose "
-                    "another output folder, or start over with force"
-                )
-    return data
+    config, path = run.config, run.folder / DATA
+    train = open_dataset(config.data, "train", config.task)
+    held_out = open_dataset(config.data, "eval", config.task)
+    require_same_categories(train, held_out)
+    found = {"train": describe_data(train), "eval": describe_data(held_out)}
+    for part, known in (read_json(path) if path.exists() else {}).items():
+        if found[part]["digest"] != known["digest"]:
+            raise DataError(
+                f"{run.folder}: holds a run on other data than {train.name} is now; choose "
+                "another output folder, or start over with force"
+            )
+    if run.is_main:
+        write_json(run.folder / CONFIG, config.to_dict())
+        write_json(path, found)
+    return train, held_out
