@@ -284,7 +284,7 @@ def test_true_classes_and_one_mistake() -> None:
     perfect = measured(Oracle(crops, "classification"), crops, "classification")
     assert perfect.metrics == {"top1": 100, "top5": 100}
     assert [p["category_id"] for p in perfect.predictions] == [
-        r["category_id"] for r in crops.ground_truth()["annotations"]
+        crops.categories[label].id for label in crops.annotations.labels.tolist()
     ]
 
     class Mistaken(Oracle):

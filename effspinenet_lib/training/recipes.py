@@ -177,7 +177,7 @@ PROXY_DETECTION = declare(
     steps=(2_500, "our choice: a run of about 10 minutes on one thread"),
     learning_rate=(
         0.25,
-        "our choice, tried on an earlier network alone: far above the paper's "
+        "our choice: tried on an earlier network alone; far above the paper's "
         "scaled with the batch (0.00875), since the schedule is 120 times shorter",
     ),
     warmup_steps=(200, "our choice: 8 % of the steps"),
@@ -376,7 +376,7 @@ PROXY_SEARCH = declare(
     steps=(240, "our choice: about a minute of one core a trial"),
     learning_rate=(
         0.2,
-        "our choice, tried on an earlier network alone: better there than 0.1 and 0.4",
+        "our choice: tried on an earlier network alone; better there than 0.1 and 0.4",
     ),
     warmup_steps=(24, "our choice: 10 % of the steps"),
     schedule=("cosine", "our choice: no drops to place in so few steps"),
