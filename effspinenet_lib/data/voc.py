@@ -118,11 +118,11 @@ def parse_xml(path: Path) -> ElementTree.Element:
     """The root element of an XML file.
 
     Raises:
-        DataError: the file is not XML.
+        DataError: the file cannot be read or is not XML.
     """
     try:
         return ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last: its encoding
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
         raise DataError(f"{path}: is not XML ({error})") from error
 
 
