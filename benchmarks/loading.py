@@ -30,7 +30,7 @@ CATEGORIES = 80
 
 
 def loading(rounds: int, quick: bool) -> Iterator[Figure]:
-    """One loading process: its time an image beside that of a training step, on one thread."""
+    """One loader worker: its time an image beside that of a training step, on one thread."""
     del quick
     with tempfile.TemporaryDirectory() as folder:
         _write_pictures(Path(folder))

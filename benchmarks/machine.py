@@ -1,4 +1,4 @@
-"""What the processor can do, and what share of it a training step reaches, on one thread."""
+"""What the CPU can do, and what share of it a training step reaches, on one thread."""
 
 from __future__ import annotations
 

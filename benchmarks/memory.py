@@ -1,4 +1,4 @@
-"""Memory of a loading process against the number of images.
+"""Memory of a loader worker against the number of images.
 
 Annotations of as many images as COCO has and of fewer are generated; all share one small picture,
 so that what is measured is the annotations' share. Each count of images takes two programs: the
@@ -63,7 +63,7 @@ print(json.dumps(facts))
 
 
 def memory(rounds: int, quick: bool) -> Iterator[Figure]:
-    """Resident memory of a loading process, and of opening an annotation file; Linux only."""
+    """Resident memory of a loader worker, and of opening an annotation file; Linux only."""
     del rounds
     if sys.platform != "linux":
         return

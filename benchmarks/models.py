@@ -133,7 +133,7 @@ def _against(
     setting: Setting,
     goals: tuple[float | None, float | None] = (None, None),
 ) -> Iterator[Figure]:
-    """The ratio in float32, and that of each one's faster number format."""
+    """The ratio in float32, and that of each one's faster dtype."""
     benchmark = what.split(",")[0]
     found = {
         name: {key: value for key, value in times.items() if key.split()[0] == name}
@@ -147,7 +147,7 @@ def _against(
         compare(times[f"{OURS} float32"], times[f"{peer} float32"]),
         goals[0],
     )
-    if len(found[OURS]) == 1:  # --quick times one number format
+    if len(found[OURS]) == 1:  # --quick times one dtype
         return
     formats = f"{ours.split()[1]} against {theirs.split()[1]}, the faster of each"
     yield ratio_figure(
@@ -288,7 +288,7 @@ def _torchvision_inference(model: nn.Module, setting: Setting, precision: str) -
 
 
 def _in_format(network: nn.Module, setting: Setting, precision: str) -> Work:
-    """A network whose weights are in the number format: casting them each time costs more."""
+    """A network whose weights have the dtype: casting them each time costs more."""
     dtype = PRECISIONS[precision]
     network.eval().to(memory_format=torch.channels_last).to(dtype)
     return _inference(network, setting.images().to(dtype), "float32")

@@ -1,6 +1,6 @@
 """Timing things in turn, so that a machine whose speed drifts still gives fair ratios.
 
-Work of this process on one thread is timed by the processor time that it took, which other
+Work of this process on one thread is timed by the CPU time that it took, which other
 programs on the machine change little; work of several processes by the clock on the wall.
 """
 

@@ -1,6 +1,6 @@
 """Where the time of a training step goes, before and after what this library does for speed.
 
-Each of the two is a program of its own, since one of them keeps the memory that it frees.
+Each of the two is a process of its own, since one of them keeps the memory that it frees.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from effspinenet_lib.training.device import disable_malloc_trim
 STEP = Setting(512, 2)
 BEFORE, AFTER = "before", "after"
 WARMUPS = 2
-# Part of a step -> beginnings of the names of operations, torch's and the compiled ones; a compiled
-# norm computes the swish after it too.
+# Part of a step -> beginnings of the names of torch's operations.
 PARTS = {
     "convolutions, forward": (
         "aten::mkldnn_convolution",
@@ -32,12 +31,9 @@ PARTS = {
         "aten::mm",
     ),
     "convolutions, backward": ("aten::convolution_backward", "aten::_slow_conv2d_backward"),
-    "norms": ("aten::native_batch_norm", "_NormActivation"),
+    "norms": ("aten::native_batch_norm",),
     "activations": ("aten::silu", "aten::sigmoid"),
-    "sums and products": (
-        *("aten::mul", "aten::add", "aten::sum", "aten::div", "aten::sub"),
-        "_ScaleChannels",
-    ),
+    "sums and products": ("aten::mul", "aten::add", "aten::sum", "aten::div", "aten::sub"),
     "casts and copies": ("aten::copy_", "aten::fill_", "aten::zero_", "aten::cat"),
     "resampling": ("aten::pixel_", "aten::max_pool", "aten::upsample"),
 }

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
-from effspinenet_lib.native import functions
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,7 +22,6 @@ class Traffic(TorchDispatchMode):
     may carry less, and more where an operation goes over a tensor several times or keeps room of
     its own. Views and what only asks for shapes count nothing, elements that a tensor repeats
     (stride 0) count once, and an operation that picks elements counts all of the tensor.
-    The library's compiled functions count as operations.
 
     Attributes:
         bytes: read and written so far.
@@ -33,21 +30,6 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
-        self._run = functions.run
-        self._compiled = mock.patch.object(functions, "run", self._count)
-
-    def __enter__(self) -> Traffic:
-        self._compiled.start()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        self._compiled.stop()
-
-    def _count(self, name: str, *arguments: Any) -> None:
-        self._run(name, *arguments)
-        self.bytes += sum(map(_bytes, _tensors(arguments)))
 
     def __torch_dispatch__(
         self,

@@ -3,9 +3,9 @@
     make xla                   # in an environment of its own
     python -m benchmarks.xla   # in one with torch_xla
 
-XLA builds a program for every new shape, which takes minutes. Here it computes on the processor.
+XLA builds a program for every new shape, which takes minutes. Here it computes on the CPU.
 The library's own loop trains on padded targets; the losses of every step must be those of plain
-PyTorch, and after the third step nothing may be built anew. (An optimizer's step is computed with
+PyTorch, and after the third step nothing may be built. (An optimizer's step is computed with
 the next one; the first and the second differ, for the momentum is new in the first. The learning
 rate drops after the third.) The norms are those of several cores, here of one. Exits with 1 if
 either does not hold.
@@ -68,7 +68,7 @@ def make_model(dataset: Dataset) -> TaskModel:
 
 
 def plain_losses(model: TaskModel, batches: list[Batch]) -> Iterator[dict[str, float]]:
-    """Losses of each step of the loop written out, on the processor."""
+    """Losses of each step of the loop written out, on the CPU."""
     optimizer = build_optimizer(model, RECIPE)
     model.train()
     for step, batch in enumerate(batches):
