@@ -7,7 +7,7 @@ and objects. Peers get `disable_malloc_trim` too, for it acts on the whole proce
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import effdet
@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.models import detection as torchvision_models
 
-from benchmarks.pairs import Times, compare, fastest, time_in_turn
+from benchmarks.pairs import compare, fastest, time_in_turn
 from benchmarks.plain import make_plain
 from benchmarks.record import Figure, ratio_figure
 from effspinenet_lib import create_model
 from effspinenet_lib.data import Batch
+from effspinenet_lib.models.base import TaskModel
 from effspinenet_lib.models.retinanet import RetinaNet
 from effspinenet_lib.training.device import prepare_model
 from effspinenet_lib.training.export import inference_copy
@@ -36,6 +37,11 @@ SSDLITE_SIZE = 320
 PROXY_BATCH, PROXY_SIZE, PROXY_CLASSES = 8, 128, 8
 RATE = 1e-4
 OURS, EFFDET, RETINANET, SSDLITE = "ours", "effdet", "RetinaNet", "SSDLite"
+PEERS = {
+    EFFDET: "effdet's EfficientDet-D0",
+    RETINANET: "torchvision's RetinaNet",
+    SSDLITE: "torchvision's SSDLite",
+}
 # Shares of the image's side: three objects, small to large.
 OBJECTS = ((0.02, 0.02, 0.12, 0.12), (0.15, 0.05, 0.5, 0.2), (0.2, 0.3, 0.9, 0.8))
 
@@ -63,96 +69,79 @@ class Setting:
         return [target] * self.batch
 
 
+Maker = Callable[[Setting, str], Work]
+
+
 def training(rounds: int, quick: bool) -> Iterator[Figure]:
     """A training step of Eff-SpineNet-D0 against those of the peers."""
-    del quick
-    setting = Setting(SIZE, BATCH)
-    works = {
-        f"{name} {precision}": make(setting, precision)
-        for precision in PRECISIONS
-        for name, make in ((OURS, our_step), (EFFDET, _effdet_step), (RETINANET, _retinanet_step))
-    }
-    times = time_in_turn(works, rounds)
-    what = "training, Eff-SpineNet-D0 against"
-    yield from _against(times, EFFDET, f"{what} effdet's EfficientDet-D0", setting, (1.0, 1.5))
-    yield from _against(times, RETINANET, f"{what} torchvision's RetinaNet", setting)
+    peers = {EFFDET: _effdet_step, RETINANET: _retinanet_step}
+    yield from _against("training", Setting(SIZE, BATCH), our_step, peers, rounds, quick, 1.5)
     small = Setting(SSDLITE_SIZE, BATCH)
-    works = {
-        f"{name} {precision}": make(small, precision)
-        for precision in PRECISIONS
-        for name, make in ((OURS, our_step), (SSDLITE, _ssdlite_step))
-    }
-    times = time_in_turn(works, rounds)
-    yield from _against(times, SSDLITE, f"{what} torchvision's SSDLite", small)
+    yield from _against("training", small, our_step, {SSDLITE: _ssdlite_step}, rounds, quick)
 
 
 def inference(rounds: int, quick: bool) -> Iterator[Figure]:
     """One image through the networks; of torchvision's models with what follows the network."""
-    del quick
-    setting = Setting(SIZE, 1)
-    works = {
-        f"{name} {precision}": make(setting, precision)
-        for precision in PRECISIONS
-        for name, make in ((OURS, _our_network), (EFFDET, _effdet_network), (RETINANET, _retinanet))
-    }
-    times = time_in_turn(works, rounds)
-    what = "inference, Eff-SpineNet-D0 against"
-    yield from _against(times, EFFDET, f"{what} effdet's EfficientDet-D0", setting, (1.0, 1.3))
-    yield from _against(times, RETINANET, f"{what} torchvision's RetinaNet", setting)
+    peers = {EFFDET: _effdet_network, RETINANET: _retinanet}
+    yield from _against("inference", Setting(SIZE, 1), _our_network, peers, rounds, quick, 1.3)
     small = Setting(SSDLITE_SIZE, 1)
-    works = {
-        f"{name} {precision}": make(small, precision)
-        for precision in PRECISIONS
-        for name, make in ((OURS, _our_network), (SSDLITE, _ssdlite))
-    }
-    times = time_in_turn(works, rounds)
-    yield from _against(times, SSDLITE, f"{what} torchvision's SSDLite", small)
+    yield from _against("inference", small, _our_network, {SSDLITE: _ssdlite}, rounds, quick)
 
 
 def proxy(rounds: int, quick: bool) -> Iterator[Figure]:
     """A training step of the proxy runs against the same network written the plain way."""
-    del quick
     setting = Setting(PROXY_SIZE, PROXY_BATCH)
-    works = {f"{OURS} {precision}": proxy_step(setting, precision) for precision in PRECISIONS}
-    plain = plain_step(setting, "bfloat16", "eff_spinenet_m0")
-    times = time_in_turn({**works, "plain": plain}, rounds)
-    for precision in reversed(PRECISIONS):
+    for precision in _precisions(quick):
+        plain = plain_step(setting, precision, "eff_spinenet_m0")
+        times = time_in_turn({OURS: proxy_step(setting, precision), "plain": plain}, rounds)
         yield ratio_figure(
             "proxy",
             "training Eff-SpineNet-M0 against the plain loop",
-            f"{precision} against bfloat16, {setting}",
-            compare(times[f"{OURS} {precision}"], times["plain"]),
-            1.3,
+            f"{precision}, {setting}",
+            compare(times[OURS], times["plain"]),
         )
 
 
+def _precisions(quick: bool) -> tuple[str, ...]:
+    """Those to time; bfloat16 can take ten times as long where the CPU lacks it."""
+    return ("float32",) if quick else tuple(PRECISIONS)
+
+
 def _against(
-    times: Times,
-    peer: str,
-    what: str,
+    benchmark: str,
     setting: Setting,
-    goals: tuple[float | None, float | None] = (None, None),
+    ours: Maker,
+    peers: Mapping[str, Maker],
+    rounds: int,
+    quick: bool,
+    goal: float | None = None,
 ) -> Iterator[Figure]:
-    """The ratio in float32, and that of each one's faster dtype."""
-    benchmark = what.split(",")[0]
-    found = {
-        name: {key: value for key, value in times.items() if key.split()[0] == name}
-        for name in (OURS, peer)
+    """Each peer's ratio in float32, and that of each one's faster dtype.
+
+    Against effdet there are goals: 1 in float32, `goal` in the faster dtypes.
+    """
+    precisions = _precisions(quick)
+    works = {
+        f"{name} {precision}": make(setting, precision)
+        for precision in precisions
+        for name, make in {OURS: ours, **peers}.items()
     }
-    ours, theirs = fastest(found[OURS]), fastest(found[peer])
-    yield ratio_figure(
-        benchmark,
-        what,
-        f"float32, {setting}",
-        compare(times[f"{OURS} float32"], times[f"{peer} float32"]),
-        goals[0],
-    )
-    if len(found[OURS]) == 1:  # --quick times one dtype
-        return
-    formats = f"{ours.split()[1]} against {theirs.split()[1]}, the faster of each"
-    yield ratio_figure(
-        benchmark, what, f"{formats}, {setting}", compare(times[ours], times[theirs]), goals[1]
-    )
+    times = time_in_turn(works, rounds)
+
+    def fastest_of(name: str) -> str:
+        return fastest({f"{name} {p}": times[f"{name} {p}"] for p in precisions})
+
+    for peer in peers:
+        what = f"{benchmark}, Eff-SpineNet-D0 against {PEERS[peer]}"
+        mine, other = fastest_of(OURS), fastest_of(peer)
+        faster = f"{mine.split()[1]} against {other.split()[1]}, the faster of each"
+        goals = (1.0, goal) if peer == EFFDET else (None, None)
+        rows = [("float32", f"{OURS} float32", f"{peer} float32", goals[0])]
+        if len(precisions) > 1:
+            rows.append((faster, mine, other, goals[1]))
+        for text, own, theirs, wanted in rows:
+            ratio = compare(times[own], times[theirs])
+            yield ratio_figure(benchmark, what, f"{text}, {setting}", ratio, wanted)
 
 
 def our_training(name: str, setting: Setting, recipe: Recipe, classes: int) -> Work:
@@ -249,7 +238,7 @@ def _step(
 class _Network(nn.Module):
     """What effdet's model computes: the outputs of the heads."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: TaskModel) -> None:
         super().__init__()
         self.model = model
 
@@ -258,8 +247,8 @@ class _Network(nn.Module):
 
 
 def _our_network(setting: Setting, precision: str) -> Work:
-    model = inference_copy(create_model("eff_spinenet_d0", num_classes=CLASSES))
-    return _in_format(_Network(model), setting, precision)
+    model = create_model("eff_spinenet_d0", num_classes=CLASSES)
+    return _in_dtype(_Network(inference_copy(model)), setting, precision)
 
 
 def _effdet_network(setting: Setting, precision: str) -> Work:
@@ -270,7 +259,7 @@ def _effdet_network(setting: Setting, precision: str) -> Work:
         pretrained_backbone=False,
         image_size=(setting.size, setting.size),
     )
-    return _in_format(model, setting, precision)
+    return _in_dtype(model, setting, precision)
 
 
 def _retinanet(setting: Setting, precision: str) -> Work:
@@ -287,7 +276,7 @@ def _torchvision_inference(model: nn.Module, setting: Setting, precision: str) -
     return _inference(lambda images: model(list(images)), setting.images(), precision)
 
 
-def _in_format(network: nn.Module, setting: Setting, precision: str) -> Work:
+def _in_dtype(network: nn.Module, setting: Setting, precision: str) -> Work:
     """A network whose weights have the dtype: casting them each time costs more."""
     dtype = PRECISIONS[precision]
     network.eval().to(memory_format=torch.channels_last).to(dtype)
