@@ -36,7 +36,7 @@ help:
 setup: $(INSTALLED)
 	@echo "Installed in $(VENV); the command is $(BIN)/effspinenet"
 
-# Installed anew whenever pyproject.toml is newer than the last installation.
+# Installed again whenever pyproject.toml is newer than the last installation.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer \
 	is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.11")'
@@ -87,7 +87,7 @@ $(XLA_INSTALLED): pyproject.toml
 	@echo "Installing torch_xla and the library into $(XLA_VENV) (several minutes) ..."
 	@$(XLA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --editable . $(XLA_PACKAGES) || { echo "torch_xla cannot be installed for this Python and \
-	machine (pip's reason stands above); it has packages for Linux on x86-64"; exit 1; }
+	machine (pip's reason is above); it has packages for Linux on x86-64"; exit 1; }
 	@touch $@
 
 xla: $(XLA_INSTALLED)

@@ -14,7 +14,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from effspinenet_lib import create_model
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.models.fpn import BiFPN, BiFPNCell, FeaturePyramid, TimmFeatures
-from effspinenet_lib.models.scale_permuted import AlphaResample, SpineNet
 from effspinenet_lib.models.specs import MODELS, SPINENET_49
 
 NAMES = (
@@ -344,7 +343,7 @@ def test_bifpn_makes_its_coarse_levels_from_c5():
 
 
 def test_spinenet_49_is_wired_as_table_1_says():
-    """Its 17 blocks are Table 1's 18 without the one of level 1."""
+    """Its 17 blocks are Table 1's 18 without the one of level 1; `test_released` runs them."""
     ours, table = SPINENET_49.blocks, MODELS["eff_spinenet_d0"].backbone.blocks
     assert [block.level for block in ours] == [block.level for block in table[1:]]
     assert [block.is_output for block in ours] == [block.is_output for block in table[1:]]
@@ -354,72 +353,3 @@ def test_spinenet_49_is_wired_as_table_1_says():
     assert [block.inputs for block in ours[:3]] == [(0,), (1,), (1, 2)]
     # Block 13 of Table 1, added to block 16.
     assert SPINENET_49.extra_inputs == {15: (12,)}
-
-
-def test_spinenet_49_has_the_published_blocks():
-    """SpineNet's paper and released code: 4 residual blocks, and the filters of each level."""
-    assert [b.index for b in SPINENET_49.blocks if not b.bottleneck] == [4, 7, 9, 10]
-    filters = {block.level: block.filters for block in SPINENET_49.blocks}
-    assert filters == {2: 64, 3: 128, 4: 256, 5: 256, 6: 256, 7: 256}
-    assert all(block.filters == filters[block.level] for block in SPINENET_49.blocks)
-    with torch.device("meta"):
-        dims = SpineNet(SPINENET_49, "swish", 0.0).feature_dims
-    assert dims == {3: 512, 4: 1024, 5: 1024, 6: 1024, 7: 1024}
-
-
-@pytest.fixture(scope="module")
-def spinenet():
-    torch.manual_seed(0)
-    return SpineNet(SPINENET_49, "swish", 0.2).eval()
-
-
-@pytest.mark.parametrize(
-    ("block", "changed"), [(12, {5, 6, 7}), (14, {3}), (13, {4, 5, 6, 7}), (16, {7})]
-)
-def test_an_output_depends_on_the_blocks_that_lead_to_it(spinenet, block, changed):
-    images = torch.randn(1, 3, 64, 64)
-    with torch.inference_mode():
-        before = spinenet(images)
-        handle = spinenet.groups[block - 1].register_forward_hook(lambda *call: call[2] * 0)
-        after = spinenet(images)
-        handle.remove()
-    assert {level for level in LEVELS if not torch.equal(before[level], after[level])} == changed
-
-
-@pytest.mark.parametrize(("level", "sides"), [(6, (4, 3)), (4, (13, 9)), (2, (50, 34))])
-def test_alpha_resampling_against_its_steps(level, sides):
-    torch.manual_seed(0)
-    resample = AlphaResample(16, 4, 12, level, reduced=2, activation="relu").eval()
-    randomise_norms(resample)
-    features = torch.randn(2, 16, 13, 9)
-
-    def conv(layer, x, stride=1):
-        kernel, norm = layer[0].weight, layer[1]
-        x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
-        return F.batch_norm(
-            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-3
-        )
-
-    with torch.inference_mode():
-        x = conv(resample.reduce, features).relu()
-        assert x.shape[1] == 2
-        if level > 4:  # two levels down: one convolution, one pooling
-            x = F.max_pool2d(conv(resample.down[0], x, stride=2).relu(), 3, 2, 1)
-        if level < 4:
-            x = F.interpolate(x, size=sides)
-        expected = conv(resample.expand, x)
-        torch.testing.assert_close(resample(features, sides), expected, rtol=1e-4, atol=1e-5)
-    assert expected.shape == (2, 12, *sides)
-
-
-def test_spinenet_49_resamples_every_input_and_takes_in_the_idle_block(spinenet):
-    resamples = {
-        (int(target), int(source)): layer
-        for target, fusion in spinenet.fusions.items()
-        for source, layer in fusion.resample.items()
-    }
-    assert len(resamples) == 15 * 2
-    assert {target: f.idle for target, f in spinenet.fusions.items() if f.idle} == {"15": (12,)}
-    for (_, source), layer in resamples.items():
-        filters = SPINENET_49.blocks[source - 1].filters
-        assert layer.reduce[0].out_channels == filters // 2  # alpha = 0.5

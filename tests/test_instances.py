@@ -122,17 +122,6 @@ def test_detections_keep_the_contract(model):
         assert pasted.shape == (count, 1, 96, 128)
 
 
-def test_the_memory_format_does_not_matter(model):
-    model.regions.score_thresh = 0.0
-    images = torch.randn(1, 3, 128, 128)
-    with torch.no_grad():
-        plain = model.eval().network(images)
-        model.to(memory_format=torch.channels_last)
-        last = model.network(images.to(memory_format=torch.channels_last))
-    for one, other in zip(plain, last, strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
-
-
 def test_labels_and_masks_are_those_of_the_class(model):
     regions = model.regions
     for layer in (regions.box_predictor.cls_score, regions.mask_predictor.pointwise):
@@ -434,13 +423,3 @@ def test_the_heads_learn_two_images():
     assert last["classification"] < 0.2 * first["classification"]
     assert last["box"] < 0.6 * first["box"]
     assert last["mask"] < 0.8 * first["mask"]
-
-
-def test_each_location_has_three_anchors_of_three_strides(model):
-    listed = ImageList(torch.zeros(1, 3, 128, 128), [(128, 128)])
-    (anchors,) = model.proposals.anchor_generator(listed, list(random_features(side=128).values()))
-    for stride, group in ((8, anchors[:3]), (128, anchors[-3:])):
-        centres, sides = (group[:, :2] + group[:, 2:]) / 2, group[:, 2:] - group[:, :2]
-        assert torch.allclose(centres, torch.tensor(stride / 2))
-        assert torch.allclose(sides.prod(1), torch.tensor((3.0 * stride) ** 2))
-        assert torch.allclose(sides[:, 0] / sides[:, 1], torch.tensor([0.5, 1.0, 2.0]))

@@ -136,8 +136,8 @@ class Assignment:
     Attributes:
         positive: bool [N, A]: the anchor belongs to an object.
         ignored: bool [N, A]: it is neither positive nor negative.
-        labels: int64 [N, A]: the object's label; `NEGATIVE` where there is none.
-        boxes: [N, A, 4]: the object's box; the anchor itself where there is none.
+        labels: int64 [N, A]: the object's label, or `NEGATIVE`.
+        boxes: [N, A, 4]: the object's box, or the anchor itself.
     """
 
     positive: Tensor

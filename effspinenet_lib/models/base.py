@@ -79,7 +79,7 @@ def training_targets(targets: list[Target] | None) -> list[Target]:
     """The targets, which training needs.
 
     Raises:
-        ValueError: there are none.
+        ValueError: they are None.
     """
     if targets is None:
         raise ValueError("targets are needed in training")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from effspinenet_lib.data.dataset import SEMANTIC_IGNORE
 from effspinenet_lib.errors import UserError
-from effspinenet_lib.models.base import Target, TaskModel, check_finite
+from effspinenet_lib.models.base import Target, TaskModel, check_finite, training_targets
 from effspinenet_lib.models.layers import (
     SeparableConv,
     conv_norm,
@@ -44,16 +44,9 @@ class LogitsModel(TaskModel):
     def forward(
         self, images: Tensor, targets: list[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Compute the loss `cross_entropy` in training, predictions in evaluation.
-
-        Raises:
-            ValueError: training without targets.
-            UserError: training on so little that a norm has one value a channel.
-            TrainingError: the outputs are not finite.
-        """
+        """Compute the loss `cross_entropy`, or predictions; see `TaskModel`."""
         if self.training:
-            if targets is None:
-                raise ValueError("targets are needed in training")
+            targets = training_targets(targets)
             return {"cross_entropy": self.loss(self._training_logits(images).float(), targets)}
         logits = self.network(images).float()
         check_finite(logits)
@@ -160,7 +153,7 @@ class Segmenter(LogitsModel):
     def loss(self, logits: Tensor, targets: list[Target]) -> Tensor:
         """Cross-entropy with each target's `semantic` [H, W], the mean over the pixels that count.
 
-        0 where none counts.
+        0 where no pixel counts.
         """
         labels = torch.stack([target["semantic"] for target in targets])
         size = (labels.shape[-2], labels.shape[-1])

@@ -58,7 +58,7 @@ class ReleasedSpec:
         separable: separable convolutions in the heads, or dense ones.
         experiment: the Model Garden's name of the experiment.
         model_id: the Model Garden's name of the backbone.
-        metrics: published figures by name: AP on COCO val2017 in percent; none for a model of
+        metrics: published figures by name: AP on COCO val2017 in percent; empty for a model of
             which only the configuration is published.
     """
 

@@ -33,7 +33,7 @@ class SSDSettings:
         smallest: side of the square priors of the finest level, of the image's side (SSDLite's
             released configs; so are the next three).
         largest: the same of the coarsest level; those between are spaced evenly.
-        aspect_ratios: and their inverses, beside 1.
+        aspect_ratios: used with their inverses and 1.
         lowest_scale: side of the finest level's one square prior; it has no others and only the
             first of the ratios.
         box_scale: factors on the four numbers of a box code (SSD's and the released configs').

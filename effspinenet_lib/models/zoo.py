@@ -2,7 +2,7 @@
 
 A scale-permuted model is an entry of `specs.MODELS`. Any other is one function below under
 `@model(name, image sizes by task, tables of the paper)`, whose keyword arguments are the model's
-options. The path of a resource distribution (a JSON file) stands for a model with its betas.
+options. The path of a resource distribution (a JSON file) can be given for a model's name.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Entry:
         name: how it is asked for.
         image_sizes: task -> side of the square input in pixels that the paper gives it; the
             tasks that it can do.
-        tables: items of the paper that it stands in.
+        tables: items of the paper that have it.
         build: makes it of a task, a number of classes and options.
         note: what its cost rests on, or why it misses the printed one.
     """
@@ -131,7 +131,7 @@ def model(
 
 
 def list_models() -> dict[str, tuple[str, ...]]:
-    """Names of the models, each with the tables of the paper that it stands in."""
+    """Names of the models, each with the tables of the paper that have it."""
     tables = {spec.name: spec.tables for spec in MODELS.values()}
     tables.update({entry.name: entry.tables for entry in _BASELINES.values()})
     return dict(sorted(tables.items()))
@@ -384,7 +384,7 @@ def resolve_model(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str,
 
     Raises:
         DataError: a path that holds no distribution.
-        UserError: betas are given beside a distribution.
+        UserError: betas are given together with a distribution.
     """
     if not is_distribution(name):
         return name, dict(options)
@@ -521,7 +521,11 @@ def _efficientnet_fpn(
 def _efficientdet(
     scale: Scale, task: str, num_classes: int, *, stochastic_depth: float = 0.2
 ) -> TaskModel:
-    """EfficientDet as its paper and code have it; its hard suppression is this library's."""
+    """EfficientDet as its paper and code have it, biases and anchors included.
+
+    This library's are two things: hard suppression in place of the soft one, and the initial
+    weights of the heads.
+    """
     features = TimmFeatures(_EFFICIENTNETS[scale.id], stochastic_depth=stochastic_depth)
     pyramid = BiFPN(features, scale.head_dim, _BIFPN_REPEATS[scale.id], _SWISH)
     return RetinaNet(
