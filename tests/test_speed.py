@@ -19,17 +19,16 @@ from effspinenet_lib.errors import DataError
 from effspinenet_lib.results.tables import read_rows
 
 SIDE, CLASSES = 128, 3
-# Allocates, fills and frees 64 MiB ten times, then says how many pages the system had to clear.
+# Allocates, fills and frees 40 MiB three times, then says how many pages the system had to clear.
 FAULTS = """
 import resource, sys
 from effspinenet_lib.training.device import disable_malloc_trim
 if sys.argv[1] == "keep":
     assert disable_malloc_trim()
-for _ in range(3):
-    b"x" * (64 << 20)
+b"x" * (40 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    b"x" * (64 << 20)
+for _ in range(3):
+    b"x" * (40 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
