@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from effspinenet_lib.errors import (
     CheckpointError,
     DataError,
@@ -34,6 +36,14 @@ ERRORS: dict[str, Exception] = {
     "bug": ArithmeticError("division by zero"),
 }
 LET_GO = "let_go"  # beside the runs: how many runs may end
+
+
+def is_running(pid: str) -> bool:
+    """Whether a process runs: one that ended and was not waited for yet does not."""
+    try:
+        return bool(psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def note_start(config: dict[str, Any], runs_dir: str) -> int:

@@ -174,7 +174,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
         parent.kill()
         parent.wait()
     assert len(children) >= 2
-    wait_until(lambda: not any(os.path.exists(f"/proc/{child}") for child in children))
+    wait_until(lambda: not any(map(launcher_fakes.is_running, children)))
 
 
 def search_program(results: Path, fake: str, engine: str, trials: int = 12) -> list[str]:
