@@ -381,7 +381,10 @@ def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path) -> None:
         train_run(DETECTION, tmp_path, progress=False, checkpoints=0)
 
 
-def test_a_run_of_the_launcher_can_be_computed_in_parts(tmp_path: Path) -> None:
+def test_a_run_of_the_launcher_can_be_computed_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "usable_cores", lambda: 1)  # threads that wait for each other
     config = replace(DETECTION, recipe=RECIPE.replace(batch_size=4))
     with launcher.open_pool("local", 1, "cpu") as pool:
         (outcome,) = launcher.run_many([config], tmp_path, pool, progress=False, micro_batch=2)
@@ -424,6 +427,7 @@ def test_a_launcher_that_is_told_to_stop_lets_its_runs_save(tmp_path: Path) -> N
     write_json(tmp_path / "request.json", endless.to_dict())
     script = (
         "from test_interruptions import *\n"
+        "launcher.usable_cores = lambda: 1\n"
         "config = RunConfig.from_dict(json.load(open(sys.argv[1])))\n"
         "try:\n"
         "    with launcher.open_pool('local', 1, 'cpu') as pool:\n"
