@@ -19,8 +19,8 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 # Activations that TensorFlow computes by a product.
 PRODUCTS = (nn.SiLU, nn.Hardswish)
-# timm's has no public class: the one of its MBConv blocks, by name.
 SQUEEZES = (SqueezeExcitation, TorchvisionSqueezeExcitation)
+# timm's classes, by name: its squeeze-and-excitation has no public class.
 TIMM_SQUEEZE, TIMM_BLOCKS = "SqueezeExcite", ("InvertedResidual", "DepthwiseSeparableConv")
 COUNTED = (
     *(nn.BatchNorm2d, nn.AdaptiveAvgPool2d, *PRODUCTS),

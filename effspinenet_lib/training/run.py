@@ -183,7 +183,7 @@ def train_run(
 
     Raises:
         UserError: a setting is wrong, the folder cannot be written, or another process runs it.
-        DataError: the data cannot be used, or a loading process died.
+        DataError: the data cannot be used, or a loader worker died.
         CheckpointError: a checkpoint or the initial weights do not fit.
         TrainingError: a loss is not finite, the run has diverged, or memory is too small.
         Preempted: a signal asked to stop, or another process of the run died.
@@ -344,7 +344,7 @@ def _log_and_save(run: RunOptions, state: TrainState, steps: Iterator[list[Step]
 
 @contextmanager
 def _loader_errors(preemption: Preemption) -> Iterator[None]:
-    """Errors of loading processes; those that a signal ended with this one are no failure."""
+    """Errors of loader workers; one that a signal ended with this process is no failure."""
     try:
         with worker_errors():
             yield
