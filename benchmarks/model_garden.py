@@ -24,9 +24,9 @@ from official.vision.ops import anchor, preprocess_ops
 from official.vision.tasks.retinanet import RetinaNetTask
 
 from benchmarks.seeded import Arrays, seeded_state
+from effspinenet_lib.models.anchors import BOX_CODE
 from effspinenet_lib.models.released import BOX_ORDER, create_released, match_variables
 from effspinenet_lib.models.released_specs import ReleasedSpec
-from effspinenet_lib.models.retinanet import BOX_CODE
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
 
 # Lists that Keras keeps in a layer beside the attributes that a checkpoint names.

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from effspinenet_lib.models.anchors import encode_boxes, match_anchors
+from effspinenet_lib.models.anchors import BOX_CODE, encode_boxes, match_anchors
 from effspinenet_lib.models.base import crowds
-from effspinenet_lib.models.retinanet import BOX_CODE, RetinaNet
+from effspinenet_lib.models.retinanet import RetinaNet
 
 
 class PlainRetinaNet(RetinaNet):

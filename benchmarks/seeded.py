@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from effspinenet_lib.models.retinanet import BOX_CODE, RetinaNet
+from effspinenet_lib.models.anchors import BOX_CODE
+from effspinenet_lib.models.retinanet import RetinaNet
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
 
 Arrays = dict[str, NDArray[Any]]

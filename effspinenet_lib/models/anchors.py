@@ -15,10 +15,13 @@ from torch import Tensor
 from effspinenet_lib.models.base import Target, crowds
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
 
+BOX_CODE = 4  # numbers of a box code
 NEGATIVE = -1
 IGNORED = -2
 # As in torchvision: an object cannot be decoded to more than 1000/16 times its anchor.
 MAXIMUM_LOG_SCALE = math.log(1000 / 16)
+
+BoxScale = tuple[float, float]  # factors on dx, dy and on dw, dh of a box code
 
 
 @dataclass(frozen=True)
@@ -177,18 +180,20 @@ def assign_anchors(
     )
 
 
-def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
+def encode_boxes(boxes: Tensor, anchors: Tensor, scale: BoxScale = (1.0, 1.0)) -> Tensor:
     """Code boxes [.., 4] as offsets to anchors of the same shape: dx, dy, dw, dh."""
     centre, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
     anchor_centre = (anchors[..., :2] + anchors[..., 2:]) / 2
     anchor_size = anchors[..., 2:] - anchors[..., :2]
-    return torch.cat([(centre - anchor_centre) / anchor_size, (size / anchor_size).log()], -1)
+    offset, growth = (centre - anchor_centre) / anchor_size, (size / anchor_size).log()
+    return torch.cat([offset * scale[0], growth * scale[1]], -1)
 
 
-def decode_boxes(codes: Tensor, anchors: Tensor) -> Tensor:
+def decode_boxes(codes: Tensor, anchors: Tensor, scale: BoxScale = (1.0, 1.0)) -> Tensor:
     """Undo `encode_boxes`; sizes are bounded so that a wild code stays finite."""
     anchor_centre = (anchors[..., :2] + anchors[..., 2:]) / 2
     anchor_size = anchors[..., 2:] - anchors[..., :2]
-    centre = anchor_centre + codes[..., :2] * anchor_size
-    half = anchor_size * codes[..., 2:].clamp(max=MAXIMUM_LOG_SCALE).exp() / 2
+    offset, growth = codes[..., :2] / scale[0], codes[..., 2:] / scale[1]
+    centre = anchor_centre + offset * anchor_size
+    half = anchor_size * growth.clamp(max=MAXIMUM_LOG_SCALE).exp() / 2
     return torch.cat([centre - half, centre + half], -1)

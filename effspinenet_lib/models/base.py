@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from effspinenet_lib.errors import TrainingError, UserError
-from effspinenet_lib.models.specs import level_side
+
+# What torch says of a batch that leaves a norm one value a channel.
+TOO_FEW_VALUES = "more than 1 value per channel"
 
 Target = dict[str, Tensor]
 
@@ -20,7 +22,6 @@ class TaskModel(nn.Module, ABC):
     One loop, evaluation, checkpoint and export serve all tasks; they know of a model only this.
     """
 
-    @abstractmethod
     def forward(
         self, images: Tensor, targets: list[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
@@ -48,6 +49,28 @@ class TaskModel(nn.Module, ABC):
             UserError: training on a batch too small for batch normalisation.
             TrainingError: outputs in evaluation that are not finite.
         """
+        if not self.training:
+            return self.predict(images)
+        if targets is None:
+            raise ValueError("targets are needed in training")
+        try:
+            return self.training_losses(images, targets)
+        except ValueError as error:
+            if TOO_FEW_VALUES not in str(error):
+                raise
+            count, _, height, width = images.shape
+            raise UserError(
+                f"{count} image of {height}x{width} is too little for batch normalisation; train "
+                "on 2 images a batch or more, or on larger images"
+            ) from error
+
+    @abstractmethod
+    def training_losses(self, images: Tensor, targets: list[Target]) -> dict[str, Tensor]:
+        """What `forward` returns in training."""
+
+    @abstractmethod
+    def predict(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """What `forward` returns in evaluation."""
 
     @abstractmethod
     def network(self, images: Tensor) -> Any:
@@ -73,32 +96,6 @@ class TaskModel(nn.Module, ABC):
     def loss_divisor(self, count: Tensor) -> Tensor:
         """What the losses of a batch of this `loss_count` are divided by."""
         return count
-
-
-def training_targets(targets: list[Target] | None) -> list[Target]:
-    """The targets, which training needs.
-
-    Raises:
-        ValueError: they are None.
-    """
-    if targets is None:
-        raise ValueError("targets are needed in training")
-    return targets
-
-
-def check_batch(images: Tensor, coarsest: int) -> None:
-    """Refuse a batch [N, 3, H, W] that leaves a norm at the coarsest level one value a channel.
-
-    Raises:
-        UserError: it is one image so small.
-    """
-    count, _, height, width = images.shape
-    if count * level_side(height, coarsest) * level_side(width, coarsest) == 1:
-        raise UserError(
-            f"one image of {height}x{width} is too little for batch normalisation at stride "
-            f"{2**coarsest}; train on 2 images a batch or more, or on images of over "
-            f"{2**coarsest} pixels"
-        )
 
 
 def check_finite(*outputs: Tensor) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effspinenet_lib.data.dataset import SEMANTIC_IGNORE
-from effspinenet_lib.errors import UserError
-from effspinenet_lib.models.base import Target, TaskModel, check_finite, training_targets
+from effspinenet_lib.models.base import Target, TaskModel, check_finite
 from effspinenet_lib.models.layers import (
     SeparableConv,
     conv_norm,
@@ -24,8 +23,6 @@ from effspinenet_lib.models.specs import CLASSIFICATION_DIM
 # EfficientNet's rate before the classifier for B0 and B1 (its released code). Section 5.2 follows
 # EfficientNet's training and names no rate for Eff-SpineNet; one for all is our choice.
 DROPOUT = 0.2
-# What torch says of a batch that leaves a norm one value a channel.
-_TOO_FEW_VALUES = "more than 1 value per channel"
 
 
 class LogitsModel(TaskModel):
@@ -41,13 +38,12 @@ class LogitsModel(TaskModel):
         self.backbone = backbone
         self.head = head
 
-    def forward(
-        self, images: Tensor, targets: list[Target] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Compute the loss `cross_entropy`, or predictions; see `TaskModel`."""
-        if self.training:
-            targets = training_targets(targets)
-            return {"cross_entropy": self.loss(self._training_logits(images).float(), targets)}
+    def training_losses(self, images: Tensor, targets: list[Target]) -> dict[str, Tensor]:
+        """The loss `cross_entropy`."""
+        return {"cross_entropy": self.loss(self.network(images).float(), targets)}
+
+    def predict(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """The predictions of finite logits."""
         logits = self.network(images).float()
         check_finite(logits)
         return self.predictions(logits, (images.shape[-2], images.shape[-1]))
@@ -64,18 +60,6 @@ class LogitsModel(TaskModel):
     @abstractmethod
     def predictions(self, logits: Tensor, size: tuple[int, int]) -> list[dict[str, Tensor]]:
         """The predictions of images of this height and width, from the network's logits."""
-
-    def _training_logits(self, images: Tensor) -> Tensor:
-        try:
-            return self.network(images)
-        except ValueError as error:
-            if _TOO_FEW_VALUES not in str(error):
-                raise
-            count, _, height, width = images.shape
-            raise UserError(
-                f"a batch of {count} image of {height}x{width} is too little for batch "
-                "normalisation; train on 2 images a batch or more"
-            ) from error
 
 
 class PyramidMean(nn.Module):

@@ -24,15 +24,14 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
-from effspinenet_lib.models.anchors import IGNORED, AnchorSettings, make_anchors, match_anchors
-from effspinenet_lib.models.base import (
-    Target,
-    TaskModel,
-    check_batch,
-    check_finite,
-    crowds,
-    training_targets,
+from effspinenet_lib.models.anchors import (
+    BOX_CODE,
+    IGNORED,
+    AnchorSettings,
+    make_anchors,
+    match_anchors,
 )
+from effspinenet_lib.models.base import Target, TaskModel, check_finite, crowds
 from effspinenet_lib.models.layers import (
     NORM_EPSILON,
     NORM_MOMENTUM,
@@ -44,7 +43,6 @@ from effspinenet_lib.models.layers import (
     make_activation,
     make_norm,
 )
-from effspinenet_lib.models.retinanet import BOX_CODE
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
 
 # Labels inside this module, as torchvision has them: objects from 1.
@@ -417,30 +415,26 @@ class MaskRCNN(TaskModel):
             num_classes, head_dim, head_layers, fc_dim, activation, self.settings
         )
 
-    def forward(
-        self, images: Tensor, targets: list[Target] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Compute losses in training, detections with masks in evaluation; see `TaskModel`.
+    def training_losses(self, images: Tensor, targets: list[Target]) -> dict[str, Tensor]:
+        """Losses of the proposal network and of the regions.
 
         Returns:
-            In training `objectness` and `proposal`, the losses of the proposal network, and
-            `classification`, `box` and `mask`. In evaluation one dictionary an image.
+            `objectness` and `proposal`; `classification`, `box` and `mask`.
         """
-        size = (images.shape[-2], images.shape[-1])
-        shifted = None
-        if self.training:
-            shifted = [_shift_labels(target) for target in training_targets(targets)]
-            check_batch(images, max(self.backbone.feature_dims))
+        shifted = [_shift_labels(target) for target in targets]
         features = self.features(images)
-        listed = ImageList(images, [size] * len(images))
-        proposals, losses = self.proposals(listed, features, shifted)
-        if shifted is None:
-            return self.regions.detections(features, proposals, size)
+        proposals, losses = self.proposals(_listed(images), features, shifted)
         return {
             "objectness": losses["loss_objectness"],
             "proposal": losses["loss_rpn_box_reg"],
             **self.regions.losses(features, proposals, shifted),
         }
+
+    def predict(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """Detections with masks."""
+        features = self.features(images)
+        proposals, _ = self.proposals(_listed(images), features, None)
+        return self.regions.detections(features, proposals, (images.shape[-2], images.shape[-1]))
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """The backbone's outputs at the dimension of the branches, by level."""
@@ -473,6 +467,10 @@ class MaskRCNN(TaskModel):
             *self.regions.boxes(finest, boxes),
             self.regions.masks(finest, masks),
         )
+
+
+def _listed(images: Tensor) -> ImageList:
+    return ImageList(images, [(images.shape[-2], images.shape[-1])] * len(images))
 
 
 def _shift_labels(target: Target) -> Target:

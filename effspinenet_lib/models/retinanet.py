@@ -9,25 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms, clip_boxes_to_image, nms
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from effspinenet_lib.models.anchors import (
+    BOX_CODE,
     NEGATIVE,
     AnchorSettings,
+    Assignment,
+    BoxScale,
     assign_anchors,
     decode_boxes,
     encode_boxes,
     make_anchors,
     match_anchors,
 )
-from effspinenet_lib.models.base import (
-    Target,
-    TaskModel,
-    check_batch,
-    check_finite,
-    crowds,
-    training_targets,
-)
+from effspinenet_lib.models.base import Target, TaskModel, check_finite, crowds
 from effspinenet_lib.models.layers import (
     PyramidBackbone,
     SeparableConv,
@@ -40,7 +36,6 @@ from effspinenet_lib.models.layers import (
 )
 from effspinenet_lib.models.specs import level_side
 
-BOX_CODE = 4
 PRIOR_PROBABILITY = 0.01  # RetinaNet: a location starts with this probability of an object
 # Standard deviations that dense heads start from (the authors' code).
 DENSE_STD, DENSE_PREDICTOR_STD = 0.01, 1e-5
@@ -49,31 +44,46 @@ Sides = tuple[tuple[int, int], ...]  # (height, width) of each level's features
 
 
 @dataclass(frozen=True)
-class DetectionSettings:
-    """Losses and post-processing.
+class OneStageSettings:
+    """How scores and box codes become detections.
 
     Attributes:
-        focal_alpha: weight of the positives (released config; RetinaNet's).
-        focal_gamma: 1.5 in the released SpineNet configs; RetinaNet's paper has 2.
-        huber_delta: in box-code units (released config).
-        box_loss_weight: factor on the box loss (released config).
-        score_threshold: detections below are dropped (released config).
-        nms_iou: class-wise non-maximum suppression (released config).
-        candidates: boxes an image that enter the suppression (released config).
-        detections: boxes an image that leave it (COCO's limit; released config).
-        candidates_by_class: `candidates` counts each class for itself and ties are broken as in
-            the Model Garden (released models); else it counts all classes of an image together.
+        score_threshold: detections below are dropped.
+        nms_iou: class-wise non-maximum suppression.
+        candidates: boxes that enter the suppression, the best of an image or of each class.
+        candidates_by_class: which of the two. Equal scores are in order of class, then anchor.
+        detections: boxes an image that leave it (COCO's limit).
+        box_scale: factors on the box codes.
     """
 
+    score_threshold: float
+    nms_iou: float
+    candidates: int
+    candidates_by_class: bool
+    detections: int = 100
+    box_scale: BoxScale = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class DetectionSettings(OneStageSettings):
+    """RetinaNet's losses and post-processing, as in the released SpineNet configs.
+
+    Attributes:
+        candidates_by_class: as in the Model Garden, for the released models.
+        focal_alpha: weight of the positives (RetinaNet's too).
+        focal_gamma: RetinaNet's paper has 2.
+        huber_delta: in box-code units.
+        box_loss_weight: factor on the box loss.
+    """
+
+    score_threshold: float = 0.05
+    nms_iou: float = 0.5
+    candidates: int = 5000
+    candidates_by_class: bool = False
     focal_alpha: float = 0.25
     focal_gamma: float = 1.5
     huber_delta: float = 0.1
     box_loss_weight: float = 50.0
-    score_threshold: float = 0.05
-    nms_iou: float = 0.5
-    candidates: int = 5000
-    detections: int = 100
-    candidates_by_class: bool = False
 
 
 class OneStageDetector(TaskModel):
@@ -82,26 +92,12 @@ class OneStageDetector(TaskModel):
     Attributes:
         backbone: computes the features by level.
         matching: when an anchor belongs to an object.
+        settings: post-processing.
     """
 
     backbone: PyramidBackbone
     matching: AnchorSettings
-
-    def forward(
-        self, images: Tensor, targets: list[Target] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Compute the losses `classification` and `box`, or detections; see `TaskModel`."""
-        if self.training:
-            targets = training_targets(targets)
-            check_batch(images, max(self.backbone.feature_dims))
-            return self.losses(*self.network(images), targets)
-        logits, codes, anchors = self.network(images)
-        check_finite(logits)
-        size = (images.shape[-2], images.shape[-1])
-        return [
-            self.detections(scores, code, anchors, size)
-            for scores, code in zip(self.scores(logits.float()), codes.float(), strict=True)
-        ]
+    settings: OneStageSettings
 
     @abstractmethod
     def network(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,20 +108,65 @@ class OneStageDetector(TaskModel):
         """Anchors [A, 4] for images whose features have these sides, on the images' device."""
 
     @abstractmethod
-    def scores(self, logits: Tensor) -> Tensor:
-        """Map logits [N, A, C] to probabilities; a column of a background may be left out."""
+    def class_loss(self, logits: Tensor, assigned: Assignment) -> Tensor:
+        """The loss of the logits [N, A, C], a sum over the batch."""
 
     @abstractmethod
+    def box_loss(self, codes: Tensor, wanted: Tensor) -> Tensor:
+        """The loss of the box codes [N, A, 4], a sum over the batch."""
+
+    @abstractmethod
+    def scores(self, logits: Tensor) -> Tensor:
+        """Map logits [N, A, C] to probabilities, without those of a background."""
+
+    def training_losses(self, images: Tensor, targets: list[Target]) -> dict[str, Tensor]:
+        """The losses `classification` and `box`."""
+        return self.losses(*self.network(images), targets)
+
     def losses(
         self, logits: Tensor, codes: Tensor, anchors: Tensor, targets: list[Target]
     ) -> dict[str, Tensor]:
-        """Compute `classification` and `box` of the network's outputs."""
+        """The losses of the network's outputs, divided by `loss_divisor` of the positives.
 
-    @abstractmethod
+        No shape depends on values.
+        """
+        assigned = assign_anchors(anchors, targets, self.matching)
+        wanted = encode_boxes(assigned.boxes, anchors, self.settings.box_scale)
+        found = codes.float().where(assigned.positive[..., None], wanted)
+        divisor = self.loss_divisor(assigned.positive.sum())
+        return {
+            "classification": self.class_loss(logits.float(), assigned) / divisor,
+            "box": self.box_loss(found, wanted) / divisor,
+        }
+
+    def predict(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """The detections of finite logits."""
+        logits, codes, anchors = self.network(images)
+        check_finite(logits)
+        size = (images.shape[-2], images.shape[-1])
+        return [
+            self.detections(scores, code, anchors, size)
+            for scores, code in zip(self.scores(logits.float()), codes.float(), strict=True)
+        ]
+
     def detections(
         self, scores: Tensor, codes: Tensor, anchors: Tensor, size: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """Decode one image of `size` (height, width): scores [A, C] and codes [A, 4]."""
+        """Decode one image of `size` (height, width): scores [A, C] and codes [A, 4].
+
+        A box that clipping leaves at 0, 0 alone is dropped, as in the Model Garden. In float64
+        the suppression's way to move the boxes of the classes apart changes no overlap.
+        """
+        settings = self.settings
+        best = best_by_class if settings.candidates_by_class else best_of_all
+        values, labels, anchor = best(scores, settings.candidates, settings.score_threshold)
+        boxes = decode_boxes(codes[anchor], anchors[anchor], settings.box_scale)
+        boxes = clip_boxes_to_image(boxes, size)
+        extended = (boxes > 0).any(1)
+        values, labels, boxes = values[extended], labels[extended], boxes[extended]
+        kept = batched_nms(boxes.double(), values.double(), labels, settings.nms_iou)
+        kept = kept.sort().values[: settings.detections]  # equal scores in their order
+        return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}
 
     def loss_count(self, images: Tensor, targets: list[Target]) -> Tensor:
         """Positive anchors of the batch."""
@@ -209,6 +250,8 @@ class RetinaNet(OneStageDetector):
             labels still count from 0 without it.
     """
 
+    settings: DetectionSettings
+
     def __init__(
         self,
         backbone: PyramidBackbone,
@@ -261,8 +304,8 @@ class RetinaNet(OneStageDetector):
         return torch.cat(logits, 1), torch.cat(codes, 1), anchors
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Probabilities [N, A, C], each class for itself."""
-        return logits.sigmoid()
+        """Probabilities [N, A, classes], each class for itself."""
+        return logits[..., self.first_class :].sigmoid()
 
     def anchors(self, images: Tensor, sides: Sides) -> Tensor:
         """Anchors [A, 4] for features of these sides; made once for each size."""
@@ -274,74 +317,36 @@ class RetinaNet(OneStageDetector):
         """The positives plus one (the authors' code)."""
         return count + 1
 
-    def losses(
-        self, logits: Tensor, codes: Tensor, anchors: Tensor, targets: list[Target]
-    ) -> dict[str, Tensor]:
-        """Focal and Huber loss over the batch, divided by its positives plus one.
+    def class_loss(self, logits: Tensor, assigned: Assignment) -> Tensor:
+        """Focal loss."""
+        classes = (assigned.labels + self.first_class).where(assigned.positive, NEGATIVE)
+        alpha, gamma = self.settings.focal_alpha, self.settings.focal_gamma
+        return focal_loss_sum(logits, classes, ~assigned.ignored, alpha, gamma)
 
-        The authors' normalisation. No shape depends on values.
-        """
-        settings = self.settings
-        assigned = assign_anchors(anchors, targets, self.matching)
-        positive = assigned.positive
-        focal = focal_loss_sum(
-            logits,
-            (assigned.labels + self.first_class).where(positive, NEGATIVE),
-            ~assigned.ignored,
-            settings.focal_alpha,
-            settings.focal_gamma,
-        )
-        wanted = encode_boxes(assigned.boxes, anchors)
-        huber = F.huber_loss(
-            codes.float().where(positive[..., None], wanted),
-            wanted,
-            reduction="sum",
-            delta=settings.huber_delta,
-        )
-        divisor = self.loss_divisor(positive.sum())
-        return {
-            "classification": focal / divisor,
-            "box": settings.box_loss_weight * huber / BOX_CODE / divisor,
-        }
+    def box_loss(self, codes: Tensor, wanted: Tensor) -> Tensor:
+        """Huber loss, the mean over a box's four numbers."""
+        delta, weight = self.settings.huber_delta, self.settings.box_loss_weight
+        return weight * F.huber_loss(codes, wanted, reduction="sum", delta=delta) / BOX_CODE
 
-    def detections(
-        self, scores: Tensor, codes: Tensor, anchors: Tensor, size: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        """Decode one image: scores [A, C] and codes [A, 4] to at most 100 boxes."""
-        settings = self.settings
-        scores = scores[:, self.first_class :]
-        if settings.candidates_by_class:
-            return self._detections_by_class(scores, codes, anchors, size)
-        confident = torch.nonzero(scores.flatten() > settings.score_threshold).squeeze(1)
-        values = scores.flatten()[confident]
-        values, order = values.topk(min(settings.candidates, len(values)))
-        confident = confident[order]
-        anchor = confident.div(scores.shape[1], rounding_mode="floor")
-        labels = confident % scores.shape[1]
-        boxes = clip_boxes_to_image(decode_boxes(codes[anchor], anchors[anchor]), size)
-        kept = batched_nms(boxes, values, labels, settings.nms_iou)[: settings.detections]
-        return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}
 
-    def _detections_by_class(
-        self, scores: Tensor, codes: Tensor, anchors: Tensor, size: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        """Decode one image as the Model Garden does, ties and boxes without extent included.
+def best_of_all(scores: Tensor, candidates: int, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of an image's scores [A, C], in falling order: scores, labels, anchors [K]."""
+    flat, classes = scores.flatten(), scores.shape[1]
+    confident = torch.nonzero(flat > threshold).squeeze(1)
+    values, order = flat[confident].topk(min(candidates, len(confident)))
+    confident = confident[order]
+    return values, confident % classes, confident.div(classes, rounding_mode="floor")
 
-        Equal scores are in order of class, then anchor. A box that clipping leaves at 0, 0 alone
-        is dropped. The boxes of the classes are moved apart in float64, where that changes no
-        overlap.
-        """
-        settings = self.settings
-        values, anchor = scores.T.contiguous().sort(dim=1, descending=True, stable=True)
-        values, anchor = values[:, : settings.candidates], anchor[:, : settings.candidates]
-        labels, rank = torch.nonzero(values > settings.score_threshold, as_tuple=True)
-        values, anchor = values[labels, rank], anchor[labels, rank]
-        boxes = clip_boxes_to_image(decode_boxes(codes[anchor], anchors[anchor]), size)
-        extended = (boxes > 0).any(1)
-        values, labels, boxes = values[extended], labels[extended], boxes[extended]
-        apart = boxes.double() + (labels * 2 * max(size))[:, None]
-        kept = nms(apart, values.double(), settings.nms_iou)[: settings.detections]
-        return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}
+
+def best_by_class(
+    scores: Tensor, candidates: int, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `best_of_all`, of each class its best."""
+    values, anchors = scores.T.contiguous().sort(dim=1, descending=True, stable=True)
+    labels, rank = torch.nonzero(values[:, :candidates] > threshold, as_tuple=True)
+    values, order = values[labels, rank].sort(descending=True, stable=True)
+    labels, rank = labels[order], rank[order]
+    return values, labels, anchors[labels, rank]
 
 
 def _by_anchor(prediction: Tensor, width: int) -> Tensor:

@@ -10,50 +10,40 @@ from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssdlite import SSDLiteHead
-from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from effspinenet_lib.models.anchors import (
-    AnchorSettings,
-    assign_anchors,
-    decode_boxes,
-    encode_boxes,
-)
-from effspinenet_lib.models.base import Target
+from effspinenet_lib.models.anchors import AnchorSettings, Assignment, BoxScale
 from effspinenet_lib.models.layers import PyramidBackbone, SeparableConv, initialise, make_norm
-from effspinenet_lib.models.retinanet import OneStageDetector, Sides
+from effspinenet_lib.models.retinanet import OneStageDetector, OneStageSettings, Sides
 
 BACKGROUND = 0  # its column of the predictions; the classes follow
 
 
 @dataclass(frozen=True)
-class SSDSettings:
+class SSDSettings(OneStageSettings):
     """Prior boxes, losses and post-processing.
 
+    The latter is torchvision's SSDLite's, the priors are those of SSDLite's released configs.
+
     Attributes:
-        smallest: side of the square priors of the finest level, of the image's side (SSDLite's
-            released configs; so are the next three).
+        box_scale: SSD's and the released configs'.
+        smallest: side of the square priors of the finest level, of the image's side.
         largest: the same of the coarsest level; those between are spaced evenly.
         aspect_ratios: used with their inverses and 1.
         lowest_scale: side of the finest level's one square prior; it has no others and only the
             first of the ratios.
-        box_scale: factors on the four numbers of a box code (SSD's and the released configs').
         negatives: negative priors for each positive one, the hardest (SSD's paper).
-        score_threshold: detections below are dropped (torchvision's SSDLite; so are the next two).
-        nms_iou: class-wise non-maximum suppression.
-        candidates: boxes a class and image that enter the suppression.
-        detections: boxes an image that leave it (COCO's limit).
     """
 
+    score_threshold: float = 0.001
+    nms_iou: float = 0.55
+    candidates: int = 300
+    candidates_by_class: bool = True
+    box_scale: BoxScale = (10.0, 5.0)
     smallest: float = 0.2
     largest: float = 0.95
     aspect_ratios: tuple[int, ...] = (2, 3)
     lowest_scale: float = 0.1
-    box_scale: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
     negatives: float = 3.0
-    score_threshold: float = 0.001
-    nms_iou: float = 0.55
-    candidates: int = 300
-    detections: int = 100
 
 
 class PriorBoxes(DefaultBoxGenerator):
@@ -86,6 +76,8 @@ class SSDLite(OneStageDetector):
         num_classes: classes, without background.
         settings: prior boxes, losses and post-processing.
     """
+
+    settings: SSDSettings
 
     def __init__(
         self, backbone: PyramidBackbone, num_classes: int, settings: SSDSettings | None = None
@@ -124,47 +116,20 @@ class SSDLite(OneStageDetector):
         """The positives, or one."""
         return count.clamp(min=1)
 
-    def losses(
-        self, logits: Tensor, codes: Tensor, anchors: Tensor, targets: list[Target]
-    ) -> dict[str, Tensor]:
-        """SSD's loss: smooth L1 and softmax over positives and the hardest negatives.
-
-        Both are sums over the batch divided by its positives. Priors in crowd regions are
-        neither positive nor negative.
-        """
-        assigned = assign_anchors(anchors, targets, self.matching)
+    def class_loss(self, logits: Tensor, assigned: Assignment) -> Tensor:
+        """Softmax over positives and the hardest negatives; priors in crowds are neither."""
         positive = assigned.positive
         negative = ~(positive | assigned.ignored)
         expected = (assigned.labels + 1).where(positive, BACKGROUND)
-
-        entropy = F.cross_entropy(logits.float().mT, expected, reduction="none")
+        entropy = F.cross_entropy(logits.mT, expected, reduction="none")
         hardness = entropy.detach().where(negative, -torch.inf)
         rank = hardness.argsort(1, descending=True).argsort(1)
         hardest = (rank < self.settings.negatives * positive.sum(1, keepdim=True)) & negative
-        scale = codes.new_tensor(self.settings.box_scale, dtype=torch.float32)
-        wanted = encode_boxes(assigned.boxes, anchors) * scale
-        distance = F.smooth_l1_loss(
-            codes.float().where(positive[..., None], wanted), wanted, reduction="sum"
-        )
-        divisor = self.loss_divisor(positive.sum())
-        return {
-            "classification": entropy.where(positive | hardest, 0).sum() / divisor,
-            "box": distance / divisor,
-        }
+        return entropy.where(positive | hardest, 0).sum()
 
-    def detections(
-        self, scores: Tensor, codes: Tensor, anchors: Tensor, size: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        """Decode one image: scores [A, C] and codes [A, 4] to at most 100 boxes."""
-        settings = self.settings
-        values, anchor = scores.topk(min(settings.candidates, len(scores)), dim=0)
-        confident = values > settings.score_threshold
-        labels = confident.nonzero()[:, 1]
-        values, anchor = values[confident], anchor[confident]
-        codes = codes / codes.new_tensor(settings.box_scale)
-        boxes = clip_boxes_to_image(decode_boxes(codes[anchor], anchors[anchor]), size)
-        kept = batched_nms(boxes, values, labels, settings.nms_iou)[: settings.detections]
-        return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}
+    def box_loss(self, codes: Tensor, wanted: Tensor) -> Tensor:
+        """Smooth L1."""
+        return F.smooth_l1_loss(codes, wanted, reduction="sum")
 
 
 class SharedTower(PyramidBackbone):
