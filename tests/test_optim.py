@@ -150,3 +150,25 @@ def test_a_loaded_optimizer_updates_as_this_device_does(saved):
     assert (group["fused"], group["foreach"], group["lr"]) == (False, None, 0.1)
     momentum = after.state[model.weight]["momentum_buffer"]
     assert torch.equal(momentum, before.state[model.weight]["momentum_buffer"])
+
+
+def test_adamw_decays_kernels_decoupled_from_the_gradient() -> None:
+    """Loshchilov and Hutter's rule after one step, where both moments equal the gradient's."""
+    layer = nn.Linear(3, 1).double()
+    rate, decay = 0.1, 0.3
+    recipe = get_recipe("proxy_detection").replace(
+        optimizer="adamw",
+        optimizer_decay=0.99,
+        optimizer_epsilon=1e-8,
+        weight_decay=decay,
+        learning_rate=rate,
+        warmup_steps=0,
+    )
+    optimizer = build_optimizer(layer, recipe)
+    weights, bias = layer.weight.detach().clone(), layer.bias.item()
+    inputs = torch.tensor([[2.0, -1.0, 0.5]]).double()
+    layer(inputs).sum().backward()
+    optimizer.step()
+    expected = weights * (1 - rate * decay) - rate * inputs.sign()
+    assert torch.allclose(layer.weight, expected, atol=1e-6)
+    assert layer.bias.item() == pytest.approx(bias - rate, abs=1e-6)

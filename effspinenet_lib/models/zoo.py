@@ -285,6 +285,8 @@ def _check_option(option: str, value: Any, default: Any) -> None:
         valid, wanted = is_number and value in ATROUS_RATES, "8 or 16"
     elif option == "repeats":
         valid, wanted = is_number and isinstance(value, int) and value >= 1, "a positive number"
+    elif option == "anchor_size":
+        valid, wanted = is_number and value > 0, "a positive number"
     elif isinstance(default, float):  # a rate
         valid, wanted = is_number and 0 <= value < 1, "a number from 0 to below 1"
     else:
@@ -426,6 +428,7 @@ def _scale_permuted(
     activation: str = "swish",
     stochastic_depth: float = 0.2,
     dropout: float = DROPOUT,
+    anchor_size: float = AnchorSettings.size,
     betas: str = "",
 ) -> TaskModel:
     """A scale-permuted backbone under the head of a task.
@@ -441,6 +444,7 @@ def _scale_permuted(
         activation: likewise.
         stochastic_depth: likewise.
         dropout: rate before the linear layer of the classifier.
+        anchor_size: side over stride of the smallest anchor of the one-stage detector.
         betas: of the 18 blocks (Equation 4), such as `10-10-5-...`, in place of the model's own
             distribution; empty: its own.
     """
@@ -457,7 +461,7 @@ def _scale_permuted(
     )
     head, dims = (scale.head_dim, scale.head_layers), backbone.feature_dims
     if task == "detection":
-        return RetinaNet(backbone, num_classes, *head, activation)
+        return RetinaNet(backbone, num_classes, *head, activation, AnchorSettings(anchor_size))
     if task == "instances":
         return MaskRCNN(backbone, num_classes, *head, scale.box_fc_dim, activation)
     if task == "classification":
@@ -503,23 +507,41 @@ for _spec in RELEASED.values():
 _EFFICIENTNETS = {"D0": "efficientnet_b0", "D1": "efficientnet_b1", "D2": "efficientnet_b2"}
 _BIFPN_REPEATS = {"D0": 3, "D1": 4, "D2": 5}  # EfficientDet's paper, Table 1
 # EfficientDet's code: anchors of 4 strides. The ratios are RetinaNet's, rounded there to 1.4 x 0.7.
-_EFFICIENTDET_ANCHORS = AnchorSettings(size=4.0)
+_EFFICIENTDET_ANCHOR_SIZE = 4.0
 # RetinaNet's dense heads; 640 pixels by SpineNet's paper and the released configs.
 _DENSE_SIZE, _DENSE_DIM, _DENSE_LAYERS = 640, 256, 4
 _SWISH = "swish"  # section 5.1.1: all models of Table 3
 
 
 def _efficientnet_fpn(
-    scale: Scale, task: str, num_classes: int, *, stochastic_depth: float = 0.2
+    scale: Scale,
+    task: str,
+    num_classes: int,
+    *,
+    stochastic_depth: float = 0.2,
+    anchor_size: float = AnchorSettings.size,
 ) -> TaskModel:
     """FPN with separable convolutions on EfficientNet, under the authors' heads."""
     features = TimmFeatures(_EFFICIENTNETS[scale.id], stochastic_depth=stochastic_depth)
     pyramid = FeaturePyramid(features, scale.head_dim, _SWISH, separable=True)
-    return RetinaNet(pyramid, num_classes, scale.head_dim, scale.head_layers, _SWISH, project=False)
+    return RetinaNet(
+        pyramid,
+        num_classes,
+        scale.head_dim,
+        scale.head_layers,
+        _SWISH,
+        AnchorSettings(anchor_size),
+        project=False,
+    )
 
 
 def _efficientdet(
-    scale: Scale, task: str, num_classes: int, *, stochastic_depth: float = 0.2
+    scale: Scale,
+    task: str,
+    num_classes: int,
+    *,
+    stochastic_depth: float = 0.2,
+    anchor_size: float = _EFFICIENTDET_ANCHOR_SIZE,
 ) -> TaskModel:
     """EfficientDet as its paper and code have it, biases and anchors included.
 
@@ -534,7 +556,7 @@ def _efficientdet(
         scale.head_dim,
         scale.head_layers,
         _SWISH,
-        anchors=_EFFICIENTDET_ANCHORS,
+        AnchorSettings(anchor_size),
         project=False,
     )
 
@@ -602,9 +624,18 @@ _MNAS_HEAD_DIM = 48  # the released config's 64, scaled by the same factor and r
 
 
 def _lite_retinanet(
-    backbone: PyramidBackbone, num_classes: int, dim: int, layers: int
+    backbone: PyramidBackbone, num_classes: int, dim: int, layers: int, anchor_size: float
 ) -> RetinaNet:
-    return RetinaNet(backbone, num_classes, dim, layers, _RELU, project=False, biased=False)
+    return RetinaNet(
+        backbone,
+        num_classes,
+        dim,
+        layers,
+        _RELU,
+        AnchorSettings(anchor_size),
+        project=False,
+        biased=False,
+    )
 
 
 @model(
@@ -616,12 +647,18 @@ def _lite_retinanet(
         "anchors and C5 of 1280 channels: 0.99 B, 2.64 M (+20 %)."
     ),
 )
-def _mobilenetv2_fpn(task: str, num_classes: int, *, stochastic_depth: float = 0.0) -> TaskModel:
+def _mobilenetv2_fpn(
+    task: str,
+    num_classes: int,
+    *,
+    stochastic_depth: float = 0.0,
+    anchor_size: float = AnchorSettings.size,
+) -> TaskModel:
     """FPNLite on a MobileNetV2: separable convolutions, one tower for both branches."""
     extractor = TimmFeatures(_MOBILENETV2, stochastic_depth=stochastic_depth)
     pyramid = FeaturePyramid(extractor, _FPN_DIM, _RELU, separable=True)
     tower = SharedTower(pyramid, _FPN_DIM, _LITE_LAYERS)
-    return _lite_retinanet(tower, num_classes, _FPN_DIM, 0)
+    return _lite_retinanet(tower, num_classes, _FPN_DIM, 0, anchor_size)
 
 
 @model(
@@ -640,11 +677,12 @@ def _mobilenetv2_nas_fpn(
     *,
     stochastic_depth: float = 0.0,
     repeats: int = _NAS_FPN_REPEATS,
+    anchor_size: float = AnchorSettings.size,
 ) -> TaskModel:
     """NAS-FPNLite on a MobileNetV2; `repeats` of its 7 cells. So deep a pyramid learns slowly."""
     extractor = TimmFeatures(_MOBILENETV2, stochastic_depth=stochastic_depth)
     pyramid = NASFPN(extractor, _NAS_FPN_DIM, repeats)
-    return _lite_retinanet(pyramid, num_classes, _NAS_FPN_DIM, _LITE_LAYERS)
+    return _lite_retinanet(pyramid, num_classes, _NAS_FPN_DIM, _LITE_LAYERS, anchor_size)
 
 
 @model(
@@ -657,10 +695,12 @@ def _mobilenetv2_nas_fpn(
         "2.5 M."
     ),
 )
-def _mobilenetv2_mnasfpn(task: str, num_classes: int) -> TaskModel:
+def _mobilenetv2_mnasfpn(
+    task: str, num_classes: int, *, anchor_size: float = AnchorSettings.size
+) -> TaskModel:
     """MnasFPN on a MobileNetV2, both at 0.7 of their width."""
     tower = SharedTower(MnasFPN(_MNAS_FPN_WIDTH), _MNAS_HEAD_DIM, _LITE_LAYERS)
-    return _lite_retinanet(tower, num_classes, _MNAS_HEAD_DIM, 0)
+    return _lite_retinanet(tower, num_classes, _MNAS_HEAD_DIM, 0, anchor_size)
 
 
 @model("mobilenetv3_small_ssdlite", *_MOBILE)

@@ -28,8 +28,8 @@ class RunConfig:
         data: what to train and evaluate on.
         recipe: how to train.
         seed: of the weights, the order, the augmentation and stochastic depth.
-        model_options: passed to `create_model`; they win over the recipe's stochastic depth and
-            dropout.
+        model_options: passed to `create_model`; they win over the recipe's stochastic depth,
+            dropout and anchor size.
         initial_weights: weights file of another run to start from; None: fresh weights.
 
     Raises:
@@ -61,6 +61,7 @@ class RunConfig:
         rates = {
             "stochastic_depth": self.recipe.stochastic_depth,
             "dropout": self.recipe.dropout,
+            "anchor_size": self.recipe.anchor_size,
         }
         given = {name: r for name, r in rates.items() if name in known and r is not None}
         return {**given, **self.model_options}

@@ -13,7 +13,7 @@ from torch import nn
 from effspinenet_lib.training.device import XLA
 from effspinenet_lib.training.recipe import Recipe
 
-# Device types for which torch has no SGD that updates a parameter in one pass.
+# Device types for which torch has no optimizer that updates a parameter in one pass.
 UNFUSED_DEVICES = (XLA, "meta")
 KERNELS = ("foreach", "fused")  # entries of a parameter group that say how it is updated
 # TensorFlow's rule for a young average, which EfficientNet's code uses: after n steps the share
@@ -67,10 +67,10 @@ def decayed_parameters(model: nn.Module, recipe: Recipe) -> tuple[list[str], lis
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer; two parameter groups, with and without weight decay.
 
-    The decay is coupled (L2): it is added to the gradient first, as in the released config.
-    SGD is PyTorch's: its momentum multiplies the rate in last, so that a drop of the rate acts
-    at once on the whole step. RMSProp is TensorFlow's, which EfficientNet was trained with: the
-    mean of squares starts at one, epsilon is inside the root, and the rate is multiplied in
+    The decay is coupled (L2), but AdamW's: it is added to the gradient first, as in the released
+    config. SGD is PyTorch's: its momentum multiplies the rate in last, so that a drop of the rate
+    acts at once on the whole step. RMSProp is TensorFlow's, which EfficientNet was trained with:
+    the mean of squares starts at one, epsilon is inside the root, and the rate is multiplied in
     before the momentum.
     """
     parameters = dict(model.named_parameters())
@@ -81,11 +81,16 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     ]
     filled = [group for group in groups if group["params"]]
     rate = learning_rate_at(recipe, 0)
+    fused = all(p.device.type not in UNFUSED_DEVICES for p in parameters.values())
     if recipe.optimizer == "sgd":
-        fused = all(p.device.type not in UNFUSED_DEVICES for p in parameters.values())
         return torch.optim.SGD(filled, lr=rate, momentum=recipe.momentum, fused=fused)
     assert recipe.optimizer_decay is not None
     assert recipe.optimizer_epsilon is not None
+    if recipe.optimizer == "adamw":
+        betas = (recipe.momentum, recipe.optimizer_decay)
+        return torch.optim.AdamW(
+            filled, lr=rate, betas=betas, eps=recipe.optimizer_epsilon, fused=fused
+        )
     return RMSpropTF(
         filled,
         lr=rate,

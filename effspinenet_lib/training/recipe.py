@@ -9,7 +9,7 @@ from typing import Any
 
 from effspinenet_lib.errors import UnknownName, UserError
 
-OPTIMIZERS = ("sgd", "rmsprop")
+OPTIMIZERS = ("sgd", "rmsprop", "adamw")
 SCHEDULES = ("step", "cosine", "exponential")
 PRECISIONS = ("auto", "float32", "bfloat16")
 AUTO_AUGMENTS = ("", "imagenet")
@@ -31,8 +31,9 @@ class Recipe:
         schedule: "step" (see `lr_drops`), "cosine" (to 0 at the last step) or "exponential"
             (times `decay_rate` after every `decay_steps`).
         lr_drops: pairs (steps before the end, factor of `learning_rate` from there on).
-        momentum: of the optimizer.
-        weight_decay: coupled L2: `weight_decay * weight` is added to the gradient.
+        momentum: of the optimizer; AdamW's first beta.
+        weight_decay: coupled L2: `weight_decay * weight` is added to the gradient; with AdamW
+            decoupled: the weight shrinks by `learning_rate * weight_decay` of itself.
         decay_norms_and_biases: whether one-dimensional parameters are decayed too.
         scale_jitter: range of the random resize, 1 = long side at the image size.
         flip_probability: of a horizontal flip.
@@ -45,15 +46,16 @@ class Recipe:
             that the weights fit the statistics of evaluation. Without `clip_gradient_norm`,
             gradients are clipped at `loop.FROZEN_NORMS_CLIP` in these steps.
         sources: field -> source of its value.
-        optimizer: "sgd" or "rmsprop" (TensorFlow's).
-        optimizer_decay: share of the old mean of squared gradients that RMSProp keeps.
-        optimizer_epsilon: added to that mean, inside the root.
+        optimizer: "sgd", "rmsprop" (TensorFlow's) or "adamw".
+        optimizer_decay: share of the old mean of squared gradients that RMSProp and AdamW keep.
+        optimizer_epsilon: added to that mean, inside the root (RMSProp) or behind it (AdamW).
         decay_rate: of the exponential schedule.
         decay_steps: of the exponential schedule.
         ema_decay: of the moving average of the weights that is evaluated; None = no average.
         label_smoothing: share of a class target that is spread over all classes.
         dropout: rate before the classifier; None = the model's own.
         auto_augment: name of the AutoAugment policy; "" = none.
+        anchor_size: side over stride of a detector's smallest anchor; None = the model's own.
         scaled_from_batch: the named recipe's batch size, after `scale_to_batch`.
 
     Raises:
@@ -90,6 +92,7 @@ class Recipe:
     label_smoothing: float = 0.0
     dropout: float | None = None
     auto_augment: str = ""
+    anchor_size: float | None = None
     scaled_from_batch: int | None = None
 
     def __post_init__(self) -> None:
@@ -118,8 +121,8 @@ class Recipe:
         for setting, chosen, companions in _COMPANIONS:
             for name in companions:
                 value = getattr(self, setting)
-                if (getattr(self, name) is not None) != (value == chosen):
-                    rule = "is missing" if value == chosen else "has no meaning"
+                if (getattr(self, name) is not None) != (value in chosen):
+                    rule = "is missing" if value in chosen else "has no meaning"
                     self._refuse(f"{name} {rule} with {setting} {value!r}")
 
     def _refuse(self, reason: str) -> None:
@@ -223,12 +226,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "ema_decay": (0, 1),
     "label_smoothing": (0, 0.99),
     "dropout": (0, 0.99),
+    "anchor_size": (0.1, 100),
     "scaled_from_batch": (1, 1e6),
 }
-# Settings that are given if, and only if, the first one has the value.
-_COMPANIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("optimizer", "rmsprop", ("optimizer_decay", "optimizer_epsilon")),
-    ("schedule", "exponential", ("decay_rate", "decay_steps")),
+# Settings that are given if, and only if, the first one has one of the values.
+_COMPANIONS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("optimizer", ("rmsprop", "adamw"), ("optimizer_decay", "optimizer_epsilon")),
+    ("schedule", ("exponential",), ("decay_rate", "decay_steps")),
 )
 _DEFAULT_SOURCES = {
     "optimizer": "paper 5.1.1: stochastic gradient descent",
@@ -240,6 +244,7 @@ _DEFAULT_SOURCES = {
     "label_smoothing": "neither the paper nor the released config smooths labels here",
     "dropout": "our choice: the model's own, of a classifier only",
     "auto_augment": "neither the paper nor the released config has a policy here",
+    "anchor_size": "released config: the model's own",
     "scaled_from_batch": "our choice: the batch is the recipe's own",
 }
 
