@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,24 +130,29 @@ def train(config: dict[str, Any], runs_dir: str, **options: Any) -> None:
         write_json(path, {"seconds": spent + time.process_time()})
 
 
-def run_study(name: str, processes: int, runs_dir: Path = RUNS_DIR) -> None:
-    """Train what is missing of a study and add its rows, one run after the other."""
-    trials = {config.key: (trial, config) for trial in STUDIES[name] for config in trial.configs()}
+def run_studies(names: Sequence[str], processes: int, runs_dir: Path = RUNS_DIR) -> None:
+    """Train what is missing of the studies, and add a run's rows as soon as it has ended.
+
+    A run has one thread, however few run at once, so that its cost in CPU time is comparable.
+    """
+    trials: dict[str, list[tuple[str, Trial, RunConfig]]] = {}
+    for name in names:
+        for trial in STUDIES[name]:
+            for config in trial.configs():
+                trials.setdefault(config.key, []).append((name, trial, config))
     with open_pool(LOCAL, processes, "cpu") as pool:
-        for outcome in run_many(
-            [config for _, config in trials.values()],
-            runs_dir,
-            pool,
-            function=f"{__spec__.name}:train",
-        ):
-            trial, config = trials[outcome.config.key]
-            if outcome.result is None:
-                print(f"{trial.label}, seed {config.seed}: {outcome.error}", flush=True)
-                continue
-            rows = list(_rows(name, trial, config, outcome.result, runs_dir))
-            upsert(INSTRUMENT, "instrument", rows, f"run {config.key}")
-            shown = ", ".join(f"{row['metric']} {row['value']:.1f}" for row in rows)
-            print(f"{trial.label}, seed {config.seed}: {shown}", flush=True)
+        pool.threads = lambda runs: 1  # type: ignore[method-assign]
+        configs = [known[0][2] for known in trials.values()]
+        for outcome in run_many(configs, runs_dir, pool, function=f"{__spec__.name}:train"):
+            for name, trial, config in trials[outcome.config.key]:
+                label = f"{name}: {trial.label}, seed {config.seed}"
+                if outcome.result is None:
+                    print(f"{label}: {outcome.error}", flush=True)
+                    continue
+                rows = list(_rows(name, trial, config, outcome.result, runs_dir))
+                upsert(INSTRUMENT, "instrument", rows, f"run {config.key}")
+                shown = ", ".join(f"{row['metric']} {row['value']:.1f}" for row in rows)
+                print(f"{label}: {shown}", flush=True)
 
 
 def _rows(
@@ -187,8 +192,7 @@ def main() -> None:
             for trial in trials:
                 print(f"{name}: {trial.label}, seeds {trial.seeds}, {trial.recipe.steps} steps")
         return
-    for name in given.studies:
-        run_study(name, given.processes)
+    run_studies(given.studies, given.processes)
 
 
 if __name__ == "__main__":

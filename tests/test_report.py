@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from pages import REPOSITORY, shown
+from scipy import stats
 
 from effspinenet_lib.data import DataConfig, open_dataset
 from effspinenet_lib.models.layers import MBConv, Resample
@@ -47,8 +48,9 @@ def row(name: str, metric: str, value: float, source: str, seed: int | None = No
 
 PROXY = pd.DataFrame(
     [row(SP_NAME, "AP", value, "proxy", s) for s, value in enumerate((41, 42, 43))]
-    + [row(D0_NAME, "AP", value, "proxy", s) for s, value in enumerate((44, 45, 46))]
+    + [row(D0_NAME, "AP", value, "proxy", s) for s, value in enumerate((44, 46, 45))]
 )
+PROXY_GAPS = np.array([3.0, 4, 2])  # of the two rows, by seed
 NOTHING = PROXY.iloc[:0]
 RUN = {
     "run": "0123456789ab",
@@ -239,13 +241,40 @@ def test_a_difference_has_welchs_interval(
     assert found.conclusive == (found.mean > half_width)
 
 
+def test_a_paired_difference_has_students_interval() -> None:
+    # By hand: gaps 1, 2, 3; sd 1, 2 degrees of freedom, t = 4.303. Seed 7 has no partner.
+    first = pd.Series([45.0, 46, 47, 99], index=[0, 1, 2, 7])
+    second = pd.Series([44.0, 44, 44], index=[2, 1, 0])
+    found = statistics.paired_difference(first, second)
+    assert (found.mean, found.seeds) == (2, (3, 3))
+    assert found.half_width == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    test = stats.ttest_rel(first.loc[:2], second.loc[:2])
+    assert found.conclusive == (test.pvalue < 0.05)
+    # a spread that both rows share is no spread of the difference
+    shared = pd.Series([0.0, 30, -30], index=[0, 1, 2])
+    moved = statistics.paired_difference(first + shared, second + shared)
+    assert moved.half_width == pytest.approx(found.half_width)
+
+
+def test_the_smallest_difference_is_seen_in_four_of_five_repetitions() -> None:
+    seeds, sd, repetitions = 5, 1.3, 4_000
+    size = statistics.smallest_difference(sd, seeds)
+    gaps = np.random.default_rng(0).normal(size, sd, (repetitions, seeds))
+    seen = stats.ttest_1samp(gaps, 0, axis=1).pvalue < 0.05
+    assert seen.mean() == pytest.approx(0.8, abs=0.02)
+    assert math.isnan(statistics.smallest_difference(sd, 1))
+
+
 def test_a_verdict_compares_the_order_with_the_papers() -> None:
     table = statistics.compare(results(PROXY), D0_NAME, SP_NAME).frame
     found = table.loc[f"{D0_NAME} – {SP_NAME}, proxy"]
-    assert found.tolist() == ["+0.8", "+3.0", "+0.7 to +5.3", "3 and 3", "agrees"]
+    gaps = PROXY_GAPS
+    low, high = stats.t.interval(0.95, len(gaps) - 1, gaps.mean(), stats.sem(gaps))
+    expected = ["+0.8", f"{gaps.mean():+.1f}", f"{low:+.1f} to {high:+.1f}", "3", "holds"]
+    assert found.tolist() == expected
     swapped = PROXY.assign(row=PROXY["row"].map({SP_NAME: D0_NAME, D0_NAME: SP_NAME}))
-    assert verdict(swapped) == "disagrees"
-    assert verdict(PROXY.assign(value=PROXY["value"] * [0, 1, 2, 0, 1, 2])) == "inconclusive"
+    assert verdict(swapped) == "contradicted"
+    assert verdict(PROXY.assign(value=PROXY["value"] * [0, 1, 2, 2, 1, 0])) == "inconclusive"
     assert verdict(PROXY[PROXY["seed"] == 0]) == "inconclusive"
     assert verdict(NOTHING) == ""
     assert statistics.compare(results(), D0_NAME, SP_NAME).frame["measured"].item() == "not run"

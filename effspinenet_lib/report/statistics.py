@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from scipy import stats
+from scipy import optimize, stats
 
 from effspinenet_lib.models.specs import BackboneSpec, block_multi_adds, level_side
 from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Table
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 PAPER, PROXY, PAPER_SCALE = "paper", "proxy", "paper_scale"
 # What the pages call measured accuracy, by its source. That of a smoke run is never shown.
 SOURCE_NAMES = {PROXY: "proxy", PAPER_SCALE: "paper's settings"}
-AGREES, DISAGREES, INCONCLUSIVE = "agrees", "disagrees", "inconclusive"
+HOLDS, CONTRADICTED, INCONCLUSIVE = "holds", "contradicted", "inconclusive"
 CONFIDENCE = 0.95
+POWER = 0.8  # chance to see the smallest difference that a design is said to see
 LEAST_SEEDS = 2  # a single seed has no spread
 PERCENT = 100.0
 # Section 5.1.4 names these groups of levels; level 1 is in none of them.
@@ -68,8 +69,8 @@ class Difference:
 
     Attributes:
         mean: the difference of the means; NaN where a row has no seed.
-        half_width: of its 95 % interval (Welch); NaN where a row has fewer than two seeds.
-        seeds: seeds of the two rows.
+        half_width: of its 95 % interval; NaN where there are fewer than two seeds.
+        seeds: seeds of the two rows; of a paired difference those that both have.
     """
 
     mean: float
@@ -81,15 +82,52 @@ class Difference:
         """Whether the 95 % interval leaves out zero."""
         return abs(self.mean) > self.half_width
 
+    def verdict(self, claimed: float) -> str:
+        """What the difference says of one that is claimed: the rule of every page.
+
+        `holds` or `contradicted` where the 95 % interval leaves out zero, by the sign of what is
+        claimed; `inconclusive` where it does not, or where there is no interval; `not run`
+        without seeds.
+        """
+        if not min(self.seeds):
+            return NOT_RUN
+        if not self.conclusive:
+            return INCONCLUSIVE
+        return HOLDS if self.mean * claimed > 0 else CONTRADICTED
+
     def text(self, digits: int = 1) -> str:
         """The difference with its interval; "–" where there is no interval."""
         if math.isnan(self.half_width):
             return NOT_PRINTED
         return f"{self.mean:+.{digits}f} ± {self.half_width:.{digits}f}"
 
+    def interval(self, digits: int = 1) -> str:
+        """The ends of the interval; "–" where there is none."""
+        if math.isnan(self.half_width):
+            return NOT_PRINTED
+        low, high = self.mean - self.half_width, self.mean + self.half_width
+        return f"{low:+.{digits}f} to {high:+.{digits}f}"
+
+
+def paired_difference(first: pd.Series[float], second: pd.Series[float]) -> Difference:
+    """Compare two rows seed by seed (Student's interval of the mean difference).
+
+    The same seed shows every row of a table the same images in the same order.
+
+    Args:
+        first: values of one row by seed.
+        second: values of the other by seed; seeds that one alone has are left out.
+    """
+    pairs = pd.concat([first, second], axis=1, join="inner", keys=["first", "second"]).dropna()
+    gaps = pairs["first"] - pairs["second"]
+    width = math.nan
+    if len(gaps) >= LEAST_SEEDS:
+        width = _quantile(len(gaps) - 1) * float(gaps.std()) / math.sqrt(len(gaps))
+    return Difference(float(gaps.mean()), width, (len(gaps), len(gaps)))
+
 
 def difference(first: Sequence[float] | Any, second: Sequence[float] | Any) -> Difference:
-    """Welch's comparison of two samples, one value a seed."""
+    """Welch's comparison of two samples that have no seeds in common."""
     one, two = pd.Series(first, dtype=float), pd.Series(second, dtype=float)
     counts = (len(one), len(two))
     mean = float(one.mean() - two.mean())
@@ -99,37 +137,55 @@ def difference(first: Sequence[float] | Any, second: Sequence[float] | Any) -> D
     if not any(shares):
         return Difference(mean, 0.0, counts)
     freedom = sum(shares) ** 2 / sum(s**2 / (n - 1) for s, n in zip(shares, counts, strict=True))
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
-    return Difference(mean, quantile * math.sqrt(sum(shares)), counts)
+    return Difference(mean, _quantile(freedom) * math.sqrt(sum(shares)), counts)
+
+
+def _quantile(freedom: float) -> float:
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+
+
+def smallest_difference(sd: float, seeds: int) -> float:
+    """Smallest true difference that a paired comparison sees in 80 % of its repetitions.
+
+    Seen means that the 95 % interval leaves out zero.
+
+    Args:
+        sd: standard deviation over seeds of the paired differences.
+        seeds: number of them; NaN below two.
+    """
+    if seeds < LEAST_SEEDS:
+        return math.nan
+    limit = _quantile(seeds - 1)
+
+    def missed(shift: float) -> float:
+        return float(stats.nct.cdf(limit, seeds - 1, shift)) - (1 - POWER)
+
+    # `shift` is the true difference over its standard error; from 0 to where none is missed
+    shift = optimize.brentq(missed, 0.0, 10 * limit)
+    return float(shift) * sd / math.sqrt(seeds)
 
 
 def compare_seeds(
     first: pd.Series[float], second: pd.Series[float], claimed: float = math.nan, digits: int = 1
 ) -> dict[str, str]:
-    """Cells of a comparison of two rows: their difference, its interval and a verdict.
+    """Cells of a paired comparison of two rows: their difference, its interval and a verdict.
 
     Args:
-        first: values of one row, one a seed.
+        first: values of one row by seed.
         second: values of the other.
         claimed: the paper's difference; NaN asks only whether the two differ.
         digits: decimals.
     """
-    found = difference(first, second)
-    seeds = "{} and {}".format(*found.seeds)
+    found = paired_difference(first, second)
+    seeds = str(min(found.seeds))
     if not min(found.seeds):
         return {"measured": NOT_RUN, "95 % interval": NOT_PRINTED, "seeds": seeds, "verdict": ""}
-    if not found.conclusive:
-        verdict = INCONCLUSIVE
-    elif math.isnan(claimed):
+    verdict = found.verdict(claimed)
+    if math.isnan(claimed) and found.conclusive:
         verdict = "higher" if found.mean > 0 else "lower"
-    else:
-        verdict = AGREES if found.mean * claimed > 0 else DISAGREES
-    low, high = found.mean - found.half_width, found.mean + found.half_width
     return {
         "measured": f"{found.mean:+.{digits}f}",
-        "95 % interval": NOT_PRINTED
-        if math.isnan(low)
-        else f"{low:+.{digits}f} to {high:+.{digits}f}",
+        "95 % interval": found.interval(digits),
         "seeds": seeds,
         "verdict": verdict,
     }
@@ -137,8 +193,6 @@ def compare_seeds(
 
 def compare(results: ItemResults, *names: str, metric: str = "AP") -> Table:
     """Compare each named row with the next one: the paper's difference and the measured one.
-
-    "agrees" and "disagrees" take a 95 % interval (Welch) that leaves out zero.
 
     Args:
         results: of an item.
@@ -152,7 +206,7 @@ def compare(results: ItemResults, *names: str, metric: str = "AP") -> Table:
     for better, worse in itertools.pairwise(names):
         claimed = float(printed[better] - printed[worse])
         for source in sources:
-            own = measured[measured["source"] == source]
+            own = measured[measured["source"] == source].set_index("seed")
             first, second = (own.loc[own["row"] == name, "value"] for name in (better, worse))
             label = f"{better} – {worse}, {SOURCE_NAMES[source]}"
             cells = compare_seeds(first, second, claimed)
