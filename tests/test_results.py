@@ -25,7 +25,6 @@ from effspinenet_lib.results import (
     config_hash,
     current_commit,
     read_table,
-    tables,
     upsert,
     validate,
     write_datapackage,
@@ -84,8 +83,7 @@ def test_an_empty_store_has_the_columns_and_no_rows(store: ResultsStore) -> None
     assert list(frame.columns) == MEASUREMENT_COLUMNS
     assert list(store.runs().columns) == schema("run").columns
     assert len(frame) == len(store.measurements("table-08")) == 0
-    assert not store.finished(KEY)
-    assert store.metrics_of(KEY) == {}
+    assert store.finished() == {}
     assert frame.dtypes.astype(str)[["value", "seed"]].tolist() == ["float64", "Int64"]
 
 
@@ -190,19 +188,18 @@ def test_unknown_profiles_and_items_are_refused(store: ResultsStore) -> None:
 
 def test_a_run_is_finished_when_its_metrics_are_stored(store: ResultsStore) -> None:
     store.add_run(run_record())
-    assert not store.finished(KEY), "it has no measurement yet"
+    assert store.finished() == {}, "it has no measurement yet"
     values = {"AP": 33.5, "AP_L": math.nan, "AR_1": 20.0}
     rows = [measurement(metric=metric, value=value) for metric, value in values.items()]
     other = measurement(row="other", run="f" * 12, value=1.0)
     store.add_measurements("table-08", [*rows, other])
     store.add_measurements("table-09", [measurement(metric="parameters", source="cost", run="")])
-    assert store.finished(KEY)
-    assert store.metrics_of(KEY) == pytest.approx(values, nan_ok=True)
-    assert not store.finished("f" * 12), "it is not in runs.csv"
-    assert not ResultsStore(store.results_dir, "paper").finished(KEY)
+    assert set(store.finished()) == {KEY}, "the other is not in runs.csv"
+    assert store.finished()[KEY] == pytest.approx(values, nan_ok=True)
+    assert ResultsStore(store.results_dir, "paper").finished() == {}
     assert len(store.results("table-08")) == len(rows) + 1
     store.add_run(run_record(state="partial"))
-    assert not store.finished(KEY)
+    assert store.finished() == {}
     assert list(store.results("table-08")["row"]) == ["other"]
     assert len(store.results("table-09")) == 1, "a cost needs no run"
 
@@ -325,7 +322,7 @@ def test_two_processes_writing_at_once_lose_nothing(store: ResultsStore) -> None
     assert frame["seed"].tolist() == list(range(50))
     assert frame["value"].tolist() == [seed / 7 for seed in range(50)]
     assert len(store.runs()) == 50
-    assert all(store.finished(f"{seed:012x}") for seed in range(50))
+    assert len(store.finished()) == 50
     assert validate(store.results_dir) == []
 
 
@@ -523,17 +520,3 @@ def test_a_committed_file_read_and_written_again_is_the_same_bytes(
         upsert(tmp_path / "new.csv", of.name, records, "row")
         lines = (tmp_path / "new.csv").read_bytes().splitlines()
         assert sorted(lines) == sorted(path.read_bytes().splitlines())
-
-
-def test_a_file_is_read_once_until_it_changes(
-    filled: ResultsStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Looking up hundreds of finished runs must not parse every file for each."""
-    parsed: list[Path] = []
-    parse = tables._parse
-    monkeypatch.setattr(tables, "_parse", lambda path, of: parsed.append(path) or parse(path, of))
-    tables._read.clear()
-    assert all(filled.finished(KEY) for _ in range(100))
-    assert sorted(path.name for path in parsed) == ["figure-03.csv", "runs.csv", "table-08.csv"]
-    filled.add_run(run_record(state="partial"))
-    assert not ResultsStore(filled.results_dir, "proxy").finished(KEY)

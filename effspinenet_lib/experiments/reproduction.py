@@ -4,12 +4,11 @@
 
 counts what the rows' models cost, trains the runs that are missing and returns the paper's rows,
 the measured ones, the runs and their curves. A finished run is not trained again unless `force`;
-an interrupted one is resumed. So after an interruption the same call is simply made again.
+an interrupted one is resumed: after an interruption the same call is made again.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -56,14 +55,6 @@ from effspinenet_lib.training.run import WEIGHTS, RunConfig, RunResult, train_ru
 # a machine with 8 GB holds; a number that depended on the memory would make the same command
 # another run on another machine.
 CPU_BATCH = 2
-SHOWN_PROFILES = (PROXY, PAPER)  # whose accuracy may be shown; a smoke run's means nothing
-# Format -> the names that its two splits may have, the paper's first.
-SPLITS: dict[str, tuple[tuple[str, str], ...]] = {
-    "coco": (("train2017", "val2017"), ("train", "val")),
-    "imagenet": (("train", "val"),),
-    "voc_segmentation": (("train_aug", "val"), ("train", "val")),
-    "voc": (("train", "val"),),
-}
 # Task -> format of the data that the paper trains it on.
 FORMATS = {
     "detection": "coco",
@@ -71,13 +62,19 @@ FORMATS = {
     "classification": "imagenet",
     "segmentation": "voc_segmentation",
 }
-# Format -> where the list of a split lies in the folder.
-SPLIT_LISTS = {
-    "coco": "annotations/instances_{}.json",
-    "imagenet": "{}",
-    "voc_segmentation": "ImageSets/Segmentation/{}.txt",
-    "voc": "ImageSets/Main/{}.txt",
+# Format -> where a split's list lies in the folder, and the names of the two splits, the paper's
+# first.
+SPLITS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "coco": ("annotations/instances_{}.json", (("train2017", "val2017"), ("train", "val"))),
+    "imagenet": ("{}", (("train", "val"),)),
+    "voc_segmentation": (
+        "ImageSets/Segmentation/{}.txt",
+        (("train_aug", "val"), ("train", "val")),
+    ),
+    "voc": ("ImageSets/Main/{}.txt", (("train", "val"),)),
 }
+# What makes two measurements the same one.
+SAME = ("item", "row", "metric", "source", "seed")
 
 
 # Parameters
@@ -88,14 +85,8 @@ class RunParameters:
     """A notebook's parameters, checked and resolved by `resolve_parameters`.
 
     Attributes:
-        profile: how much is trained.
-        data_root: folder of the paper's data.
-        results_dir: where the CSVs and runs go.
-        seeds: one run a seed.
-        engine: `local` or `ray`.
         device: `cpu`, `gpu` or `tpu`; with Ray also `auto`, as the cluster decides it.
         devices: runs at once; 0: as many as a Ray cluster has room for.
-        force: train finished runs again.
         initial_weights: weights file that the paper's runs start from, in place of the run that
             an item names.
         started: keys of the runs that calls with these parameters have trained, which `force`
@@ -135,12 +126,12 @@ def resolve_parameters(
         profile: `smoke`, `proxy` or `paper`.
         data_root: folder of the data that the paper uses for an item's task, such as COCO 2017;
             only the profile `paper` reads it.
-        results_dir: where the CSVs and runs go.
-        accelerator: `auto`, `cpu`, `gpu` or `tpu`; `auto` takes an accelerator where there is
-            one.
+        results_dir: where the CSVs and runs go; default the checkout's `results`.
+        accelerator: `auto` takes an accelerator where there is one, else the CPU; `cpu`, `gpu` or
+            `tpu`.
         devices: runs at once; `auto` is one for each CPU core or one on an accelerator, and as
             many as a Ray cluster has room for. An accelerator of this machine takes one.
-        seeds: such as "0,1,2", a number or a list; default the profile's own.
+        seeds: one run a seed: such as "0,1,2", a number or a list; default the profile's own.
         engine: `local` processes, or a `ray` cluster.
         force: train finished runs again.
 
@@ -149,13 +140,8 @@ def resolve_parameters(
         UserError: an accelerator that is missing, an invalid seed or number of devices, a missing
             data root, a folder that cannot be written.
     """
-    for kind, name, known in (
-        ("profile", profile, PROFILES),
-        ("engine", engine, ENGINES),
-        ("accelerator", accelerator, ACCELERATORS),
-    ):
-        if name not in known:
-            raise UnknownName(kind, str(name), known)
+    if profile not in PROFILES:
+        raise UnknownName("profile", str(profile), PROFILES)
     if not isinstance(force, bool):
         raise UserError(f"force is {force!r}; write True or False")
     device, count = resolve_devices(engine, accelerator, devices)
@@ -177,8 +163,15 @@ def resolve_devices(engine: str, accelerator: str, devices: int | str) -> tuple[
     """The kind of device that runs use, and how many run at once; 0: as many as Ray has room for.
 
     Raises:
+        UnknownName: an unknown engine or accelerator.
         UserError: the accelerator is missing, or the number is invalid.
     """
+    for kind, name, known in (
+        ("engine", engine, ENGINES),
+        ("accelerator", accelerator, ACCELERATORS),
+    ):
+        if name not in known:
+            raise UnknownName(kind, str(name), known)
     count = 0
     if devices not in (AUTO, ""):
         count = int(devices) if str(devices).isdecimal() else 0
@@ -186,12 +179,10 @@ def resolve_devices(engine: str, accelerator: str, devices: int | str) -> tuple[
             raise UserError(f"devices is {devices!r}; give a positive number or 'auto'")
     if engine != LOCAL:
         return accelerator, count
-    present = {CPU} | present_accelerators()
-    device = accelerator
-    if accelerator == AUTO:
-        device = next(iter(sorted(present - {CPU})), CPU)
-    if device not in present:
-        there = ", ".join(sorted(present))
+    present = sorted(present_accelerators())
+    device = next(iter(present), CPU) if accelerator == AUTO else accelerator
+    if device not in (CPU, *present):
+        there = ", ".join((CPU, *present))
         raise UserError(f"accelerator {device!r} is not on this machine; it has {there}")
     if count > 1 and device != CPU:
         raise UserError(f"devices is {devices!r}; {device} takes one run at a time: give 1")
@@ -205,12 +196,8 @@ def default_results_dir() -> Path:
 
 
 def _parse_seeds(seeds: str | int | Sequence[int] | None) -> tuple[int, ...]:
-    if isinstance(seeds, int):
-        values: list[str] = [str(seeds)]
-    elif isinstance(seeds, str):
-        values = [part.strip() for part in seeds.split(",") if part.strip()]
-    else:
-        values = [str(seed) for seed in seeds or ()]
+    given = str(seeds).split(",") if isinstance(seeds, (str, int)) else seeds or ()
+    values = [str(seed).strip() for seed in given if str(seed).strip()]
     if not all(value.isdecimal() for value in values):
         raise UserError(f"seeds is {seeds!r}; give numbers from 0 up, such as '0,1,2'")
     return tuple(dict.fromkeys(int(value) for value in values))
@@ -240,11 +227,11 @@ def planned_runs(item: Item, parameters: RunParameters) -> list[PlannedRun]:
     Raises:
         DataError: the data root does not hold the data of a row's task.
     """
-    rows = [row for row in item.rows if row.trains_in(parameters.profile.name)]
     return [
         PlannedRun(row, configure_row(item, row, parameters, seed))
         for seed in parameters.seeds
-        for row in rows
+        for row in item.rows
+        if row.trains_in(parameters.profile.name)
     ]
 
 
@@ -295,43 +282,17 @@ def paper_data(root: Path | None, task: str) -> DataConfig:
         DataError: the folder has no known layout, or none of the known splits.
     """
     layout = FORMATS[task] if root is None else detect_format(root, task)
-    splits = SPLITS[layout]
+    place, splits = SPLITS.get(layout, SPLITS["coco"])
     if root is None:
         return DataConfig(layout, UNKNOWN_ROOT, *splits[0])
     for names in splits:
-        if all((root / SPLIT_LISTS[layout].format(name)).exists() for name in names):
+        if all((root / place.format(name)).exists() for name in names):
             return DataConfig(layout, str(root.resolve()), *names)
     wanted = " nor ".join(f"{train}/{evaluate}" for train, evaluate in splits)
-    lists = SPLIT_LISTS[layout].format("<split>")
-    raise DataError(f"{root}: has no splits {wanted} ({lists}); name them so")
+    raise DataError(f"{root}: has no splits {wanted} ({place.format('<split>')}); name them so")
 
 
 # Running
-
-
-@dataclass(frozen=True)
-class ItemResults:
-    """What is known of an item, each CSV read once.
-
-    Attributes:
-        item: the table or figure.
-        parameters: of the call.
-        paper: the paper's rows.
-        measured: measurements that may be shown as results: costs, and accuracy of the profiles
-            `proxy` and `paper`, first of the call's results folder, then of the checkout's.
-            Without runs that stopped before their last step.
-        labels: run key -> name, of the runs that the item needs in the profile.
-        runs: those of them that are in `runs.csv`, with a column `label`.
-        curves: label -> rows of its `curve.csv` (`step`, `loss`, ...), where the folder is kept.
-    """
-
-    item: Item
-    parameters: RunParameters
-    paper: pd.DataFrame
-    measured: pd.DataFrame
-    labels: dict[str, str]
-    runs: pd.DataFrame
-    curves: dict[str, pd.DataFrame]
 
 
 def reproduce(
@@ -362,59 +323,46 @@ def reproduce(
     parameters = parameters or resolve_parameters(**given)
     if not item.rows:
         return read_results(item, parameters)
-    store = parameters.store
-    planned = planned_runs(item, parameters)
-    measured, records = store.measurements(), store.runs()
-    store.drop_runs(item.id, _outdated(item, planned, measured, records))
-    finished = _finished(measured, records)
-    again = {run.config.key for run in planned} - parameters.started if parameters.force else set()
-    known = [run for run in planned if run.config.key in finished.keys() - again]
-    by_key = {record["run"]: record for record in records.to_dict("records")}
-    rows = [run_rows(run, finished[run.config.key], by_key[run.config.key]) for run in known]
-    store.add_measurements(item.id, [*cost_rows(item.rows), *(row for own in rows for row in own)])
-    missing = {run.config.key: run.config for run in planned if run not in known}
+    store, planned = parameters.store, planned_runs(item, parameters)
+    store.drop_runs(item.id, _outdated(item, parameters))
+    finished = store.finished()
+    records = {record["run"]: record for record in store.runs().to_dict("records")}
+    missing: dict[str, RunConfig] = {}
+    rows = cost_rows(item.rows)
+    for run in planned:
+        key = run.config.key
+        if key in finished and (key in parameters.started or not parameters.force):
+            rows += run_rows(run, finished[key], records[key])
+        else:
+            missing[key] = run.config
+    store.add_measurements(item.id, rows)
+    failed: list[Outcome] = []
     if missing:
-        failed = _run_missing(item, parameters, planned, missing, progress, micro_batch)
-        if failed:
-            first = failed[0]
-            assert first.error is not None
-            raise type(first.error)(
-                f"{len(failed)} of {len(missing)} runs failed; the first, {first.config.model} "
-                f"seed {first.config.seed}: {first.error} (log: {first.log}); run the same again "
-                "to resume them"
-            )
+        with open_pool(parameters.engine, parameters.devices, parameters.device) as pool:
+            if micro_batch is None and parameters.profile.data is None and pool.device == CPU:
+                micro_batch = CPU_BATCH
+            for outcome in run_many(
+                list(missing.values()),
+                store.runs_folder,
+                pool,
+                parameters.force,
+                progress,
+                micro_batch,
+            ):
+                if outcome.result is None:
+                    failed.append(outcome)
+                    continue
+                parameters.started.add(outcome.result.key)
+                own = [run for run in planned if run.config.key == outcome.result.key]
+                _record(store, item, own, outcome.result)
+    if failed:
+        error, config = failed[0].error, failed[0].config
+        assert error is not None
+        raise type(error)(
+            f"{len(failed)} of {len(missing)} runs failed; the first, {config.model} seed "
+            f"{config.seed}: {error} (log: {failed[0].log}); run the same again to resume them"
+        )
     return read_results(item, parameters)
-
-
-def _run_missing(
-    item: Item,
-    parameters: RunParameters,
-    planned: Sequence[PlannedRun],
-    missing: Mapping[str, RunConfig],
-    progress: bool,
-    micro_batch: int | None,
-) -> list[Outcome]:
-    """Run configurations and record each as it ends; returns those that failed."""
-    store, failed = parameters.store, []
-    with open_pool(parameters.engine, parameters.devices, parameters.device) as pool:
-        if micro_batch is None and parameters.profile.data is None and pool.device == CPU:
-            micro_batch = CPU_BATCH
-        for outcome in run_many(
-            list(missing.values()),
-            store.runs_folder,
-            pool,
-            parameters.force,
-            progress,
-            micro_batch,
-        ):
-            result = outcome.result
-            if result is None:
-                failed.append(outcome)
-                continue
-            parameters.started.add(result.key)
-            own = [run for run in planned if run.config.key == result.key]
-            _record(store, item, own, result)
-    return failed
 
 
 def _record(store: ResultsStore, item: Item, runs: Sequence[PlannedRun], result: RunResult) -> None:
@@ -427,36 +375,19 @@ def _record(store: ResultsStore, item: Item, runs: Sequence[PlannedRun], result:
     store.add_run({**result.record, "profile": store.profile})
 
 
-def _finished(measured: pd.DataFrame, records: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Finished runs whose metrics are stored, whichever item holds them: key -> metrics."""
-    keys = set(records.loc[records["state"] == "finished", "run"])
-    metrics: dict[str, dict[str, float]] = {}
-    own = measured[measured["run"].isin(keys)]
-    for run, metric, value in own[["run", "metric", "value"]].itertuples(index=False):
-        metrics.setdefault(run, {})[metric] = value
-    return metrics
+def _outdated(item: Item, parameters: RunParameters) -> set[str]:
+    """Runs recorded for an item that its rows would not make today, with the same seed.
 
-
-def _outdated(
-    item: Item, planned: Sequence[PlannedRun], measured: pd.DataFrame, records: pd.DataFrame
-) -> set[str]:
-    """Runs recorded for an item that differ from the planned ones in more than the seed.
-
-    They were made with settings of another version; a mean over seeds must not mix the two.
+    They are of another version's settings; a mean over seeds must not mix the two.
     """
-    wanted = {(run.row.label, _without_seed(run.config.to_dict())) for run in planned}
-    configs = {
-        key: _without_seed(json.loads(text))
-        for key, text in records[["run", "config"]].itertuples(index=False)
+    rows = {row.label: row for row in item.rows if row.trains_in(parameters.profile.name)}
+    measured = parameters.store.measurements(item.id)
+    recorded = measured.loc[measured["run"] != "", ["row", "seed", "run"]].drop_duplicates()
+    return {
+        run
+        for label, seed, run in recorded.itertuples(index=False)
+        if label not in rows or configure_row(item, rows[label], parameters, int(seed)).key != run
     }
-    own = measured[(measured["item"] == item.id) & (measured["run"] != "")]
-    recorded = set(own[["row", "run"]].itertuples(index=False, name=None))
-    return {run for row, run in recorded if (row, configs.get(run)) not in wanted}
-
-
-def _without_seed(config: dict[str, Any]) -> str:
-    kept = {name: value for name, value in config.items() if name != "seed"}
-    return json.dumps({**kept, "data": {**kept["data"], "root": None}}, sort_keys=True)
 
 
 def train_row(
@@ -501,7 +432,8 @@ def train_row(
     if batch_size is not None:
         config = replace(config, recipe=config.recipe.scale_to_batch(batch_size))
     store = parameters.store
-    _protect_longer(store, item, row, config, max_steps)
+    if max_steps is not None and max_steps < config.recipe.steps:
+        _protect_longer(store, item, row, config, max_steps)
     result = train_run(
         config,
         store.runs_folder,
@@ -519,20 +451,14 @@ def train_row(
 
 
 def _protect_longer(
-    store: ResultsStore, item: Item, row: Row, config: RunConfig, max_steps: int | None
+    store: ResultsStore, item: Item, row: Row, config: RunConfig, max_steps: int
 ) -> None:
     """Refuse a run of few steps whose row would replace that of another, longer run."""
-    if max_steps is None or max_steps >= config.recipe.steps:
-        return
-    rows, records = store.measurements(item.id), store.runs()
-    same = rows[
-        (rows["row"] == row.label)
-        & (rows["model"] == config.model)
-        & (rows["seed"] == config.seed)
-        & (rows["run"] != config.key)
-    ]
-    few = max_steps * config.recipe.batch_size
-    longer = records[records["run"].isin(same["run"]) & (records["images"] > few)]
+    rows = store.measurements(item.id)
+    same = rows[(rows["row"] == row.label) & (rows["seed"] == config.seed)]
+    runs = store.runs()
+    other = runs["run"].isin(same["run"]) & (runs["run"] != config.key)
+    longer = runs[other & (runs["images"] > max_steps * config.recipe.batch_size)]
     for run, images in longer[["run", "images"]].itertuples(index=False):
         raise UserError(
             f"{store.folder / item.id}.csv holds what run {run}, of {images:,} images, measured "
@@ -602,43 +528,61 @@ def describe_data(config: RunConfig) -> str:
     return ", ".join([*parts, f"{config.image_size}x{config.image_size}"])
 
 
+# Reading
+
+
+@dataclass(frozen=True)
+class ItemResults:
+    """What is known of an item.
+
+    Attributes:
+        item: the table or figure.
+        parameters: of the call.
+        paper: the paper's rows.
+        measured: measurements that may be shown as results: costs, and accuracy of the profiles
+            `proxy` and `paper`, first of the call's results folder, then of the checkout's.
+            Without runs that stopped before their last step.
+        labels: run key -> name, of the runs that the item needs in the profile.
+        runs: those of them that are in `runs.csv`, with a column `label`.
+        curves: label -> rows of its `curve.csv` (`step`, `loss`, ...), where the folder is kept.
+    """
+
+    item: Item
+    parameters: RunParameters
+    paper: pd.DataFrame
+    measured: pd.DataFrame
+    labels: dict[str, str]
+    runs: pd.DataFrame
+    curves: dict[str, pd.DataFrame]
+
+
 def read_results(item: Item, parameters: RunParameters) -> ItemResults:
     """What is known of an item, without running anything.
 
     Raises:
         DataError: a file has a broken row; names the file and the line.
     """
-    planned = planned_runs(item, parameters)
     labels: dict[str, str] = {}
-    for run in planned:
+    for run in planned_runs(item, parameters):
         labels.setdefault(run.config.key, run.label)
-    profile = parameters.profile.name
-    frames: list[pd.DataFrame] = []
-    for folder in dict.fromkeys((parameters.results_dir, default_results_dir())):
-        for name in dict.fromkeys((profile, *SHOWN_PROFILES)):
-            store = ResultsStore(folder, name)
-            records = store.runs()
-            if not frames:  # of the call's own profile and folder
-                runs = records[records["run"].isin(labels)]
-            frames.append(complete_rows(store.measurements(item.id), records))
-    measured = pd.concat(frames, ignore_index=True)
-    measured = measured[measured["source"] != SMOKE]
-    measured = measured.drop_duplicates(["row", "metric", "source", "seed"], ignore_index=True)
-    paths = {key: parameters.store.runs_folder / key / CURVE_FILE for key in labels}
+    own = parameters.store
+    folders = dict.fromkeys((own.results_dir, default_results_dir()))
+    profiles = dict.fromkeys((own.profile, PROXY, PAPER))
+    stores = [ResultsStore(folder, name) for folder in folders for name in profiles]
+    measured = pd.concat([store.results(item.id) for store in stores])
+    measured = measured[measured["source"] != SMOKE]  # its accuracy means nothing
+    runs = own.runs()
+    runs = runs[runs["run"].isin(labels)]
+    curves = {key: own.runs_folder / key / CURVE_FILE for key in labels}
     return ItemResults(
         item,
         parameters,
         paper_values(item.id) if item.id.startswith("table") else measured.iloc[:0],
-        measured,
+        measured.drop_duplicates(SAME, ignore_index=True),
         labels,
         runs.assign(label=runs["run"].map(labels)),
-        {labels[key]: pd.read_csv(path) for key, path in paths.items() if path.is_file()},
+        {labels[key]: pd.read_csv(path) for key, path in curves.items() if path.is_file()},
     )
-
-
-def complete_rows(measured: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
-    """Measurements without those of runs that stopped before their last step."""
-    return measured[~measured["run"].isin(records.loc[records["state"] == "partial", "run"])]
 
 
 def item_status(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
@@ -652,11 +596,8 @@ def item_status(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
         Columns `item`, `title`, `notebook`, `paper_values`, `cost_rows`, `proxy_rows`,
         `paper_scale_rows` (numbers of rows).
     """
-    stores = [
-        ResultsStore(Path(folder), profile) for folder in results_dirs for profile in PROFILES
-    ]
-    frames = [complete_rows(store.measurements(), store.runs()) for store in stores]
-    measured = pd.concat(frames).drop_duplicates(["item", "row", "metric", "source", "seed"])
+    stores = [ResultsStore(Path(f), profile) for f in results_dirs for profile in PROFILES]
+    measured = pd.concat([store.results() for store in stores]).drop_duplicates(SAME)
     counts = measured.groupby(["item", "source"]).size()
     return pd.DataFrame(
         [

@@ -83,10 +83,13 @@ class ResultsStore:
         """Read the measurements of one item, or of all; no rows where nothing was measured."""
         if item is not None:
             return read_table(self._item_path(item), "measurement")
-        return to_frame(self._all_measurements(), "measurement")
+        paths = sorted(self.folder.glob("*.csv"))
+        items = [path for path in paths if schema_of_file(path) is schema("measurement")]
+        rows = [row for path in items for row in read_rows(path, "measurement")]
+        return to_frame(rows, "measurement")
 
-    def results(self, item: str) -> pd.DataFrame:
-        """Read the measurements of one item, without those of runs that were cut short."""
+    def results(self, item: str | None = None) -> pd.DataFrame:
+        """Read measurements without those of runs that were cut short."""
         rows, runs = self.measurements(item), self.runs()
         return rows[~rows["run"].isin(runs.loc[runs["state"] == "partial", "run"])]
 
@@ -94,33 +97,18 @@ class ResultsStore:
         """Read the runs, one row each; `config` is JSON text."""
         return read_table(self.folder / "runs.csv", "run")
 
-    def run(self, config_hash: str) -> Row:
-        """Read one run's row.
-
-        Raises:
-            KeyError: there is no such run.
-        """
-        return self._runs()[config_hash]
+    def finished(self) -> dict[str, dict[str, float]]:
+        """Metrics of each run that need not run again: it ended, and some item holds them."""
+        rows, runs = self.measurements(), self.runs()
+        ended = rows[rows["run"].isin(runs.loc[runs["state"] == "finished", "run"])]
+        found: dict[str, dict[str, float]] = {}
+        for run, metric, value in ended[["run", "metric", "value"]].itertuples(index=False):
+            found.setdefault(run, {})[metric] = value
+        return found
 
     def trials(self) -> pd.DataFrame:
         """Read the trials of the searches, one row each."""
         return read_table(self.folder / "search_trials.csv", "search_trial")
-
-    def finished(self, config_hash: str) -> bool:
-        """Tell whether a run ended and its metrics are stored, so that it need not run again."""
-        run = self._runs().get(config_hash)
-        return run is not None and run["state"] == "finished" and bool(self.metrics_of(config_hash))
-
-    def metrics_of(self, config_hash: str) -> dict[str, float]:
-        """Collect what a run measured, metric -> value, from whichever items hold it.
-
-        Empty for an unknown run.
-        """
-        return {
-            row["metric"]: float(row["value"] or "nan")
-            for row in self._all_measurements()
-            if row["run"] == config_hash and row["source"] == self.source
-        }
 
     def add_measurements(self, item: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add measurements, each replacing the one of the same row, model, metric, source, seed.
@@ -165,14 +153,6 @@ class ResultsStore:
         if not re.fullmatch(schema("measurement").file, item):
             raise DataError(f"item {item!r} is no table or figure; it reads like table-08")
         return self.folder / f"{item}.csv"
-
-    def _runs(self) -> dict[str, Row]:
-        return {row["run"]: row for row in read_rows(self.folder / "runs.csv", "run")}
-
-    def _all_measurements(self) -> list[Row]:
-        paths = sorted(self.folder.glob("*.csv"))
-        items = [path for path in paths if schema_of_file(path) is schema("measurement")]
-        return [row for path in items for row in read_rows(path, "measurement")]
 
     def _add(self, path: Path, name: str, records: Iterable[Mapping[str, Any]], what: str) -> None:
         if upsert(path, name, records, what) and self.profile != "smoke":

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
@@ -31,6 +31,7 @@ STAMP = ("commit", "date")
 # Metric of a cost -> what its printed unit stands for, and the unit.
 COST_UNITS = {"multi_adds": (1e9, "B"), "parameters": (1e6, "M")}
 GIT_SECONDS = 20
+EXACT = 2**53  # up to here every whole number is a float64
 
 _TYPES = {
     "number": (r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?", "is not a number"),
@@ -133,55 +134,41 @@ def _is_json_object(text: str) -> bool:
 # Reading
 
 
-_read: dict[Path, tuple[tuple[int, ...], list[Row]]] = {}
-
-
 def read_rows(path: Path, name: str) -> list[Row]:
     """Read a file of the schema `name` as text cells; no rows if it is missing.
-
-    A version of a file is read and checked once in a process.
 
     Raises:
         DataError: the file cannot be read or a row is broken; names the file and the line.
     """
     try:
-        state = path.stat()
-        version = (state.st_ino, state.st_size, state.st_mtime_ns)
-        if path not in _read or _read[path][0] != version:
-            _read[path] = (version, _parse(path, schema(name)))
+        with open(path, encoding="utf-8-sig", newline="") as handle:
+            return list(_parse(path, csv.DictReader(handle, strict=True), schema(name)))
     except FileNotFoundError:
         return []
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return _read[path][1]
 
 
-def _parse(path: Path, of: Schema) -> list[Row]:
-    lines: dict[Key, int] = {}
-    rows: list[Row] = []
-    with open(path, encoding="utf-8-sig", newline="") as handle:
-        reader = csv.DictReader(handle, strict=True)
-        try:
-            if reader.fieldnames != of.columns:
-                raise DataError(f"{path}: line 1: the columns are not {','.join(of.columns)}")
-            for row in reader:
-                problem = _row_problem(row, of)
-                if problem is None:
-                    first = lines.setdefault(of.key_of(row), reader.line_num)
-                    if first != reader.line_num:
-                        problem = f"repeats the {', '.join(of.key)} of line {first}"
-                if problem:
-                    raise DataError(
-                        f"{path}: line {reader.line_num}: {problem}; correct it or move the file"
-                    )
-                rows.append(row)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-        except csv.Error as error:
-            raise DataError(
-                f"{path}: line {reader.reader.line_num}: is not CSV ({error})"
-            ) from error
-    return rows
+def _parse(path: Path, reader: csv.DictReader[str], of: Schema) -> Iterator[Row]:
+    first_lines: dict[Key, int] = {}
+    try:
+        if reader.fieldnames != of.columns:
+            raise DataError(f"{path}: line 1: the columns are not {','.join(of.columns)}")
+        for row in reader:
+            problem = _row_problem(row, of)
+            if problem is None:
+                first = first_lines.setdefault(of.key_of(row), reader.line_num)
+                if first != reader.line_num:
+                    problem = f"repeats the {', '.join(of.key)} of line {first}"
+            if problem:
+                raise DataError(
+                    f"{path}: line {reader.line_num}: {problem}; correct it or move the file"
+                )
+            yield row
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.reader.line_num}: is not CSV ({error})") from error
 
 
 def _row_problem(row: Mapping[str | None, Any], of: Schema) -> str | None:
@@ -243,20 +230,12 @@ def _text(value: Any, kind: str) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if kind == "number":
-        return number_text(float(value))
-    if kind == "integer":
-        return str(int(value)) if int(value) == value else str(value)
+    if kind in ("number", "integer"):
+        whole = float(value).is_integer() and (kind == "integer" or abs(value) < EXACT)
+        return str(int(value)) if whole else repr(float(value))
     if kind == "object":
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return str(value)
-
-
-def number_text(value: float) -> str:
-    """Write a number in the shortest decimal form that reads back equal; NaN is empty."""
-    if math.isnan(value):
-        return ""
-    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
 
 
 def write_rows(path: Path, name: str, rows: Iterable[Row]) -> None:
