@@ -70,10 +70,10 @@ def frame(*parts: list[dict[str, Any]], source: str = "proxy") -> pd.DataFrame:
 SAMPLED = sampled(np.random.default_rng(0), slope=20, noise=0.1)
 FOUND = parse_betas(max(SAMPLED, key=lambda row: row["AP"])["betas"])
 REFERENCES = [
-    *again(EQUAL_BETAS, {0: 20.0, 1: 21.0, 2: 22.0}, 0),
+    *again(EQUAL_BETAS, {1: 20.0, 2: 21.0, 3: 22.0}, 0),
     *again(LEARNED_BETAS, {0: 20.0, 1: 22.0, 2: 24.0}, 1),
     # the seed that the search chose it by, then others
-    *again(FOUND, {0: max(row["AP"] for row in SAMPLED), 1: 24.0, 2: 25.0, 3: 26.0}, 2),
+    *again(FOUND, {0: max(row["AP"] for row in SAMPLED), 1: 24.0, 2: 26.0, 3: 25.0}, 2),
 ]
 PAPER_SAMPLES = rows(
     "ppo",
@@ -199,14 +199,14 @@ def test_other_methods_bests_have_their_names() -> None:
 
 def test_chosen_distributions_are_compared_over_seeds() -> None:
     table = search.reference_differences(TRIALS).frame
-    # By hand: 25 and 21, both of variance 1 over 3 seeds: t(4) = 2.776 times sqrt(2/3) = 2.27.
+    # By hand: gaps of 4, 5 and 3, sd 1 over 3 seeds: t(2) = 4.303 over sqrt(3) = 2.48.
     found = table.loc[f"{search.FOUND} – {search.SP}"]
-    assert found.tolist() == ["+4.00", "+1.73 to +6.27", "3 and 3", "higher"]
+    assert found.tolist() == ["+4.00", "+1.52 to +6.48", "3", "higher"]
     assert table.loc[f"{search.D0} – {search.SP}", "verdict"] == "inconclusive"
     one = frame(SAMPLED, again(FOUND, {1: 24.0}, 0), again(EQUAL_BETAS, {1: 20.0}, 1))
     table = search.reference_differences(one).frame
     assert table.loc[f"{search.FOUND} – {search.SP}"].tolist() == [
-        *("+4.00", "–", "1 and 1", "inconclusive")
+        *("+4.00", "–", "1", "inconclusive")
     ]
     assert table.loc[f"{search.D0} – {search.SP}", "measured"] == "not run"
 

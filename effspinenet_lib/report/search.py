@@ -253,7 +253,8 @@ def reference_table(
 def reference_differences(trials: pd.DataFrame) -> Table:
     """The chosen distributions against SP-EfficientNet-B0, and the search's best against D0."""
     again = references(trials)
-    aps = {name: again.loc[again["row"] == name, "AP"] for name in (SP, D0, FOUND, *again["row"])}
+    names = (SP, D0, FOUND, *again["row"])
+    aps = {name: again[again["row"] == name].set_index("seed")["AP"] for name in names}
     pairs = [(name, SP) for name in aps if name != SP] + [(FOUND, D0)]
     rows = {f"{one} – {two}": compare_seeds(aps[one], aps[two], digits=2) for one, two in pairs}
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("difference in AP")
