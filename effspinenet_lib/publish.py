@@ -35,9 +35,9 @@ PAGE_ENVIRONMENT = {
     BOOK_FILES_VARIABLE: f"../{FILES}",  # every executed page lies one folder deep
     # The kernel of this Python, should the user's own folder hold one of the same name.
     "JUPYTER_PREFER_ENV_PATH": "1",
-    # A page runs single images through models: a second thread gains nothing there and waits
-    # ten times as long where the machine is busy. Training processes set their own number.
-    "OMP_NUM_THREADS": "1",
+    # A page runs single images through models: a second thread gains nothing there. The runs that
+    # it starts have one too, as several of them run at once.
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1",
 }
 # Kernels otherwise report every start and end on the terminal; errors of cells are raised.
 KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=CRITICAL"]

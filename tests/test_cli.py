@@ -332,6 +332,7 @@ def test_training_leaves_weights_that_evaluate_to_the_same_metrics(run, scenes, 
     trained = run("train", "--data", scenes, "--output", runs, "--steps", 2, *TINY)
     assert trained.code == 0
     assert str(weights) in trained.out
+    assert f"Threads: {torch.get_num_threads()} " in trained.out
     assert weights.stat().st_mtime_ns == before, "a finished run is not trained again"
     (row,) = read_table(runs / "runs.csv", "run").to_dict("records")
     assert (row["run"], row["state"], row["steps"]) == (weights.parent.name, "finished", 2)

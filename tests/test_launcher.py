@@ -18,12 +18,14 @@ from filelock import FileLock
 
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import CheckpointError, DataError, Preempted, TrainingError, UserError
+from effspinenet_lib.experiments import launcher
 from effspinenet_lib.experiments.launcher import (
     Outcome,
     Pool,
     open_pool,
     ray_resources,
     run_many,
+    thread_environment,
     usable_cores,
 )
 from effspinenet_lib.results import ResultsStore
@@ -132,11 +134,24 @@ def test_runs_leave_the_cpu_only_for_an_accelerator(
     assert "OMP_NUM_THREADS" in outcome.result.record["environment"]
 
 
-def test_cores_are_shared_out_over_runs_at_once() -> None:
-    cores = usable_cores()
-    assert Pool(1, "cpu", 0, None).threads(5) == cores
-    assert Pool(cores, "cpu", 0, None).threads(1) == cores
-    assert Pool(2 * cores, "cpu", 0, None).threads(2 * cores) == 1
+def test_free_cores_are_shared_out_over_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "usable_cores", lambda: 8)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.2, 9.0, 9.0))
+    assert [Pool(n, "cpu", 0, None).threads(runs) for n, runs in ((1, 5), (8, 1), (3, 9))] == [
+        *(8, 8, 2)
+    ]
+    assert Pool(16, "cpu", 0, None).threads(16) == 1
+    for load, free in ((2.7, 5), (30.0, 1)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert Pool(1, "cpu", 0, None).threads(1) == free
+
+
+def test_the_users_own_number_of_threads_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    assert thread_environment(3) == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "PASSIVE"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert thread_environment(3)["OMP_NUM_THREADS"] == "5"
 
 
 def test_real_runs_end_each_for_itself_and_are_not_run_twice(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from effspinenet_lib.cli.train import (
     MaxSteps,
     MicroBatch,
     print_run,
+    print_threads,
+    take_threads,
 )
 from effspinenet_lib.errors import UserError
 
@@ -96,6 +98,8 @@ def reproduce(
     - `effspinenet reproduce table-03 --row eff_spinenet_d2 --profile paper --data-root coco
       --max-steps 3`
     """
+    if row is not None:
+        take_threads()
     from effspinenet_lib import experiments
 
     given = given_options(context)
@@ -167,6 +171,7 @@ def _train_row(name: str, row: str, parameters: RunParameters, options: dict[str
     if not item.rows:
         raise UserError(f"{name} trains nothing; see `effspinenet results`")
     found = experiments.find_row(item, row)
+    print_threads()
     for seed in parameters.seeds:
         result = experiments.train_row(item, found, replace(parameters, seeds=(seed,)), **options)
         title = f"{name}, {found.label}, {parameters.profile.name}, seed {seed}"

@@ -140,6 +140,7 @@ def train(
     - `effspinenet train --data my_pictures --overfit 8 --steps 300`
     - `effspinenet train --data shapescenes --task segmentation --image-size 128`
     """
+    take_threads()
     from effspinenet_lib.models.zoo import default_image_size
     from effspinenet_lib.training.checkpoint import KEPT
     from effspinenet_lib.training.recipes import SMALL_DATA_RECIPES, get_recipe
@@ -163,6 +164,7 @@ def train(
         model_options=parse_settings(option or []),
         initial_weights=None if initial_weights is None else str(initial_weights.resolve()),
     )
+    print_threads()
     result = train_run(
         config,
         output,
@@ -174,6 +176,22 @@ def train(
         runs_csv=output / "runs.csv",
     )
     print_run(f"{model} on {data}, {task}", task, result)
+
+
+def take_threads() -> None:
+    """Choose the threads of this process; called before anything that loads torch."""
+    import os
+
+    from effspinenet_lib.experiments.launcher import free_cores, thread_environment
+
+    os.environ.update(thread_environment(free_cores()))
+
+
+def print_threads() -> None:
+    """Say what this process has taken; `OMP_NUM_THREADS` sets another number."""
+    import torch
+
+    typer.echo(f"Threads: {torch.get_num_threads()} (OMP_NUM_THREADS sets another number)")
 
 
 def adjust_recipe(

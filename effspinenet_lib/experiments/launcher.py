@@ -102,8 +102,8 @@ class Pool:
         self.timeout = timeout
 
     def threads(self, runs: int) -> int:
-        """Threads of each process: the cores shared out over those that run at once."""
-        return max(1, usable_cores() // max(1, min(self.processes, runs)))
+        """Threads of each process: the free cores shared out over those that run at once."""
+        return max(1, free_cores() // max(1, min(self.processes, runs)))
 
     def start(self, job: Job, environment: dict[str, str]) -> Any:
         """Start the process of a job; returns a handle for `poll` and `stop`."""
@@ -248,6 +248,25 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def free_cores() -> int:
+    """Usable CPU cores that the last minute's load has left free; at least 1.
+
+    Threads that share cores with other processes wait for each other: on two busy cores a training
+    step takes more than twice as long with two threads as with one.
+    """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, usable_cores() - round(load))
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Environment of a process that trains, to be set before it loads torch.
+
+    So many threads, which sleep while they wait; what the user's environment says comes first.
+    """
+    chosen = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {name: os.environ.get(name) or value for name, value in chosen.items()}
+
+
 def run_many(
     configs: Sequence[RunConfig],
     runs_dir: str | os.PathLike[str],
@@ -276,11 +295,11 @@ def run_many(
         Preempted: a signal asked to stop; the runs have saved their state.
     """
     from effspinenet_lib.results import CURVE_FILE
-    from effspinenet_lib.training.device import CPU, THREAD_VARIABLES
+    from effspinenet_lib.training.device import CPU
     from effspinenet_lib.training.preemption import handle_preemption
     from effspinenet_lib.training.run import LOG, REQUEST, read_result
 
-    environment = dict.fromkeys(THREAD_VARIABLES, str(pool.threads(len(configs))))
+    environment = thread_environment(pool.threads(len(configs)))
     if pool.device == CPU:
         environment["ACCELERATE_USE_CPU"] = "true"
     request = {
@@ -292,7 +311,13 @@ def run_many(
     waiting = deque(Job(config, path, path / REQUEST, path / LOG) for config, path in folders)
     running: list[Job] = []
     finished_steps = 0
-    with handle_preemption(), _bar(configs, progress) as bar:
+    bar = tqdm(
+        total=sum(config.recipe.steps for config in configs),
+        desc=f"{len(configs)} runs, {environment['OMP_NUM_THREADS']} threads each",
+        unit="step",
+        disable=None if progress and configs else True,
+    )
+    with handle_preemption(), bar:
         try:
             while waiting or running:
                 while waiting and len(running) < pool.processes:
@@ -319,15 +344,6 @@ def run_many(
                 bar.refresh()
         finally:
             pool.stop([job.handle for job in running])
-
-
-def _bar(configs: Sequence[RunConfig], progress: bool) -> tqdm[Any]:
-    return tqdm(
-        total=sum(config.recipe.steps for config in configs),
-        desc=f"{len(configs)} runs",
-        unit="step",
-        disable=None if progress and configs else True,
-    )
 
 
 def _last_step(curve: Path) -> int:

@@ -9,6 +9,7 @@ an interrupted one is resumed: after an interruption the same call is made again
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ from effspinenet_lib.experiments.launcher import (
     Outcome,
     open_pool,
     run_many,
+    thread_environment,
     usable_cores,
 )
 from effspinenet_lib.files import ensure_folder
@@ -75,6 +77,8 @@ SPLITS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 }
 # What makes two measurements the same one.
 SAME = ("item", "row", "metric", "source", "seed")
+
+logger = logging.getLogger(__name__)
 
 
 # Parameters
@@ -341,6 +345,12 @@ def reproduce(
         with open_pool(parameters.engine, parameters.devices, parameters.device) as pool:
             if micro_batch is None and parameters.profile.data is None and pool.device == CPU:
                 micro_batch = CPU_BATCH
+            logger.info(
+                "%d runs, %d at once, %s threads each",
+                len(missing),
+                min(len(missing), pool.processes),
+                thread_environment(pool.threads(len(missing)))["OMP_NUM_THREADS"],
+            )
             for outcome in run_many(
                 list(missing.values()),
                 store.runs_folder,

@@ -21,7 +21,6 @@ AUTO = "auto"  # an accelerator where there is one
 CPU, GPU, TPU = "cpu", "gpu", "tpu"  # GPU: the accelerator that torch finds, of any maker
 ACCELERATORS = (AUTO, CPU, GPU, TPU)
 XLA = "xla"  # torch's device type on TPUs
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 STATIC_SHAPES = (XLA,)  # device types whose compiler builds a program for every shape
 # Our choice: an accelerator waits for the host once in so many steps, to check the losses. A CPU
 # has no queue of work that waiting would empty, so there they are checked at every step.
