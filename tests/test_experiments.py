@@ -361,9 +361,7 @@ def pretend(monkeypatch, failing: str = "") -> list[str]:
                 **{"seed": config.seed, "steps": config.recipe.steps, "images": images},
                 **{"config": config.to_dict(), "commit": "0123456789", "date": "2026-01-31"},
             }
-            result = RunResult(
-                key, {"AP": float(len(trained))}, 12, images, 1.0, 1.0, Path(key), record
-            )
+            result = RunResult(Path(key), {"AP": float(len(trained))}, record)
             if config.model == failing:
                 error = TrainingError("the loss of step 3 is not finite")
                 yield Outcome(config, 1, Path(key) / "worker.log", error=error)

@@ -206,9 +206,10 @@ def adjust_recipe(
 def print_run(title: str, task: str, result: RunResult) -> None:
     """Print what a run measured, how long it took and where its files are."""
     print_metrics(title, task, result.metrics)
+    record = result.record
     typer.echo(
-        f"{result.steps} steps, {result.images} images, {result.wall_seconds:.0f} s, "
-        f"{result.images_per_second:.1f} images/s in training"
+        f"{result.steps} steps, {record['images']} images, {record['wall_seconds']:.0f} s, "
+        f"{record['images_per_second']:.1f} images/s in training"
     )
     typer.echo(f"Run:     {result.folder}")
     typer.echo(f"Weights: {result.folder / 'model.safetensors'}")
@@ -255,9 +256,8 @@ def evaluate(
     from effspinenet_lib.training.checkpoint import create_from_weights
     from effspinenet_lib.training.config import describe_data
     from effspinenet_lib.training.device import make_accelerator
-    from effspinenet_lib.training.evaluate import EvalOptions, write_predictions
     from effspinenet_lib.training.evaluate import evaluate as measure
-    from effspinenet_lib.training.export import inference_copy
+    from effspinenet_lib.training.evaluate import write_predictions
     from effspinenet_lib.training.preemption import lost_processes
 
     accelerator = make_accelerator()
@@ -274,14 +274,15 @@ def evaluate(
     ensure_folder(record.parent)
     with lost_processes():
         evaluation = measure(
-            inference_copy(network.to(accelerator.device)),
+            network.to(accelerator.device),
             dataset,
             task,
             size,
             batch_size,
             workers,
-            options=EvalOptions(facts.get("preprocessing", FITTED), ids),
             accelerator=accelerator,
+            preprocessing=facts.get("preprocessing", FITTED),
+            category_ids=ids,
         )
     if not accelerator.is_main_process:
         return

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -282,17 +285,31 @@ def _loader(
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
         prefetch_factor=_PREFETCH if workers else None,
         pin_memory=torch.accelerator.is_available(),
         generator=torch.Generator().manual_seed(0),
     )
 
 
-def _one_thread(worker: int) -> None:
-    """One thread a worker: there are as many workers as cores that they may use."""
+def _prepare_worker(worker: int) -> None:
+    """One thread a worker: there are as many workers as cores that they may use.
+
+    A signal to the whole job is the main process's to handle, which still needs batches.
+    """
     del worker
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_loader, daemon=True).start()
+
+
+def _end_with_loader() -> None:
+    """Obey SIGTERM of the main process alone, which sends it to workers that it is done with."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Batches(DataLoader[Any]):

@@ -521,7 +521,7 @@ def _columns(outcome: Outcome) -> dict[str, Any]:
             "state": FINISHED,
             "attempts": outcome.attempts,
             "AP": result.metrics["AP"],
-            "seconds": result.wall_seconds,
+            "seconds": result.record["wall_seconds"],
             "precision": result.record["precision"],
         }
     if error is not None and not isinstance(error, TrainingError):

@@ -9,16 +9,15 @@ import io
 import json
 import logging
 import re
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effspinenet_lib.errors import CheckpointError, TrainingError
 from effspinenet_lib.files import atomic_write
@@ -36,82 +35,41 @@ NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after `step` steps.
+    """The state of a run.
 
     The place in the learning-rate schedule and in the data are functions of the step, and the loop
     seeds all random generators at every step: they have no other state.
-
-    Attributes:
-        run: key of the run it belongs to.
-        model: name of the model.
-        step: steps done.
-        model_state: the model's state dict.
-        optimizer_state: the optimizer's state dict.
-        curve_state: the unfinished row of the training curve (`TrainingLog.state`).
-        wall_seconds: training time up to here, over all interruptions.
-        ema_state: the averaged weights, where the recipe has them.
     """
 
-    run: str
-    model: str
-    step: int
-    model_state: dict[str, torch.Tensor]
+    run: str  # key
+    model: str  # name
+    step: int  # steps done
+    model_state: dict[str, Tensor]
     optimizer_state: dict[str, Any]
-    curve_state: dict[str, Any]
-    wall_seconds: float
-    ema_state: dict[str, torch.Tensor] | None = None
-
-
-class Checkpointer:
-    """Writes the checkpoints of a run, and keeps the newest.
-
-    Args:
-        folder: of the run.
-        seconds: time between checkpoints.
-        kept: how many are kept.
-    """
-
-    def __init__(self, folder: Path, seconds: float, kept: int) -> None:
-        self._folder, self._seconds, self._kept = folder, seconds, kept
-        self._saved_at, self._step = time.monotonic(), 0
-
-    @property
-    def due(self) -> bool:
-        """Whether the last checkpoint is old enough."""
-        return time.monotonic() - self._saved_at >= self._seconds
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, unless the last one is of the same step; its losses were checked.
-
-        Raises:
-            UserError: it cannot be written; those before it are kept.
-            TrainingError: the weights are not finite.
-        """
-        if checkpoint.step == self._step:
-            return
-        tensors = (*checkpoint.model_state.values(), *(checkpoint.ema_state or {}).values())
-        # one answer for all of them: XLA builds a program for each that is waited for
-        if not torch.stack([value.isfinite().all() for value in tensors]).all():
-            raise TrainingError(
-                f"the weights are not finite after step {checkpoint.step}; the same command "
-                "resumes from the last checkpoint: lower the learning rate"
-            )
-        save_checkpoint(self._folder, checkpoint, self._kept)
-        self._saved_at, self._step = time.monotonic(), checkpoint.step
+    curve_state: dict[str, Any]  # `TrainingLog.state`
+    wall_seconds: float  # of training up to here, over all interruptions
+    ema_state: dict[str, Tensor] | None = None  # the averaged weights, where the recipe has them
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, kept: int = KEPT) -> Path:
     """Write `checkpoint-<step>.pt` in `folder` and drop all but the newest `kept`.
 
     Raises:
-        UserError: it cannot be written; the checkpoints before it are kept.
+        UserError: it cannot be written; those before it are kept.
+        TrainingError: the weights are not finite; those before it are kept.
     """
-    contents = {item.name: getattr(checkpoint, item.name) for item in fields(checkpoint)}
+    tensors = (*checkpoint.model_state.values(), *(checkpoint.ema_state or {}).values())
+    # one answer for all of them: XLA builds a program for each that is waited for
+    if not torch.stack([value.isfinite().all() for value in tensors]).all():
+        raise TrainingError(
+            f"the weights are not finite after step {checkpoint.step}; the same command "
+            "resumes from the last checkpoint: lower the learning rate"
+        )
     path = folder / f"checkpoint-{checkpoint.step}.pt"
     with atomic_write(path, "wb") as handle:
         # in memory first: on a full disk torch's writer hides the reason
         written = io.BytesIO()
-        torch.save({"format": FORMAT, **contents}, written)
+        torch.save({"format": FORMAT, **vars(checkpoint)}, written)
         handle.write(written.getbuffer())
     for old in list_checkpoints(folder)[kept:]:
         old.unlink(missing_ok=True)
@@ -160,9 +118,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 # --- Weights -------------------------------------------------------------------------------------
 
 
-def save_weights(
-    path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
-) -> None:
+def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write weights as safetensors; each value of `metadata` is stored as JSON.
 
     Raises:
@@ -178,14 +134,13 @@ def save_weights(
         handle.write(safetensors.torch.save(tensors, metadata=texts))
 
 
-def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict and the metadata of a weights file.
 
     Raises:
         CheckpointError: the file is missing, cut short or not one that `save_weights` wrote.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such weights file")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -197,8 +152,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
             f"{path}: is not a complete safetensors weights file ({error}); copy it again, or "
             "rerun the training that wrote it"
         ) from error
-    missing = sorted(NEEDED_METADATA - metadata.keys())
-    if missing:
+    if missing := sorted(NEEDED_METADATA - metadata.keys()):
         raise CheckpointError(
             f"{path}: its metadata lacks {', '.join(missing)}; it was not written by "
             "`effspinenet train`"
@@ -227,24 +181,17 @@ def create_from_weights(path: str | Path) -> tuple[TaskModel, dict[str, Any]]:
     return model.eval().to(device), metadata
 
 
-def load_into(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str) -> None:
+def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load a complete state dict into a model; where it does not fit, the model is unchanged.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape or too many; names the first.
     """
     expected = model.state_dict()
-    for name, tensor in expected.items():
-        if name not in state:
-            raise CheckpointError(f"{origin}: lacks {name}, which the model has")
-        if state[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{origin}: {name} is {list(state[name].shape)}, the model's is "
-                f"{list(tensor.shape)}"
-            )
-    for name in state:
-        if name not in expected:
-            raise CheckpointError(f"{origin}: has {name}, which the model has not")
+    for name in [*expected, *state]:
+        own, given = (list(t[name].shape) if name in t else "missing" for t in (expected, state))
+        if own != given:
+            raise CheckpointError(f"{origin}: {name} is {given}, the model's is {own}")
     model.load_state_dict(dict(state))
 
 

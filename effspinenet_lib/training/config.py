@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from effspinenet_lib.data import DataConfig, Dataset
@@ -58,11 +59,8 @@ class RunConfig:
     def options(self) -> dict[str, Any]:
         """The options the model is created with."""
         known = known_options(self.model)
-        rates = {
-            "stochastic_depth": self.recipe.stochastic_depth,
-            "dropout": self.recipe.dropout,
-            "anchor_size": self.recipe.anchor_size,
-        }
+        names = ("stochastic_depth", "dropout", "anchor_size")
+        rates = {name: getattr(self.recipe, name) for name in names}
         given = {name: r for name, r in rates.items() if name in known and r is not None}
         return {**given, **self.model_options}
 
@@ -99,13 +97,8 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """The configuration that `to_dict` gave `values` of."""
-        return cls(
-            **{
-                **values,
-                "data": DataConfig.from_dict(values["data"]),
-                "recipe": recipe_from_dict(values["recipe"]),
-            }
-        )
+        data, recipe = DataConfig.from_dict(values["data"]), recipe_from_dict(values["recipe"])
+        return cls(**{**values, "data": data, "recipe": recipe})
 
 
 def file_digest(path: str) -> str:
@@ -114,17 +107,13 @@ def file_digest(path: str) -> str:
     Raises:
         CheckpointError: it cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
         raise CheckpointError(
             f"{path}: the initial weights cannot be read ({error.strerror}); train the run that "
             "makes them, or give another file"
         ) from error
-    return digest.hexdigest()
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:

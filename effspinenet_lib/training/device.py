@@ -163,6 +163,11 @@ class SynchronisedNorm(nn.BatchNorm2d):
         norm: whose settings, weights and buffers it takes over; timm's activation, too.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(norm.__dict__)
@@ -180,31 +185,22 @@ class SynchronisedNorm(nn.BatchNorm2d):
             own_variance, own_mean = torch.var_mean(values, NORMED, correction=0)
         else:  # no region at all, say; the sum keeps the empty tensor in the graph
             own_variance = own_mean = values.sum(NORMED)
-        count = own_mean.new_full((1,), values.numel() // values.shape[1])
+        own_count = own_mean.new_full((1,), values.numel() // values.shape[1])
         state = PartialState()
-        place = [0] * state.num_processes
-        place[state.process_index] = 1
-        column = own_mean.new_tensor(place)[:, None]
-        shared = _Sum.apply(column * torch.cat([own_mean, own_variance, count]))
+        place = torch.arange(state.num_processes, device=values.device) == state.process_index
+        shared = _Sum.apply(place[:, None] * torch.cat([own_mean, own_variance, own_count]))
         (means, variances), counts = shared[:, :-1].chunk(2, dim=1), shared[:, -1:]
-        total = counts.sum().clamp(min=1)
-        mean = (counts * means).sum(0) / total
-        variance = (counts * (variances + (means - mean) ** 2)).sum(0) / total
-        self._learn(mean.detach(), variance.detach(), counts.detach().sum())
+        count = counts.sum()
+        mean = (counts * means).sum(0) / count.clamp(min=1)
+        variance = (counts * (variances + (means - mean) ** 2)).sum(0) / count.clamp(min=1)
+        with torch.no_grad():  # the running statistics stay where no process has any values
+            self.num_batches_tracked.add_(1)
+            share = self.momentum * (count > 0)
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
         scale = self.weight * (variance + self.eps).rsqrt()
         offset = self.bias - mean * scale
         return torch.addcmul(offset[:, None, None], values, scale[:, None, None]).to(features.dtype)
-
-    def _learn(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Move the running statistics, unless no process had any values."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        assert self.momentum is not None
-        share = self.momentum * (count > 0)
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
 
 
 class _Sum(torch.autograd.Function):
@@ -212,19 +208,15 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        return _sum_over_processes(values)
+        if values.device.type == XLA:
+            from torch_xla.core import xla_model
+
+            summed: Tensor = xla_model.all_reduce(xla_model.REDUCE_SUM, values)
+            return summed
+        summed = values.clone()
+        torch.distributed.all_reduce(summed)
+        return summed
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _sum_over_processes(gradient)
-
-
-def _sum_over_processes(values: Tensor) -> Tensor:
-    if values.device.type == XLA:
-        from torch_xla.core import xla_model
-
-        summed: Tensor = xla_model.all_reduce(xla_model.REDUCE_SUM, values)
-        return summed
-    summed = values.clone()
-    torch.distributed.all_reduce(summed)
-    return summed
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Sum.apply(gradient)

@@ -9,12 +9,11 @@ import json
 import math
 import os
 import pickle
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from faster_coco_eval import COCO, COCOeval_faster
@@ -28,6 +27,7 @@ from effspinenet_lib.data.augment import FITTED, RELEASED, scaled_size
 from effspinenet_lib.data.dataset import SEMANTIC_IGNORE
 from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.files import atomic_write
+from effspinenet_lib.training.export import inference_copy
 
 # In the order of COCO's summary: precision at 0.50:0.95, 0.50 and 0.75 and by object size, then
 # recall at 1, 10 and 100 detections an image and by object size.
@@ -45,111 +45,11 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
     "segmentation": ("mIOU",),
 }
 MASK_THRESHOLD = 0.5  # probability from which a pixel is the object's (Mask R-CNN)
+Record = dict[str, Any]
 Scales = Sequence[float]  # input pixels per original pixel, down and across
 
 
-# --- Metrics -------------------------------------------------------------------------------------
-
-
-def coco_metrics(
-    ground_truth: Mapping[str, Any],
-    detections: Sequence[Mapping[str, Any]],
-    iou_type: str = "bbox",
-) -> dict[str, float]:
-    """Compute COCO's 12 metrics; the arguments are left as they are.
-
-    Args:
-        ground_truth: a COCO dictionary with `images`, `annotations` and `categories`.
-        detections: COCO result records; with `bbox` for "bbox", `segmentation` (RLE) for "segm".
-        iou_type: "bbox" or "segm".
-
-    Returns:
-        `METRICS` in percent; NaN where there is no object to find.
-
-    Raises:
-        DataError: a score or a box of a detection is not finite.
-    """
-    shape = "bbox" if iou_type == "bbox" else "segmentation"
-    for number, record in enumerate(detections, start=1):
-        numbers = [record["score"], *(record["bbox"] if iou_type == "bbox" else ())]
-        if not all(map(math.isfinite, numbers)):
-            raise DataError(
-                f"detection {number}: a number of {numbers} is not finite; the model's weights "
-                "are broken: use those of an earlier checkpoint"
-            )
-    truth = COCO()
-    # COCO's matching reads id 0 as "no match", so annotations are numbered from 1
-    numbered = enumerate(ground_truth["annotations"], start=1)
-    annotations = [{**record, "id": number} for number, record in numbered]
-    truth.dataset = {**ground_truth, "annotations": annotations}
-    truth.createIndex()
-    # without the other shape: where a record has a box, its area would be that of the box
-    kept = ("image_id", "category_id", "score", shape)
-    found = truth.loadRes([{name: record[name] for name in kept} for record in detections])
-    evaluation = COCOeval_faster(truth, found, iou_type)
-    evaluation.run()
-    return {
-        name: math.nan if value < 0 else 100.0 * float(value)
-        for name, value in zip(METRICS, evaluation.stats, strict=True)
-    }
-
-
-def count_hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """Count the images whose label is among the `TOP_K` highest scores.
-
-    With fewer classes than k the top k are all of them.
-
-    Args:
-        scores: [N, C]; of equal ones any may come first.
-        labels: int64 [N].
-
-    Returns:
-        int64 [1 + len(TOP_K)]: images, then hits for each k.
-    """
-    best = scores.topk(min(max(TOP_K), scores.shape[1]), dim=1).indices
-    hits = best == labels[:, None]
-    return torch.tensor([len(labels), *(int(hits[:, :k].sum()) for k in TOP_K)])
-
-
-def accuracy(counts: Tensor) -> dict[str, float]:
-    """`top1` and `top5` in percent from summed `count_hits`; NaN where no image was counted."""
-    images, *hits = counts.tolist()
-    shares = [100.0 * hit / images if images else math.nan for hit in hits]
-    return dict(zip(TASK_METRICS["classification"], shares, strict=True))
-
-
-def count_pixels(predicted: Tensor, expected: Tensor, num_classes: int) -> Tensor:
-    """The confusion matrix of semantic labels; where 255 is expected they do not count.
-
-    Args:
-        predicted: classes, integers [.., H, W].
-        expected: semantic labels, integers of the same shape.
-        num_classes: the background among them.
-
-    Returns:
-        int64 [C, C]; row: the expected class, column: the predicted one.
-    """
-    kept = expected != SEMANTIC_IGNORE
-    rows, columns = expected[kept].long(), predicted[kept].long()
-    counts = torch.bincount(rows * num_classes + columns, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes).cpu()
-
-
-def mean_iou(confusion: Tensor) -> dict[str, float]:
-    """`mIOU` in percent, the mean over the classes that are expected or predicted anywhere.
-
-    The counts are summed over all images first, as in PASCAL VOC. NaN where nothing counts.
-    """
-    both = confusion.diagonal().double()
-    shares = both / (confusion.sum(0) + confusion.sum(1) - both)
-    return {"mIOU": 100.0 * float(shares.nanmean())}
-
-
-# --- Evaluating a model --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """What a model predicts on a data set, and how well.
 
     Attributes:
@@ -160,142 +60,7 @@ class Evaluation:
     """
 
     metrics: dict[str, float]
-    predictions: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """How weights from elsewhere are evaluated; the defaults fit what this library trains.
-
-    Attributes:
-        preprocessing: one of `data.augment.PREPROCESSINGS`. With "released" boxes are not cut
-            off at the image's edges, as in the released code.
-        category_ids: for detection and instances, the category id of each label, in the order of
-            the labels; None for one that the data does not have, whose predictions are left out.
-            By default the data set's own categories.
-    """
-
-    preprocessing: str = FITTED
-    category_ids: Sequence[int | None] | None = None
-
-
-class _Evaluator(ABC):
-    """Collects the predictions of one data set, and counts where the task's metrics need some."""
-
-    def __init__(self, dataset: Dataset, options: EvalOptions) -> None:
-        self.dataset = dataset
-        self.options = options
-        self.predictions: list[dict[str, Any]] = []
-        self.counts = torch.zeros((), dtype=torch.int64)
-
-    @abstractmethod
-    def add(self, index: int, output: Mapping[str, Tensor], scales: Scales) -> None:
-        """Take the prediction of image `index`, whose input was at `scales`."""
-
-    @abstractmethod
-    def metrics(self) -> dict[str, float]:
-        """The metrics of all that was added, in percent."""
-
-    def category_id(self, label: int) -> int | None:
-        """The category of a label; None for one that does not count.
-
-        Raises:
-            UserError: the model has more classes than the data set.
-        """
-        known = self.options.category_ids or [c.id for c in self.dataset.categories]
-        if label >= len(known):
-            raise UserError(
-                f"the model found class {label}, counted from 0, but {self.dataset.name} has "
-                f"{len(known)} categories; create it with that num_classes"
-            )
-        return known[label]
-
-
-class _Boxes(_Evaluator):
-    def add(self, index: int, output: Mapping[str, Tensor], scales: Scales) -> None:
-        height, width = self.dataset.annotations.sizes[index].tolist()
-        released = self.options.preprocessing == RELEASED
-        corners = to_original(output["boxes"], scales, None if released else (height, width))
-        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
-        categories = [self.category_id(label) for label in output["labels"].tolist()]
-        records: list[dict[str, Any]] = [
-            {
-                "image_id": self.dataset.image_id(index),
-                "category_id": category,
-                "bbox": box,
-                "score": score,
-            }
-            for box, score, category in zip(
-                boxes, output["scores"].tolist(), categories, strict=True
-            )
-        ]
-        if "masks" in output:
-            masks = paste_masks(output["masks"], corners, (height, width))
-            for record, mask in zip(records, masks, strict=True):
-                record["segmentation"] = _run_lengths(mask)
-        self.predictions += [record for record in records if record["category_id"] is not None]
-
-    def metrics(self) -> dict[str, float]:
-        return coco_metrics(self.dataset.ground_truth(), self.predictions)
-
-
-class _Instances(_Boxes):
-    def metrics(self) -> dict[str, float]:
-        masks = coco_metrics(self.dataset.ground_truth(), self.predictions, "segm")
-        return {**super().metrics(), **dict(zip(MASK_METRICS, masks.values(), strict=True))}
-
-
-class _Classes(_Evaluator):
-    def __init__(self, dataset: Dataset, options: EvalOptions) -> None:
-        super().__init__(dataset, options)
-        self.counts = torch.zeros(1 + len(TOP_K), dtype=torch.int64)
-
-    def add(self, index: int, output: Mapping[str, Tensor], scales: Scales) -> None:
-        del scales
-        scores = output["scores"].cpu()
-        best = int(scores.argmax())
-        category = self.category_id(best)
-        row = self.dataset.annotations.rows(index).start
-        label = torch.tensor([int(self.dataset.annotations.labels[row])])
-        self.counts += count_hits(scores[None], label)
-        self.predictions.append(
-            {
-                "image_id": self.dataset.image_id(index),
-                "category_id": category,
-                "score": float(scores[best]),
-            }
-        )
-
-    def metrics(self) -> dict[str, float]:
-        return accuracy(self.counts)
-
-
-class _Pixels(_Evaluator):
-    def __init__(self, dataset: Dataset, options: EvalOptions) -> None:
-        super().__init__(dataset, options)
-        dataset.prepare("segmentation")
-        classes = classes_of(dataset, "segmentation")
-        self.counts = torch.zeros(classes, classes, dtype=torch.int64)
-
-    def add(self, index: int, output: Mapping[str, Tensor], scales: Scales) -> None:
-        height, width = self.dataset.annotations.sizes[index].tolist()
-        rows, columns = scaled_size(height, width, scales[0])
-        shown = output["logits"][None, :, :rows, :columns]
-        logits = F.interpolate(shown.float(), (height, width), mode="bilinear")[0]
-        self.category_id(len(logits) - 2)
-        expected = torch.from_numpy(self.dataset.semantic(index)).long()
-        self.counts += count_pixels(logits.argmax(0).cpu(), expected, len(self.counts))
-
-    def metrics(self) -> dict[str, float]:
-        return mean_iou(self.counts)
-
-
-_EVALUATORS: dict[str, type[_Evaluator]] = {
-    "detection": _Boxes,
-    "instances": _Instances,
-    "classification": _Classes,
-    "segmentation": _Pixels,
-}
+    predictions: list[Record]
 
 
 def evaluate(
@@ -306,14 +71,14 @@ def evaluate(
     batch_size: int,
     workers: int = 0,
     progress: bool = True,
-    options: EvalOptions = EvalOptions(),
     accelerator: Accelerator | None = None,
+    preprocessing: str = FITTED,
+    category_ids: Sequence[int | None] | None = None,
 ) -> Evaluation:
     """Predict every image of a data set and compute the task's metrics.
 
-    The model computes on the device of its parameters and keeps its mode (training or
-    evaluation). Boxes, masks and semantic labels are compared in the pixels of the original
-    images.
+    An `inference_copy` of the model computes, on the device of its parameters. Boxes, masks and
+    semantic labels are compared in the pixels of the original images.
 
     Args:
         model: a `models.base.TaskModel` of the task.
@@ -323,48 +88,55 @@ def evaluate(
         batch_size: images at once.
         workers: processes that load images; 0: this one loads them.
         progress: show a bar where stderr is a terminal.
-        options: for weights from elsewhere.
         accelerator: of processes that share the images and all call this with the same weights.
             The main one returns what a single process would; the others an empty evaluation.
+        preprocessing: one of `data.augment.PREPROCESSINGS`. With "released" boxes are not cut
+            off at the image's edges, as in the released code.
+        category_ids: the category id of each label, in the order of the labels; None for one that
+            the data does not have, whose boxes are left out. By default the data set's own.
 
     Raises:
         UserError: the model has classes that the data set lacks.
         DataError: an image cannot be read, the data set lacks what the task needs, or the model
             gives numbers that are not finite.
     """
-    evaluator = _EVALUATORS[task](dataset, options)
+    if len(dataset) == 0:
+        return Evaluation(dict.fromkeys(TASK_METRICS[task], math.nan), [])
+    if task == "segmentation":
+        dataset.prepare(task)
+    ids = category_ids or [category.id for category in dataset.categories]
     rank, processes = 0, 1
     if accelerator is not None:
         rank, processes = accelerator.process_index, accelerator.num_processes
-    start, end = (len(dataset) * number // processes for number in (rank, rank + 1))
-    batches = evaluation_loader(
-        dataset, image_size, batch_size, workers, start, options.preprocessing, end
+    index, end = (len(dataset) * number // processes for number in (rank, rank + 1))
+    batches = evaluation_loader(dataset, image_size, batch_size, workers, index, preprocessing, end)
+    model = inference_copy(model)
+    device = next((parameter.device for parameter in model.parameters()), None)
+    bar = tqdm(
+        desc="evaluate",
+        total=end - index,
+        unit="image",
+        disable=None if progress and rank == 0 else True,
     )
-    parameter = next(model.parameters(), None)
-    index = start
-    with (
-        _evaluation_mode(model),
-        torch.inference_mode(),
-        tqdm(
-            desc="evaluate",
-            total=end - start,
-            unit="image",
-            disable=None if progress and rank == 0 else True,
-        ) as bar,
-    ):
+    predictions: list[Record] = []
+    counts = torch.zeros((), dtype=torch.int64)
+    with torch.inference_mode(), bar:
         for batch in batches:
-            images = batch.images if parameter is None else batch.images.to(parameter.device)
-            for output, scales in zip(model(images), batch.scales.tolist(), strict=True):
-                evaluator.add(index, output, scales)
+            outputs = model(batch.images.to(device))
+            for output, scales in zip(outputs, batch.scales.tolist(), strict=True):
+                image = _Image(dataset, index, scales, preprocessing != RELEASED, ids)
+                records, counted = _READ[task](output, image)
+                predictions += records
+                counts = counts + counted
                 index += 1
-            bar.update(len(images))
+            bar.update(len(outputs))
     if accelerator is not None and processes > 1:
-        shares = _gather((evaluator.predictions, evaluator.counts), accelerator)
+        shares = _gather((predictions, counts), accelerator)
         if rank > 0:
             return Evaluation({}, [])
-        evaluator.predictions = [record for records, _ in shares for record in records]
-        evaluator.counts = torch.stack([counts for _, counts in shares]).sum(0)
-    return Evaluation(evaluator.metrics(), evaluator.predictions)
+        predictions = [record for records, _ in shares for record in records]
+        counts = sum(counted for _, counted in shares)
+    return Evaluation(_measure(task, dataset, predictions, counts), predictions)
 
 
 def _gather(value: Any, accelerator: Accelerator) -> list[Any]:
@@ -381,16 +153,91 @@ def _gather(value: Any, accelerator: Accelerator) -> list[Any]:
     return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, then back in the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+# --- One image -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image whose prediction is read."""
+
+    dataset: Dataset
+    index: int
+    scales: Scales
+    cut: bool  # whether boxes end at its edges
+    category_ids: Sequence[int | None]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in original pixels."""
+        height, width = self.dataset.annotations.sizes[self.index].tolist()
+        return height, width
+
+    def record(self, label: int, score: float, **more: Any) -> Record:
+        """A COCO result record."""
+        return {
+            "image_id": self.dataset.image_id(self.index),
+            "category_id": self.category_id(label),
+            **more,
+            "score": score,
+        }
+
+    def category_id(self, label: int) -> int | None:
+        """The category of a label; None for one that does not count.
+
+        Raises:
+            UserError: the model has more classes than the data set.
+        """
+        if label >= len(self.category_ids):
+            raise UserError(
+                f"the model found class {label}, counted from 0, but {self.dataset.name} has "
+                f"{len(self.category_ids)} categories; create it with that num_classes"
+            )
+        return self.category_ids[label]
+
+
+Output = Mapping[str, Tensor]
+Read = tuple[list[Record], Tensor | int]  # records, and what the task's metrics count
+
+
+def _read_boxes(output: Output, image: _Image) -> Read:
+    corners = to_original(output["boxes"], image.scales, image.size if image.cut else None)
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+    found = zip(output["labels"].tolist(), output["scores"].tolist(), boxes, strict=True)
+    records = [image.record(label, score, bbox=box) for label, score, box in found]
+    if "masks" in output:
+        masks = paste_masks(output["masks"], corners, image.size).permute(1, 2, 0).byte().numpy()
+        for record, encoded in zip(
+            records, coco_mask.encode(np.asfortranarray(masks)), strict=True
+        ):
+            record["segmentation"] = {**encoded, "counts": encoded["counts"].decode("ascii")}
+    return [record for record in records if record["category_id"] is not None], 0
+
+
+def _read_class(output: Output, image: _Image) -> Read:
+    scores = output["scores"].cpu()
+    best = int(scores.argmax())
+    row = image.dataset.annotations.rows(image.index).start
+    label = int(image.dataset.annotations.labels[row])
+    return [image.record(best, float(scores[best]))], count_hits(scores, label)
+
+
+def _read_pixels(output: Output, image: _Image) -> Read:
+    rows, columns = scaled_size(*image.size, image.scales[0])
+    shown = output["logits"][None, :, :rows, :columns]
+    logits = F.interpolate(shown.float(), image.size, mode="bilinear")[0]
+    image.category_id(len(logits) - 2)
+    expected = torch.from_numpy(image.dataset.semantic(image.index)).long()
+    classes = classes_of(image.dataset, "segmentation")
+    return [], count_pixels(logits.argmax(0).cpu(), expected, classes)
+
+
+# How the prediction of one image is read.
+_READ: dict[str, Callable[[Output, _Image], Read]] = {
+    "detection": _read_boxes,
+    "instances": _read_boxes,
+    "classification": _read_class,
+    "segmentation": _read_pixels,
+}
 
 
 def to_original(boxes: Tensor, scales: Scales, size: tuple[int, int] | None) -> Tensor:
@@ -447,9 +294,104 @@ def _middles(start: float, end: float, side: int) -> tuple[tuple[int, int], Tens
     return (first, last), (middles - start) / (end - start) * 2 - 1
 
 
-def _run_lengths(mask: Tensor) -> dict[str, Any]:
-    encoded = coco_mask.encode(mask.numpy().astype("uint8", order="F"))
-    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+# --- Metrics -------------------------------------------------------------------------------------
+
+
+def _measure(
+    task: str, dataset: Dataset, predictions: list[Record], counts: Tensor
+) -> dict[str, float]:
+    """The task's metrics of all images."""
+    if task == "classification":
+        return accuracy(counts)
+    if task == "segmentation":
+        return mean_iou(counts)
+    truth = dataset.ground_truth()
+    boxes = coco_metrics(truth, predictions)
+    if task == "detection":
+        return boxes
+    masks = coco_metrics(truth, predictions, "segm")
+    return {**boxes, **dict(zip(MASK_METRICS, masks.values(), strict=True))}
+
+
+def coco_metrics(
+    ground_truth: Mapping[str, Any], detections: Sequence[Record], iou_type: str = "bbox"
+) -> dict[str, float]:
+    """Compute COCO's 12 metrics; the arguments are left as they are.
+
+    Args:
+        ground_truth: a COCO dictionary with `images`, `annotations` and `categories`.
+        detections: COCO result records; with `bbox` for "bbox", `segmentation` (RLE) for "segm".
+        iou_type: "bbox" or "segm".
+
+    Returns:
+        `METRICS` in percent; NaN where there is no object to find.
+
+    Raises:
+        DataError: a score or a box of a detection is not finite.
+    """
+    shape = "bbox" if iou_type == "bbox" else "segmentation"
+    for number, record in enumerate(detections, start=1):
+        numbers = [record["score"], *(record["bbox"] if iou_type == "bbox" else ())]
+        if not all(map(math.isfinite, numbers)):
+            raise DataError(
+                f"detection {number}: a number of {numbers} is not finite; the model's weights "
+                "are broken: use those of an earlier checkpoint"
+            )
+    truth = COCO()
+    # COCO's matching reads id 0 as "no match", so annotations are numbered from 1
+    numbered = enumerate(ground_truth["annotations"], start=1)
+    annotations = [{**record, "id": number} for number, record in numbered]
+    truth.dataset = {**ground_truth, "annotations": annotations}
+    truth.createIndex()
+    # without the other shape: where a record has a box, its area would be that of the box
+    kept = ("image_id", "category_id", "score", shape)
+    found = truth.loadRes([{name: record[name] for name in kept} for record in detections])
+    evaluation = COCOeval_faster(truth, found, iou_type)
+    evaluation.run()
+    return {
+        name: math.nan if value < 0 else 100.0 * float(value)
+        for name, value in zip(METRICS, evaluation.stats, strict=True)
+    }
+
+
+def count_hits(scores: Tensor, label: int) -> Tensor:
+    """One image, and whether its label is among the `TOP_K` highest of `scores` [C]; int64 [3]."""
+    best = scores.topk(min(max(TOP_K), len(scores))).indices.tolist()
+    return torch.tensor([1, *(label in best[:k] for k in TOP_K)])
+
+
+def accuracy(counts: Tensor) -> dict[str, float]:
+    """`top1` and `top5` in percent from summed `count_hits`; NaN where no image was counted."""
+    images, *hits = counts.tolist()
+    shares = [100.0 * hit / images if images else math.nan for hit in hits]
+    return dict(zip(TASK_METRICS["classification"], shares, strict=True))
+
+
+def count_pixels(predicted: Tensor, expected: Tensor, num_classes: int) -> Tensor:
+    """The confusion matrix of semantic labels; where 255 is expected they do not count.
+
+    Args:
+        predicted: classes, integers [.., H, W].
+        expected: semantic labels, integers of the same shape.
+        num_classes: the background among them.
+
+    Returns:
+        int64 [C, C]; row: the expected class, column: the predicted one.
+    """
+    kept = expected != SEMANTIC_IGNORE
+    rows, columns = expected[kept].long(), predicted[kept].long()
+    counts = torch.bincount(rows * num_classes + columns, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes).cpu()
+
+
+def mean_iou(confusion: Tensor) -> dict[str, float]:
+    """`mIOU` in percent, the mean over the classes that are expected or predicted anywhere.
+
+    The counts are summed over all images first, as in PASCAL VOC. NaN where nothing counts.
+    """
+    both = confusion.diagonal().double()
+    shares = both / (confusion.sum(0) + confusion.sum(1) - both)
+    return {"mIOU": 100.0 * float(shares.nanmean())}
 
 
 def write_predictions(

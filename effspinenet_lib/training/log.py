@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 from effspinenet_lib.errors import TrainingError, UserError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.results import CURVE_FILE
-from effspinenet_lib.training.loop import Step
+from effspinenet_lib.training.loop import Losses
+from effspinenet_lib.training.optim import learning_rate_at
+from effspinenet_lib.training.recipe import Recipe
 
 ROW_STEPS = 10  # our choice: steps averaged in a row of the curve
 EVENTS = "tb"
@@ -36,28 +38,28 @@ class TrainingLog:
 
     Args:
         folder: of the run.
+        recipe: of the run.
         start: steps done; later rows of an interrupted run are dropped.
-        total: steps of the whole run.
-        state: what `state()` gave at `start`, or empty.
+        state: the attribute `state` at `start`, or empty.
         progress: show a bar where stderr is a terminal.
+
+    Attributes:
+        state: of the unfinished row the `steps` and the `sums` of their losses.
     """
 
     def __init__(
-        self, folder: Path, start: int, total: int, state: dict[str, Any], progress: bool
+        self, folder: Path, recipe: Recipe, start: int, state: dict[str, Any], progress: bool
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, needed only here
 
-        self._path = folder / CURVE_FILE
-        self._total = total
-        self._sums: dict[str, float] = dict(state.get("sums", {}))
-        self._steps: int = state.get("steps", 0)
-        self._images = 0
-        self._since = time.monotonic()
+        self.state = state or {"sums": {}, "steps": 0}
+        self._path, self._recipe = folder / CURVE_FILE, recipe
+        self._logged, self._since = start, time.monotonic()
         self._losses = _cut_curve(self._path, start)
         self._events = SummaryWriter(folder / EVENTS, purge_step=start + 1)
         # disable=None: silent where stderr is not a terminal
         self._bar = tqdm(
-            total=total, initial=start, unit="step", disable=None if progress else True
+            total=recipe.steps, initial=start, unit="step", disable=None if progress else True
         )
 
     def close(self) -> None:
@@ -66,24 +68,21 @@ class TrainingLog:
         with contextlib.suppress(OSError):
             self._events.close()
 
-    def state(self) -> dict[str, Any]:
-        """The sums of the unfinished row, for a checkpoint."""
-        return {"sums": dict(self._sums), "steps": self._steps}
-
-    def add(self, steps: Sequence[Step]) -> None:
+    def add(self, checked: Losses) -> None:
         """Count steps in; writes a row when one is full.
 
         Raises:
             UserError: the row cannot be written.
             TrainingError: the rows show that the run has diverged.
         """
-        for step in steps:
-            for name, value in step.losses.items():
-                self._sums[name] = self._sums.get(name, 0.0) + value
-            self._steps += 1
-            self._images += step.images
+        for step, losses in checked.items():
+            sums = self.state["sums"]
+            self.state = {
+                "sums": {name: sums.get(name, 0.0) + value for name, value in losses.items()},
+                "steps": self.state["steps"] + 1,
+            }
             self._bar.update()
-            if step.step % ROW_STEPS == 0 or step.step == self._total:
+            if step % ROW_STEPS == 0 or step == self._recipe.steps:
                 try:
                     self._write_row(step)
                 except OSError as error:
@@ -91,22 +90,23 @@ class TrainingLog:
                         f"cannot write {self._path}: {error.strerror or error}; run again to "
                         "resume from the last checkpoint"
                     ) from error
-                refuse_divergence(self._losses, step.step)
+                refuse_divergence(self._losses, step)
 
     @property
     def may_diverge(self) -> bool:
         """Whether the last row may be the first one of a divergence."""
-        return len(self._losses) > 0 and self._losses[-1] > DIVERGED_FACTOR * _usual(self._losses)
+        return bool(self._losses) and self._losses[-1] > DIVERGED_FACTOR * _usual(self._losses)
 
-    def _write_row(self, step: Step) -> None:
-        means = {name: total / self._steps for name, total in self._sums.items()}
+    def _write_row(self, step: int) -> None:
+        means = {name: total / self.state["steps"] for name, total in self.state["sums"].items()}
         now = time.monotonic()
-        row: dict[str, float] = {
-            "step": step.step,
-            "learning_rate": step.learning_rate,
+        speed = (step - self._logged) * self._recipe.batch_size / max(now - self._since, 1e-9)
+        row = {
+            "step": step,
+            "learning_rate": learning_rate_at(self._recipe, step - 1),
             "loss": sum(means.values()),
             **means,
-            "images_per_second": round(self._images / max(now - self._since, 1e-9), 2),
+            "images_per_second": round(speed, 2),
         }
         with open(self._path, "a", encoding="utf-8", newline="") as handle:
             writer = csv.writer(handle, lineterminator="\n")
@@ -115,10 +115,10 @@ class TrainingLog:
             writer.writerow(row.values())
         for name, value in row.items():
             if name != "step":
-                self._events.add_scalar(f"train/{name}", value, step.step)
+                self._events.add_scalar(f"train/{name}", value, step)
         self._losses.append(row["loss"])
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-        self._sums, self._steps, self._images, self._since = {}, 0, 0, now
+        self.state, self._logged, self._since = {"sums": {}, "steps": 0}, step, now
 
 
 def _cut_curve(path: Path, step: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""The training loop: one generator that yields the steps whose losses it has checked.
+"""The training loop: a generator that yields the losses of the steps it has done and checked.
 
 A step is a pure function of the weights, the optimizer's state, the recipe, the seed and the step
 number: all random generators are seeded at each step, and the loader's batch at step t depends on
@@ -18,8 +18,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -28,8 +27,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from effspinenet_lib.data import Batch
-from effspinenet_lib.errors import Preempted, TrainingError
-from effspinenet_lib.models.base import Target, TaskModel
+from effspinenet_lib.errors import TrainingError
 from effspinenet_lib.training.device import autocast, end_step, loss_check_steps
 from effspinenet_lib.training.optim import Ema, learning_rate_at, set_learning_rate
 from effspinenet_lib.training.preemption import Preemption
@@ -40,41 +38,8 @@ from effspinenet_lib.training.recipe import Recipe
 # thousands of times the usual one.
 FROZEN_NORMS_CLIP = 5.0
 
-_Part = tuple[Tensor, list[Target]]  # images and targets that are computed at once
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step did.
-
-    Attributes:
-        step: steps done, this one included.
-        learning_rate: the rate of this step.
-        losses: the model's losses, of the whole batch.
-        images: images in the step, over all processes.
-    """
-
-    step: int
-    learning_rate: float
-    losses: dict[str, float]
-    images: int
-
-
-@dataclass(frozen=True)
-class _Unchecked:
-    """A step whose losses are still on the device: this process's share of them, [losses]."""
-
-    step: int
-    learning_rate: float
-    names: tuple[str, ...]
-    losses: Tensor
-    image_ids: tuple[int, ...]
-
-
-def seed_everything(*entropy: int) -> None:
-    """Seed Python's, NumPy's and torch's generators from the numbers given."""
-    # torch's CPU generator keeps 32 bits of a seed, so they are mixed first
-    set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+Losses = dict[int, dict[str, float]]  # by the number of steps done, then by name
+_OnDevice = tuple[tuple[str, ...], Tensor, tuple[int, ...]]  # names, losses and image ids of a step
 
 
 def train_steps(
@@ -88,14 +53,12 @@ def train_steps(
     micro_batch: int | None = None,
     ema: Ema | None = None,
     preemption: Preemption | None = None,
-) -> Iterator[list[Step]]:
+) -> Iterator[Losses]:
     """Train on `batches`, the first of which is that of step `start_step`.
 
-    The model takes (images float32 [N, 3, S, S], targets: one dict an image) in training mode
-    and returns a dict of scalar losses; their sum is minimised.
-
     Args:
-        model: as `prepare_model` gave it; a `TaskModel` where batches have several parts.
+        model: as `prepare_model` gave it. In training mode it maps images float32 [N, 3, S, S] and
+            targets, one dict an image, to scalar losses, whose sum is minimised.
         optimizer: of its parameters.
         batches: this process's share of every batch.
         recipe: how to train.
@@ -104,33 +67,29 @@ def train_steps(
         start_step: steps done before.
         micro_batch: images that are computed at once; None: the whole share.
         ema: takes in the weights after every step.
-        preemption: whether to stop; processes agree on it when losses are checked.
+        preemption: ends the steps when it was asked to; all processes agree on the step.
 
     Yields:
-        The steps since the last check, every `device.loss_check_steps`; all their losses are
-        finite. The model is in the state after the last of them.
+        The losses of the whole batch at each step since the last check; all are finite, and the
+        model is in the state after the last of them. Checked is every `loss_check_steps`.
 
     Raises:
         TrainingError: a loss is not finite (names the step and the images), or the device has
             too little memory. The model's state is invalid.
-        Preempted: asked to stop; the last steps have been yielded.
     """
     preemption = preemption or Preemption()
     check_steps = loss_check_steps(accelerator.device)
     freeze_at = max(start_step, recipe.steps - recipe.norm_freeze_steps)
     clip = recipe.clip_gradient_norm
-    unchecked: list[_Unchecked] = []
+    unchecked: dict[int, _OnDevice] = {}
     model.train()
     for step, batch in enumerate(batches, start_step):
         if step == freeze_at:
             freeze_norms(model)
             clip = clip or FROZEN_NORMS_CLIP
         seed_everything(seed, step, accelerator.process_index)
-        rate = learning_rate_at(recipe, step)
-        set_learning_rate(optimizer, rate)
-        losses = _backward(
-            model, _split(batch, micro_batch, recipe, accelerator), recipe, accelerator
-        )
+        set_learning_rate(optimizer, learning_rate_at(recipe, step))
+        losses = _backward(model, batch, recipe, accelerator, micro_batch)
         if clip is not None:
             accelerator.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -139,13 +98,21 @@ def train_steps(
             ema.update_after(accelerator.unwrap_model(model), step + 1)
         end_step(accelerator.device)
         values = torch.stack(list(losses.values()))
-        unchecked.append(_Unchecked(step + 1, rate, tuple(losses), values, batch.image_ids))
+        unchecked[step + 1] = tuple(losses), values, batch.image_ids
         alone_and_asked = accelerator.num_processes == 1 and preemption.signal
         if (step + 1) % check_steps == 0 or alone_and_asked:
-            yield from _check(unchecked, preemption, accelerator)
-            unchecked = []
+            yield _checked(unchecked, accelerator, preemption)
+            if preemption.agreed:
+                return
+            unchecked = {}
     if unchecked:
-        yield from _check(unchecked, preemption, accelerator)
+        yield _checked(unchecked, accelerator, preemption)
+
+
+def seed_everything(*entropy: int) -> None:
+    """Seed Python's, NumPy's and torch's generators from the numbers given."""
+    # torch's CPU generator keeps 32 bits of a seed, so they are mixed first
+    set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 def freeze_norms(model: nn.Module) -> None:
@@ -155,30 +122,35 @@ def freeze_norms(model: nn.Module) -> None:
             layer.eval()
 
 
-def _split(
-    batch: Batch, micro_batch: int | None, recipe: Recipe, accelerator: Accelerator
-) -> list[_Part]:
-    """The batch on the device in parts of about one size, at most `micro_batch` images."""
-    moved = batch.to(accelerator.device)
-    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    images = moved.images.contiguous(memory_format=layout)
-    count = math.ceil(len(images) / (micro_batch or len(images)))
-    ends = [len(images) * part // count for part in range(count + 1)]
-    return [(images[a:b], moved.targets[a:b]) for a, b in itertools.pairwise(ends)]
-
-
 def _backward(
-    model: nn.Module, parts: Sequence[_Part], recipe: Recipe, accelerator: Accelerator
+    model: nn.Module,
+    batch: Batch,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    micro_batch: int | None,
 ) -> dict[str, Tensor]:
     """Add up the gradients of the whole batch; this process's share of its losses."""
+    batch = batch.to(accelerator.device)
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    images = batch.images.contiguous(memory_format=layout)
+    count = math.ceil(len(images) / (micro_batch or len(images)))
+    ends = [len(images) * part // count for part in range(count + 1)]
+    parts = [(images[a:b], batch.targets[a:b]) for a, b in itertools.pairwise(ends)]
+
+    weights: list[Tensor | float] = [1.0]
+    if count * accelerator.num_processes > 1:
+        task = accelerator.unwrap_model(model)
+        counts = torch.stack([task.loss_count(*part).float() for part in parts])
+        whole = accelerator.reduce(counts.sum(), reduction="sum")
+        weights = list(task.loss_divisor(counts) / task.loss_divisor(whole))
+
     summed: dict[str, Tensor] = {}
-    weights = _weights(accelerator.unwrap_model(model), parts, accelerator)
     try:
-        for part, ((images, targets), weight) in enumerate(zip(parts, weights, strict=True)):
-            last = part == len(parts) - 1
+        for number, (part, weight) in enumerate(zip(parts, weights, strict=True), start=1):
+            last = number == count
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 with autocast(recipe, accelerator.device):
-                    losses = model(images, targets)
+                    losses = model(*part)
                 weighted = {name: loss.float() * weight for name, loss in losses.items()}
                 # gradients are averaged over the processes, and here they are to be summed
                 total = torch.stack(list(weighted.values())).sum() * accelerator.num_processes
@@ -187,52 +159,30 @@ def _backward(
                 summed[name] = summed.get(name, 0.0) + loss.detach()
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"{accelerator.device} has too little memory for {len(parts[0][0])} images at once; "
+            f"{accelerator.device} has too little memory for {ends[1]} images at once; "
             "compute fewer at once (micro_batch), which leaves the batch as it is"
         ) from error
     return summed
 
 
-def _weights(
-    model: nn.Module, parts: Sequence[_Part], accelerator: Accelerator
-) -> Sequence[Tensor | float]:
-    """Factors with which the losses of all parts of all processes add up to the batch's."""
-    if len(parts) == 1 and accelerator.num_processes == 1:
-        return [1.0]
-    assert isinstance(model, TaskModel)
-    counts = torch.stack([model.loss_count(images, targets).float() for images, targets in parts])
-    whole = accelerator.reduce(counts.sum(), reduction="sum")
-    return list(model.loss_divisor(counts) / model.loss_divisor(whole))
-
-
-def _check(
-    unchecked: Sequence[_Unchecked], preemption: Preemption, accelerator: Accelerator
-) -> Iterator[list[Step]]:
-    """Wait for the losses, sum them over the processes, and stop if any process was asked to.
-
-    Raises:
-        TrainingError: a loss is not finite.
-        Preempted: a process was asked to stop, after the steps were yielded.
-    """
-    shares = torch.stack([step.losses for step in unchecked])
+def _checked(
+    steps: Mapping[int, _OnDevice], accelerator: Accelerator, preemption: Preemption
+) -> Losses:
+    """Wait for the losses and sum them over the processes; agree with these whether to stop."""
+    shares = torch.stack([values for _, values, _ in steps.values()])
     asked = shares.new_tensor([preemption.signal != ""])
     summed = accelerator.reduce(torch.cat([shares.flatten(), asked]), reduction="sum").cpu()
-    steps = []
-    for one, row in zip(unchecked, summed[:-1].view_as(shares).tolist(), strict=True):
-        losses = dict(zip(one.names, row, strict=True))
+    preemption.agreed = bool(summed[-1])
+    checked: Losses = {}
+    rows = summed[:-1].view_as(shares).tolist()
+    for (step, (names, _, image_ids)), row in zip(steps.items(), rows, strict=True):
+        checked[step] = dict(zip(names, row, strict=True))
         if not all(map(math.isfinite, row)):
-            shown = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-            ids = accelerator.gather(torch.tensor(one.image_ids, device=accelerator.device))
+            shown = ", ".join(f"{name} {value:g}" for name, value in checked[step].items())
+            ids = accelerator.gather(torch.tensor(image_ids, device=accelerator.device))
             raise TrainingError(
-                f"the loss of step {one.step} is not finite ({shown}); images "
+                f"the loss of step {step} is not finite ({shown}); images "
                 f"{', '.join(map(str, ids.tolist()))}; the last checkpoint is kept: look at these "
                 "images, or lower the learning rate"
             )
-        images = len(one.image_ids) * accelerator.num_processes
-        steps.append(Step(one.step, one.learning_rate, losses, images))
-    yield steps
-    if summed[-1]:
-        raise Preempted(
-            f"stopped after step {steps[-1].step} by "
-            f"{preemption.signal or 'a signal to another process'}; the same command resumes there"
-        )
+    return checked

@@ -21,14 +21,16 @@ _GLOO = "/gloo/"  # in the errors of torch's CPU transport: a path of its code
 
 
 class Preemption:
-    """Whether this process was asked to stop.
+    """Whether a run was asked to stop.
 
     Attributes:
-        signal: name of the signal that asked; empty before.
+        signal: name of the signal that asked this process; empty before.
+        agreed: whether all processes of the run stop after the current step.
     """
 
     def __init__(self) -> None:
         self.signal = ""
+        self.agreed = False
         self._asked_at = 0.0
         self._in_steps = False
 

@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torchvision
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, extract_model_from_parallel
 from filelock import FileLock, Timeout
 from torch import nn
 
@@ -40,31 +40,13 @@ from effspinenet_lib.files import ensure_folder, read_json, write_json
 from effspinenet_lib.models import zoo
 from effspinenet_lib.models.dense import Classifier
 from effspinenet_lib.results import current_commit, today, upsert
-from effspinenet_lib.training.checkpoint import (
-    KEPT,
-    Checkpoint,
-    Checkpointer,
-    load_backbone,
-    load_into,
-    load_latest,
-    save_weights,
-)
+from effspinenet_lib.training import checkpoint, device
 from effspinenet_lib.training.config import RunConfig, describe_data
-from effspinenet_lib.training.device import (
-    CPU,
-    STATIC_SHAPES,
-    describe_hardware,
-    disable_malloc_trim,
-    make_accelerator,
-    prepare_model,
-    resolve_precision,
-)
 from effspinenet_lib.training.evaluate import evaluate, write_predictions
-from effspinenet_lib.training.export import inference_copy
 from effspinenet_lib.training.log import TrainingLog
-from effspinenet_lib.training.loop import Step, seed_everything, train_steps
+from effspinenet_lib.training.loop import seed_everything, train_steps
 from effspinenet_lib.training.optim import Ema, build_ema, build_optimizer, load_optimizer
-from effspinenet_lib.training.preemption import Preemption, handle_preemption, lost_processes
+from effspinenet_lib.training.preemption import handle_preemption, lost_processes
 from effspinenet_lib.training.recipes import EVALUATION_BATCH
 
 __all__ = ["LOG", "REQUEST", "RunConfig", "RunResult", "read_result", "train_run"]
@@ -80,72 +62,50 @@ REQUEST, LOG = "request.json", "worker.log"
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run gave.
+    """What a run left in its folder.
 
     Attributes:
-        key: of the configuration.
-        metrics: name -> value in percent; NaN where it is not defined.
-        steps: steps trained.
-        images: images trained on, repeats counted.
-        wall_seconds: training over all interruptions, and the evaluation.
-        images_per_second: of the training.
         folder: of its files.
-        record: its row of runs.csv, without the profile.
+        metrics: name -> value in percent; NaN where it is not defined.
+        record: its row of runs.csv, without the profile: steps, seconds, speed, hardware.
     """
 
-    key: str
-    metrics: dict[str, float]
-    steps: int
-    images: int
-    wall_seconds: float
-    images_per_second: float
     folder: Path
+    metrics: dict[str, float]
     record: dict[str, Any]
 
-
-@dataclass(frozen=True)
-class RunOptions:
-    """A run, its folder and processes, and what changes neither its key nor its result.
-
-    The fields are `train_run`'s arguments; `target` are the steps to train to.
-    """
-
-    config: RunConfig
-    folder: Path
-    accelerator: Accelerator
-    target: int
-    workers: int
-    progress: bool
-    checkpoint_seconds: float
-    checkpoints: int
-    micro_batch: int | None
+    @property
+    def key(self) -> str:
+        """Of the configuration."""
+        return str(self.record["run"])
 
     @property
-    def is_main(self) -> bool:
-        """Whether this process writes the run's files."""
-        return bool(self.accelerator.is_main_process)
-
-    @property
-    def parts(self) -> int:
-        """Parts of a batch that each process computes one after the other."""
-        share = max(1, self.config.recipe.batch_size // self.accelerator.num_processes)
-        return math.ceil(share / (self.micro_batch or share))
+    def steps(self) -> int:
+        """Steps trained."""
+        return int(self.record["steps"])
 
 
 @dataclass
 class TrainState:
-    """What is trained, the steps and the seconds it was trained for.
+    """What is trained, and how far it is."""
 
-    `model` is on its device and, with several processes, wrapped for them; `log` is the unfinished
-    row of the curve.
-    """
-
-    model: nn.Module
+    model: nn.Module  # on its device and, with several processes, wrapped for them
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     step: int = 0
-    seconds: float = 0.0
-    log: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0  # of training, over all interruptions
+    curve: dict[str, Any] = field(default_factory=dict)  # its unfinished row
+
+    @property
+    def plain(self) -> nn.Module:
+        """The model as `create_model` gave it."""
+        model: nn.Module = extract_model_from_parallel(self.model)
+        return model
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model that is evaluated and kept: the average where the recipe has one."""
+        return self.plain if self.ema is None else self.ema.module
 
 
 def train_run(
@@ -156,7 +116,7 @@ def train_run(
     max_steps: int | None = None,
     progress: bool = True,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    checkpoints: int = KEPT,
+    checkpoints: int = checkpoint.KEPT,
     micro_batch: int | None = None,
     runs_csv: str | os.PathLike[str] | None = None,
 ) -> RunResult:
@@ -188,201 +148,185 @@ def train_run(
         TrainingError: a loss is not finite, the run has diverged, or memory is too small.
         Preempted: a signal asked to stop, or another process of the run died.
     """
-    for name, count in (
-        ("max_steps", max_steps),
-        ("checkpoints", checkpoints),
-        ("micro_batch", micro_batch),
-    ):
+    limits = {"max_steps": max_steps, "checkpoints": checkpoints, "micro_batch": micro_batch}
+    for name, count in limits.items():
         if count is not None and count < 1:
             raise UserError(f"{name} is {count}; it must be 1 or more")
-    accelerator = make_accelerator()
-    if accelerator.device.type == CPU:
-        disable_malloc_trim()
-    run = RunOptions(
-        config=config,
-        folder=ensure_folder(Path(runs_dir) / config.key),
-        accelerator=accelerator,
-        target=min(max_steps or config.recipe.steps, config.recipe.steps),
-        workers=workers,
-        progress=progress,
-        checkpoint_seconds=checkpoint_seconds,
-        checkpoints=checkpoints,
-        micro_batch=micro_batch,
-    )
-    with handle_preemption() as preemption, lost_processes(), _alone_in(run):
-        if run.is_main:
-            _clean(run.folder, force)
+    accelerator = device.make_accelerator()
+    if accelerator.device.type == device.CPU:
+        device.disable_malloc_trim()
+    main, recipe = accelerator.is_main_process, config.recipe
+    share = max(1, recipe.batch_size // accelerator.num_processes)
+    parts = math.ceil(share / (micro_batch or share))  # of a batch, one after the other
+    folder = ensure_folder(Path(runs_dir) / config.key)
+    target = min(max_steps or recipe.steps, recipe.steps)
+    with handle_preemption() as preemption, lost_processes(), _alone_in(folder, main):
+        if main:
+            _clean(folder, force)
         accelerator.wait_for_everyone()
-        train, held_out = _open_data(run)
-        result = read_result(run.folder)
-        if result is None or result.steps < run.target:
-            state = build_or_resume(run, train)
-            if state.step < run.target:
-                run_steps(run, state, train, preemption)
-            _evaluate(run, state, held_out)
+        train, held_out = _open_data(config, folder, main)
+        result = read_result(folder)
+        if result is None or result.steps < target:
+            state = build_or_resume(config, folder, train, accelerator, parts)
+            static = accelerator.device.type in device.STATIC_SHAPES
+            batches = training_loader(
+                train,
+                config.image_size,
+                recipe.batch_size,
+                Augmentation(recipe.scale_jitter, recipe.flip_probability),
+                config.seed,
+                state.step,
+                target,
+                workers,
+                accelerator.process_index,
+                accelerator.num_processes,
+                config.task,
+                recipe.auto_augment,
+                pad_targets=MAX_OBJECTS if static else None,
+            )
+            steps = train_steps(
+                state.model,
+                state.optimizer,
+                batches,
+                recipe,
+                accelerator,
+                config.seed,
+                state.step,
+                micro_batch,
+                state.ema,
+                preemption,
+            )
+            log = TrainingLog(folder, recipe, state.step, state.curve, progress) if main else None
+            saved_at = time.monotonic()
+            began = saved_at - state.seconds
+            with preemption.in_steps(), worker_errors(), closing(log) if log else nullcontext():
+                for checked in steps:
+                    state.step = max(checked)
+                    if log is None:
+                        continue
+                    log.add(checked)
+                    # what may be the start of a divergence replaces no earlier checkpoint
+                    due = time.monotonic() - saved_at >= checkpoint_seconds and not log.may_diverge
+                    if due or preemption.agreed or state.step == target:
+                        saved_at = time.monotonic()
+                        state.seconds, state.curve = saved_at - began, log.state
+                        _save(config, folder, state, checkpoints)
+            if preemption.agreed:
+                accelerator.wait_for_everyone()  # a launcher ends the others once one has ended
+                raise Preempted(
+                    f"stopped after step {state.step} by "
+                    f"{preemption.signal or 'a signal to another process'}; the same command "
+                    "resumes there"
+                )
+            if accelerator.num_processes > 1:  # all evaluate with the main one's statistics
+                for buffer in state.trained.buffers():
+                    buffer.copy_(broadcast(buffer))
+            _evaluate(config, folder, state, held_out, accelerator, workers, progress, parts)
             accelerator.wait_for_everyone()
-            result = read_result(run.folder)
+            result = read_result(folder)
             assert result is not None
-        if runs_csv is not None and run.is_main:
+        if runs_csv is not None and main:
             row = {**result.record, "profile": OWN_DATA}
             upsert(Path(runs_csv), "run", [row], f"run {result.key}")
         return result
 
 
-def build_or_resume(run: RunOptions, dataset: Dataset) -> TrainState:
+# --- The parts of a run --------------------------------------------------------------------------
+
+
+def _open_data(config: RunConfig, folder: Path, main: bool) -> tuple[Dataset, Dataset]:
+    """What to train and to evaluate on; refused where the folder holds a run on other data.
+
+    The path of the data is no part of a run's key, so its content is compared.
+    """
+    train = open_dataset(config.data, "train", config.task)
+    held_out = open_dataset(config.data, "eval", config.task)
+    require_same_categories(train, held_out)
+    found = {"train": describe_data(train), "eval": describe_data(held_out)}
+    path = folder / DATA
+    for part, known in (read_json(path) if path.exists() else {}).items():
+        if found[part]["digest"] != known["digest"]:
+            raise DataError(
+                f"{folder}: holds a run on other data than {train.name} is now; choose "
+                "another output folder, or start over with force"
+            )
+    if main:
+        write_json(folder / CONFIG, config.to_dict())
+        write_json(path, found)
+    return train, held_out
+
+
+def build_or_resume(
+    config: RunConfig, folder: Path, dataset: Dataset, accelerator: Accelerator, parts: int
+) -> TrainState:
     """The model and its optimizer, fresh or as they were at the last checkpoint."""
-    config, accelerator = run.config, run.accelerator
-    latest = load_latest(run.folder, config.key, config.model)
+    latest = checkpoint.load_latest(folder, config.key, config.model)
     seed_everything(config.seed)
-    plain = zoo.create_model(
-        config.model,
-        task=config.task,
-        num_classes=classes_of(dataset, config.task),
-        **config.options,
-    )
+    classes = classes_of(dataset, config.task)
+    plain = zoo.create_model(config.model, config.task, classes, **config.options)
     if latest is not None:
-        load_into(plain, latest.model_state, str(run.folder))
+        checkpoint.load_into(plain, latest.model_state, str(folder))
     elif config.initial_weights is not None:
-        load_backbone(plain, config.initial_weights)
+        checkpoint.load_backbone(plain, config.initial_weights)
     if isinstance(plain, Classifier):
         plain.label_smoothing = config.recipe.label_smoothing
-    model = prepare_model(plain, config.recipe, accelerator, run.parts)
+    model = device.prepare_model(plain, config.recipe, accelerator, parts)
     optimizer = accelerator.prepare_optimizer(build_optimizer(model, config.recipe))
-    ema = build_ema(accelerator.unwrap_model(model), config.recipe)
-    if latest is None:
-        return TrainState(model, optimizer, ema)
-    load_optimizer(optimizer, latest.optimizer_state)
-    if ema is not None and latest.ema_state is not None:
-        ema.module.load_state_dict(latest.ema_state)
-    return TrainState(model, optimizer, ema, latest.step, latest.wall_seconds, latest.curve_state)
+    state = TrainState(model, optimizer, None)
+    state.ema = build_ema(state.plain, config.recipe)
+    if latest is not None:
+        load_optimizer(optimizer, latest.optimizer_state)
+        if state.ema is not None and latest.ema_state is not None:
+            state.ema.module.load_state_dict(latest.ema_state)
+        state.step, state.seconds = latest.step, latest.wall_seconds
+        state.curve = latest.curve_state
+    return state
 
 
-def run_steps(run: RunOptions, state: TrainState, dataset: Dataset, preemption: Preemption) -> None:
-    """Train `state` to the target; the main process logs and saves checkpoints.
-
-    Asked to stop, it saves the state after the current step. Any other error leaves the last
-    checkpoint.
-    """
-    config, recipe, accelerator = run.config, run.config.recipe, run.accelerator
-    # the shapes of Mask R-CNN vary anyway
-    padded = accelerator.device.type in STATIC_SHAPES and config.task != "instances"
-    batches = training_loader(
-        dataset,
-        config.image_size,
-        recipe.batch_size,
-        Augmentation(recipe.scale_jitter, recipe.flip_probability),
-        config.seed,
-        state.step,
-        run.target,
-        workers=run.workers,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        task=config.task,
-        auto_augment=recipe.auto_augment,
-        pad_targets=MAX_OBJECTS if padded else None,
+def _save(config: RunConfig, folder: Path, state: TrainState, kept: int) -> None:
+    saved = checkpoint.Checkpoint(
+        run=config.key,
+        model=config.model,
+        step=state.step,
+        model_state=state.plain.state_dict(),
+        optimizer_state=state.optimizer.state_dict(),
+        curve_state=state.curve,
+        wall_seconds=state.seconds,
+        ema_state=state.ema.module.state_dict() if state.ema else None,
     )
-    steps = train_steps(
-        state.model,
-        state.optimizer,
-        batches,
-        recipe,
-        accelerator,
-        config.seed,
-        state.step,
-        run.micro_batch,
-        state.ema,
-        preemption,
-    )
-    with preemption.in_steps(), _loader_errors(preemption):
-        try:
-            if run.is_main:
-                _log_and_save(run, state, steps)
-            else:
-                for checked in steps:
-                    state.step = checked[-1].step
-        except Preempted:
-            accelerator.wait_for_everyone()  # a launcher ends the others once one has ended
-            raise
-    if accelerator.num_processes > 1:  # all evaluate with the main one's running statistics
-        for buffer in _trained(run, state).buffers():
-            buffer.copy_(broadcast(buffer))
+    checkpoint.save_checkpoint(folder, saved, kept)
 
 
-def _log_and_save(run: RunOptions, state: TrainState, steps: Iterator[list[Step]]) -> None:
-    config, accelerator = run.config, run.accelerator
-    checkpointer = Checkpointer(run.folder, run.checkpoint_seconds, run.checkpoints)
-    began, spent = time.monotonic(), state.seconds
-    log = TrainingLog(run.folder, state.step, config.recipe.steps, state.log, run.progress)
-
-    def save() -> None:
-        state.seconds, state.log = spent + time.monotonic() - began, log.state()
-        checkpointer.save(
-            Checkpoint(
-                run=config.key,
-                model=config.model,
-                step=state.step,
-                model_state=accelerator.unwrap_model(state.model).state_dict(),
-                optimizer_state=state.optimizer.state_dict(),
-                curve_state=state.log,
-                wall_seconds=state.seconds,
-                ema_state=state.ema.module.state_dict() if state.ema else None,
-            )
-        )
-
-    with closing(log):
-        try:
-            for checked in steps:
-                log.add(checked)
-                state.step = checked[-1].step
-                # what may be the start of a divergence replaces no earlier checkpoint
-                if state.step == run.target or (checkpointer.due and not log.may_diverge):
-                    save()
-        except Preempted:
-            save()
-            raise
-
-
-@contextmanager
-def _loader_errors(preemption: Preemption) -> Iterator[None]:
-    """Errors of loader workers; one that a signal ended with this process is no failure."""
-    try:
-        with worker_errors():
-            yield
-    except DataError as error:
-        if not preemption.signal:
-            raise
-        raise Preempted.by(preemption.signal) from error
-
-
-def _trained(run: RunOptions, state: TrainState) -> nn.Module:
-    """The model that is evaluated and kept: the average where the recipe has one."""
-    model: nn.Module = run.accelerator.unwrap_model(state.model)
-    return model if state.ema is None else state.ema.module
-
-
-def _evaluate(run: RunOptions, state: TrainState, dataset: Dataset) -> None:
+def _evaluate(
+    config: RunConfig,
+    folder: Path,
+    state: TrainState,
+    dataset: Dataset,
+    accelerator: Accelerator,
+    workers: int,
+    progress: bool,
+    parts: int,
+) -> None:
     """Evaluate the model; the main process writes what a run leaves, run.json last."""
-    config, folder = run.config, run.folder
     began = time.monotonic()
-    model = _trained(run, state)
     evaluation = evaluate(
-        inference_copy(model),
+        state.trained,
         dataset,
         config.task,
         config.image_size,
         EVALUATION_BATCH,
-        run.workers,
-        run.progress,
-        accelerator=run.accelerator,
+        workers,
+        progress,
+        accelerator,
     )
-    if not run.is_main:
+    if not accelerator.is_main_process:
         return
     metrics = {
         name: None if math.isnan(value) else value for name, value in evaluation.metrics.items()
     }
-    save_weights(
+    checkpoint.save_weights(
         folder / WEIGHTS,
-        model.state_dict(),
+        state.trained.state_dict(),
         {
             "model": config.model,
             "task": config.task,
@@ -397,31 +341,23 @@ def _evaluate(run: RunOptions, state: TrainState, dataset: Dataset) -> None:
     )
     write_predictions(folder / PREDICTIONS, evaluation.predictions)
     write_json(folder / METRICS, metrics)
-    seconds = time.monotonic() - began
-    write_json(folder / RECORD, _record(run, state, seconds))
-
-
-def _record(run: RunOptions, state: TrainState, evaluation_seconds: float) -> dict[str, Any]:
-    """The run's row of runs.csv; the caller knows the profile."""
-    config, accelerator = run.config, run.accelerator
     images = state.step * config.recipe.batch_size
     processes = accelerator.num_processes
-    shared = f"; processes: {processes}, parts a step: {run.parts}"
-    hardware = describe_hardware(accelerator) + (shared if processes * run.parts > 1 else "")
-    return {
+    shared = f"; processes: {processes}, parts a step: {parts}" if processes * parts > 1 else ""
+    record = {
         "run": config.key,
         "state": FINISHED if state.step == config.recipe.steps else PARTIAL,
         "model": config.model,
         "task": config.task,
-        "profile": "",
+        "profile": "",  # the caller knows it
         "seed": config.seed,
         "steps": state.step,
         "images": images,
-        "wall_seconds": round(state.seconds + evaluation_seconds, 2),
+        "wall_seconds": round(state.seconds + time.monotonic() - began, 2),
         "images_per_second": round(images / max(state.seconds, 1e-9), 2),
-        "precision": resolve_precision(config.recipe, accelerator.device),
+        "precision": device.resolve_precision(config.recipe, accelerator.device),
         "threads": torch.get_num_threads(),
-        "hardware": hardware,
+        "hardware": device.describe_hardware(accelerator) + shared,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -429,6 +365,7 @@ def _record(run: RunOptions, state: TrainState, evaluation_seconds: float) -> di
         "commit": current_commit(),
         "date": today(),
     }
+    write_json(folder / RECORD, record)
 
 
 # --- The run's folder ----------------------------------------------------------------------------
@@ -438,32 +375,20 @@ def read_result(folder: Path) -> RunResult | None:
     """What the run in `folder` gave, or None where it has not been evaluated yet."""
     if not all((folder / name).exists() for name in (RECORD, METRICS, WEIGHTS)):
         return None
-    record = read_json(folder / RECORD)
     metrics = read_json(folder / METRICS)
-    return RunResult(
-        key=record["run"],
-        metrics={name: math.nan if value is None else value for name, value in metrics.items()},
-        steps=record["steps"],
-        images=record["images"],
-        wall_seconds=record["wall_seconds"],
-        images_per_second=record["images_per_second"],
-        folder=folder,
-        record=record,
-    )
+    known = {name: math.nan if value is None else value for name, value in metrics.items()}
+    return RunResult(folder, known, read_json(folder / RECORD))
 
 
 @contextmanager
-def _alone_in(run: RunOptions) -> Iterator[None]:
+def _alone_in(folder: Path, main: bool) -> Iterator[None]:
     """Lock the run folder against other runs; the main process does it for all of a run."""
-    if not run.is_main:
-        yield
-        return
     try:
-        with FileLock(run.folder / LOCK, timeout=0):
+        with FileLock(folder / LOCK, timeout=0) if main else nullcontext():
             yield
     except Timeout as error:
         raise UserError(
-            f"{run.folder}: another process is running this configuration; wait for it or stop it"
+            f"{folder}: another process is running this configuration; wait for it or stop it"
         ) from error
 
 
@@ -474,25 +399,3 @@ def _clean(folder: Path, force: bool) -> None:
             shutil.rmtree(path)
         elif path.match(".*.tmp") or (force and path.name not in (LOCK, REQUEST, LOG)):
             path.unlink()
-
-
-def _open_data(run: RunOptions) -> tuple[Dataset, Dataset]:
-    """What to train and to evaluate on; refused where the folder holds a run on other data.
-
-    The path of the data is no part of a run's key, so its content is compared.
-    """
-    config, path = run.config, run.folder / DATA
-    train = open_dataset(config.data, "train", config.task)
-    held_out = open_dataset(config.data, "eval", config.task)
-    require_same_categories(train, held_out)
-    found = {"train": describe_data(train), "eval": describe_data(held_out)}
-    for part, known in (read_json(path) if path.exists() else {}).items():
-        if found[part]["digest"] != known["digest"]:
-            raise DataError(
-                f"{run.folder}: holds a run on other data than {train.name} is now; choose "
-                "another output folder, or start over with force"
-            )
-    if run.is_main:
-        write_json(run.folder / CONFIG, config.to_dict())
-        write_json(path, found)
-    return train, held_out
