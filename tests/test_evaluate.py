@@ -201,9 +201,9 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
 
 
 def test_without_images_there_is_no_metric() -> None:
-    table = Annotations.from_coco({"images": [], "annotations": [], "categories": []})
-    empty = Dataset("empty", [Category(1, "one")], table)
-    evaluation = measured(nn.Identity(), empty, "segmentation")
+    empty = Ellipses()
+    empty.annotations = Annotations.from_coco({"images": [], "annotations": [], "categories": []})
+    evaluation = measured(Oracle(empty, "segmentation"), empty, "segmentation")
     assert math.isnan(evaluation.metrics["mIOU"])
     assert evaluation.predictions == []
 
