@@ -420,7 +420,7 @@ def test_a_launcher_that_is_told_to_stop_lets_its_runs_save(tmp_path: Path) -> N
         "config = RunConfig.from_dict(json.load(open(sys.argv[1])))\n"
         "try:\n"
         "    with launcher.open_pool('local', 1, 'cpu') as pool:\n"
-        "        runs = launcher.run_many([config], sys.argv[2], pool, False, False, 1)\n"
+        "        runs = launcher.run_many([config], sys.argv[2], pool, False, False, 2)\n"
         "        list(runs)\n"
         "except UserError as error: sys.exit(error.exit_code)"
     )
@@ -437,7 +437,7 @@ def test_a_launcher_that_is_told_to_stop_lets_its_runs_save(tmp_path: Path) -> N
     (newest, *_) = steps_of(runs / endless.key)
     assert newest >= 10
     asked = json.loads((runs / endless.key / "request.json").read_text())
-    assert asked["options"]["micro_batch"] == 1
+    assert asked["options"]["micro_batch"] == 2
     said = (runs / endless.key / "worker.log").read_text().splitlines()[-1]
     assert said == f"error: stopped after step {newest} by SIGTERM; the same command resumes there"
 
