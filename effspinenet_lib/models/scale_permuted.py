@@ -6,7 +6,8 @@ its resampled inputs (`BlockFusion`), then runs its layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from timm.layers.create_act import get_act_layer
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -86,25 +87,34 @@ class ScalePermutedNetwork(PyramidBackbone):
 
     Args:
         spec: levels, wiring and feature dimensions.
-        stem: what stands before block 1.
-        groups: for each block its layers; those of the stem blocks change level and dimension.
-        fusions: for each block behind the stem, what makes one input of its inputs.
+        group: makes the layers of a block; those of the stem blocks change level and dimension.
+        resample: makes what brings the features of a block to those of another.
+        stem: makes what stands before block 1.
+        weighted: fuse by Equation 1, or by a plain sum.
+        activation: behind each fusion.
     """
 
     def __init__(
         self,
         spec: Wiring,
-        stem: nn.Module,
-        groups: Iterable[nn.Module],
-        fusions: Iterable[BlockFusion],
+        group: Callable[[Any], nn.Module],
+        resample: Callable[[Any, Any], nn.Module],
+        stem: Callable[[], nn.Module],
+        weighted: bool,
+        activation: str,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.feature_dims = {level: block.feature_dim for level, block in spec.outputs.items()}
-        self.stem = stem
+        groups = [group(block) for block in spec.blocks]
+        fusions = {}
+        for block in spec.blocks[spec.stem_blocks :]:
+            inputs = {index: resample(spec.blocks[index - 1], block) for index in block.inputs}
+            idle = spec.extra_inputs.get(block.index, ())
+            fusions[str(block.index)] = BlockFusion(inputs, idle, weighted, activation)
+        self.stem = stem()
         self.groups = nn.ModuleList(groups)
-        fused = (str(block.index) for block in spec.blocks[spec.stem_blocks :])
-        self.fusions = nn.ModuleDict(dict(zip(fused, fusions, strict=True)))
+        self.fusions = nn.ModuleDict(fusions)
         initialise(self)
         used = {index for block in spec.blocks for index in block.inputs}
         used.update(*spec.extra_inputs.values())
@@ -163,33 +173,34 @@ class EffSpineNet(ScalePermutedNetwork):
     ) -> None:
         squeeze = spec.squeeze_ratio if squeeze_excitation else None
         behind = len(spec.blocks) - spec.stem_blocks
-        groups, fusions = [], []
-        for block in spec.blocks:
+
+        def group(block: BlockSpec) -> nn.Module:
             inputs, stride = _entry(spec, block)
-            settings = (spec.expansion_ratio, squeeze, activation)
             rate = _drop_rate(spec, block, stochastic_depth, behind)
-            groups.append(
-                nn.Sequential(
-                    MBConv(inputs, block.feature_dim, block.kernel, stride, *settings, rate),
-                    *(
-                        MBConv(
-                            block.feature_dim, block.feature_dim, block.kernel, 1, *settings, rate
-                        )
-                        for _ in range(block.repeats - 1)
-                    ),
+            entries = [(inputs, stride)] + [(block.feature_dim, 1)] * (block.repeats - 1)
+            return nn.Sequential(
+                *(
+                    MBConv(
+                        inputs,
+                        block.feature_dim,
+                        block.kernel,
+                        stride,
+                        spec.expansion_ratio,
+                        squeeze,
+                        activation,
+                        rate,
+                    )
+                    for inputs, stride in entries
                 )
             )
-        for block in spec.blocks[spec.stem_blocks :]:
-            resample = {
-                index: Resample(*_ends(spec, index, block), space_to_depth, activation)
-                for index in block.inputs
-            }
-            idle = spec.extra_inputs.get(block.index, ())
-            fusions.append(BlockFusion(resample, idle, weighted_fusion, activation))
-        stem = conv_norm(
-            IMAGE_CHANNELS, spec.stem_dim, STEM_KERNEL, stride=2, activation=activation
-        )
-        super().__init__(spec, stem, groups, fusions)
+
+        def resample(source: BlockSpec, block: BlockSpec) -> nn.Module:
+            return Resample(*_ends(source, block), space_to_depth, activation)
+
+        def stem() -> nn.Module:
+            return conv_norm(IMAGE_CHANNELS, spec.stem_dim, STEM_KERNEL, 2, activation=activation)
+
+        super().__init__(spec, group, resample, stem, weighted_fusion, activation)
 
 
 class MobileSpineNet(ScalePermutedNetwork):
@@ -204,34 +215,30 @@ class MobileSpineNet(ScalePermutedNetwork):
     """
 
     def __init__(self, spec: BackboneSpec, activation: str, stochastic_depth: float) -> None:
-        groups, fusions = [], []
-        for block in spec.blocks:
+        def group(block: BlockSpec) -> nn.Module:
             inputs, stride = _entry(spec, block)
-            groups.append(
-                MBConv(
-                    inputs,
-                    block.feature_dim,
-                    block.kernel,
-                    stride,
-                    spec.expansion_ratio,
-                    spec.squeeze_ratio,
-                    activation,
-                    _drop_rate(spec, block, stochastic_depth, MODEL_GARDEN_BLOCKS),
-                    MOBILE_GATING,
-                    same=True,
-                )
+            return MBConv(
+                inputs,
+                block.feature_dim,
+                block.kernel,
+                stride,
+                spec.expansion_ratio,
+                spec.squeeze_ratio,
+                activation,
+                _drop_rate(spec, block, stochastic_depth, MODEL_GARDEN_BLOCKS),
+                MOBILE_GATING,
+                same=True,
             )
-        for block in spec.blocks[spec.stem_blocks :]:
-            resample = {
-                index: Resample(*_ends(spec, index, block), False, activation, same=True)
-                for index in block.inputs
-            }
-            idle = spec.extra_inputs.get(block.index, ())
-            fusions.append(BlockFusion(resample, idle, False, activation))
-        stem = conv_norm(
-            IMAGE_CHANNELS, spec.stem_dim, STEM_KERNEL, 2, activation=activation, same=True
-        )
-        super().__init__(spec, stem, groups, fusions)
+
+        def resample(source: BlockSpec, block: BlockSpec) -> nn.Module:
+            return Resample(*_ends(source, block), False, activation, same=True)
+
+        def stem() -> nn.Module:
+            return conv_norm(
+                IMAGE_CHANNELS, spec.stem_dim, STEM_KERNEL, 2, activation=activation, same=True
+            )
+
+        super().__init__(spec, group, resample, stem, False, activation)
 
 
 class SpineNet(ScalePermutedNetwork):
@@ -252,32 +259,33 @@ class SpineNet(ScalePermutedNetwork):
         released: bool = False,
     ) -> None:
         behind = MODEL_GARDEN_BLOCKS if released else len(spec.blocks) - spec.stem_blocks
-        groups, fusions = [], []
-        for block in spec.blocks:
+
+        def group(block: ResidualBlockSpec) -> nn.Module:
+            dim = block.feature_dim
+            inputs = spec.stem_dim if block.index == 1 else dim
             rate = _drop_rate(spec, block, stochastic_depth, behind)
-            inputs = spec.stem_dim if block.index == 1 else block.feature_dim
-            groups.append(_residual_block(block, inputs, activation, rate))
-        for block in spec.blocks[spec.stem_blocks :]:
-            resample = {
-                index: AlphaResample(
-                    *_ends(spec, index, block),
-                    int(spec.blocks[index - 1].filters * spec.resample_alpha),
-                    activation,
-                    released,
-                )
-                for index in block.inputs
-            }
-            idle = spec.extra_inputs.get(block.index, ())
-            fusions.append(BlockFusion(resample, idle, False, activation))
-        conv = conv_norm(
-            IMAGE_CHANNELS,
-            spec.stem_dim,
-            RESNET_STEM_KERNEL,
-            stride=2,
-            activation=activation,
-            same=released,
-        )
-        super().__init__(spec, nn.Sequential(conv, max_pool(released)), groups, fusions)
+            make = Bottleneck if block.bottleneck else BasicBlock
+            return make(
+                inputs,
+                block.filters,
+                downsample=None if inputs == dim else conv_norm(inputs, dim),
+                act_layer=get_act_layer(activation),
+                drop_path=StochasticDepth(rate, mode="row"),
+            )
+
+        def resample(source: ResidualBlockSpec, block: ResidualBlockSpec) -> nn.Module:
+            reduced = int(source.filters * spec.resample_alpha)
+            return AlphaResample(*_ends(source, block), reduced, activation, released)
+
+        def stem() -> nn.Module:
+            conv = conv_norm(
+                *(IMAGE_CHANNELS, spec.stem_dim, RESNET_STEM_KERNEL, 2),
+                activation=activation,
+                same=released,
+            )
+            return nn.Sequential(conv, max_pool(released))
+
+        super().__init__(spec, group, resample, stem, False, activation)
         set_norms(self)
 
 
@@ -329,24 +337,9 @@ class AlphaResample(nn.Module):
         return self.expand(features)
 
 
-def _residual_block(
-    block: ResidualBlockSpec, inputs: int, activation: str, rate: float
-) -> nn.Module:
-    """ResNet's block; where its input has another dimension, a 1x1 convolution is the shortcut."""
-    make = Bottleneck if block.bottleneck else BasicBlock
-    return make(
-        inputs,
-        block.filters,
-        downsample=None if inputs == block.feature_dim else conv_norm(inputs, block.feature_dim),
-        act_layer=get_act_layer(activation),
-        drop_path=StochasticDepth(rate, mode="row"),
-    )
-
-
-def _ends(spec: Wiring, source: int, block: BlockSpec) -> tuple[int, int, int, int]:
+def _ends(source: BlockSpec, block: BlockSpec) -> tuple[int, int, int, int]:
     """Input channels and level, output channels and level of a resampling."""
-    before = spec.blocks[source - 1]
-    return before.feature_dim, before.level, block.feature_dim, block.level
+    return source.feature_dim, source.level, block.feature_dim, block.level
 
 
 def _entry(spec: BackboneSpec, block: BlockSpec) -> tuple[int, int]:
