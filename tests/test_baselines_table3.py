@@ -189,11 +189,6 @@ def test_efficientnet_features_are_torchvisions():
         torch.testing.assert_close(found[level], stages[stage], rtol=1e-4, atol=1e-4)
 
 
-def test_features_of_levels_that_a_network_has_not_are_refused():
-    with pytest.raises(ValueError, match=r"resnet50 has .*not of the levels \[6\]"):
-        TimmFeatures("resnet50", levels=(5, 6))
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

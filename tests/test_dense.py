@@ -11,7 +11,7 @@ from torchvision.models.segmentation import DeepLabV3
 
 from effspinenet_lib import create_model
 from effspinenet_lib.errors import TrainingError, UserError
-from effspinenet_lib.models.dense import PyramidMean, upsample
+from effspinenet_lib.models.dense import PyramidMean, resize
 from effspinenet_lib.models.layers import SpaceToDepth
 
 CLASSES = 5
@@ -214,7 +214,7 @@ def test_a_few_images_are_segmented():
     labels[0, :32], labels[1, :, 16:], labels[2, 32:], labels[3, :, :32] = 1, 2, 2, 1
     images = F.one_hot(labels, 3).permute(0, 3, 1, 2) + 0.1 * torch.randn(4, 3, 64, 64)
     learn(model, images, [{"semantic": each} for each in labels], 0.1, 30)
-    found = upsample(model.network(images), (64, 64)).argmax(1)
+    found = resize(model.network(images), (64, 64)).argmax(1)
     assert float((found == labels).float().mean()) > 0.95
 
 

@@ -190,7 +190,7 @@ def test_other_methods_bests_have_their_names() -> None:
     other = next(m for m in METHODS if m != search.best_sample(TRIALS)["method"])
     best = max((r for r in SAMPLED if r["method"] == other), key=lambda r: r["AP"])
     trials = frame(SAMPLED, again(parse_betas(best["betas"]), {1: 22.0, 2: 23.0}, 5))
-    name = f"best of {search.METHOD_NAMES[other]}"
+    name = f"best of {search.METHODS[other].name}"
     table = search.reference_table(trials).frame
     assert table.loc[name, "AP (%) it was chosen for"] == f"{best['AP']:.2f}"
     assert table.loc[name].iloc[0] == "22.50 ± 0.71 (2)"
@@ -290,10 +290,9 @@ def test_figure_5_draws_every_sample_and_marks_what_was_chosen() -> None:
 @pytest.mark.parametrize("kind", COLOUR_BLINDNESS)
 def test_methods_stay_apart_from_each_other_and_from_the_models(kind: str) -> None:
     models = {name: style.family_colour(name) for name in (search.SP, search.D0)}
-    assert_apart({**search.METHOD_COLOURS, **models}, kind)
-    for marks in (search.METHOD_MARKERS, search.METHOD_LINES):
-        assert list(marks) == list(search.METHOD_NAMES)
-        assert len(set(marks.values())) == len(marks)
+    assert_apart({**{m.name: m.colour for m in search.METHODS.values()}, **models}, kind)
+    for marks in zip(*search.METHODS.values(), strict=True):
+        assert len(set(marks)) == len(search.METHODS)
 
 
 # The pages

@@ -56,7 +56,7 @@ from effspinenet_lib.search.controllers import (
     RandomSearch,
     population_size,
 )
-from effspinenet_lib.search.export import best_trial, export_distribution
+from effspinenet_lib.search.export import export_distribution
 from effspinenet_lib.search.search import (
     Search,
     get_search,
@@ -740,16 +740,16 @@ def test_a_distribution_that_is_missing_or_has_betas_beside_it(found: Path, tmp_
         esn.create_model(str(found), betas=betas_text(LEARNED_BETAS))
 
 
-def test_the_best_trial_is_of_the_highest_reward_and_no_reference(tmp_path: Path):
+def test_the_best_trial_is_exported_and_no_reference(tmp_path: Path):
     store = ResultsStore(tmp_path, "smoke")
     store.add_trials(trials([1.0, 7.0, 3.0]))
     store.add_trials(trials([2.0, 9.0], "random"))
     store.add_trials(trials([99.0], "reference"))
-    record = store.trials()
-    assert best_trial(record)["reward"] == 9.0
-    assert best_trial(record, "ppo")["reward"] == 7.0
+    for method, reward in ((None, 9.0), ("ppo", 7.0)):
+        found = export_distribution(store, tmp_path / "best.json", method)
+        assert found.origin["reward"] == reward
     with pytest.raises(UserError, match="no finished trial of evolution"):
-        best_trial(record, "evolution")
+        export_distribution(store, tmp_path / "best.json", "evolution")
 
 
 def test_the_papers_distribution_is_exported_with_what_remains(tmp_path: Path):

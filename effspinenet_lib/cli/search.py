@@ -150,21 +150,23 @@ def search(
     """
     if pass_down(context):
         return
-    from effspinenet_lib.search.search import Search, check_penalty, get_search, run_search
+    from effspinenet_lib.search.search import Search, get_search, run_search
 
-    settings, cost = get_search(profile).on(data, batch_size, micro_batch), check_penalty(penalty)
+    settings = get_search(profile).on(data, batch_size, micro_batch)
     store = _store(results_dir, profile)
-    names = settings.methods if method == ALL else (method,)
+    searches = [
+        Search(settings, store, name, seed, trials or settings.trials, penalty)
+        for name in (settings.methods if method == ALL else (method,))
+    ]
     rows = []
     with _runner(engine, store, settings, processes, accelerator, workers) as runner:
-        for name in names:
-            one = Search(settings, store, name, seed, trials or settings.trials, cost)
+        for one in searches:
             record = run_search(one, runner, force=force)
             _tell_of_a_failure(record)
             states = record["state"].value_counts()
             rows.append(
                 (
-                    name,
+                    one.method,
                     *(int(states.get(s, 0)) for s in ("finished", "duplicate", "failed")),
                     float(record["AP"].max()),
                     float(record["AP"].mean()),

@@ -16,6 +16,7 @@ from effspinenet_lib.models.base import Target, crowds
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
 
 BOX_CODE = 4  # numbers of a box code
+ANCHOR_SIZE = 3.0  # strides; released SpineNet configs
 NEGATIVE = -1
 IGNORED = -2
 # As in torchvision: an object cannot be decoded to more than 1000/16 times its anchor.
@@ -29,7 +30,7 @@ class AnchorSettings:
     """Anchors of every location, and when one belongs to an object.
 
     Attributes:
-        size: side over stride of the smallest square anchor (released SpineNet configs: 3).
+        size: side over stride of the smallest square anchor.
         octave_scales: anchors an octave (released configs: 3).
         aspect_ratios: width over height (released configs).
         match_iou: an anchor of at least this IoU is positive, one below negative (released
@@ -38,7 +39,7 @@ class AnchorSettings:
             neither (our choice; the released code drops crowds).
     """
 
-    size: float = 3.0
+    size: float = ANCHOR_SIZE
     octave_scales: int = 3
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     match_iou: float = 0.5

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.models._efficientnet_blocks import (
+    DepthwiseSeparableConv,
+    InvertedResidual,
+    SqueezeExcite,
+)
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation as TorchvisionSqueezeExcitation
 
@@ -19,12 +24,11 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 # Activations that TensorFlow computes by a product.
 PRODUCTS = (nn.SiLU, nn.Hardswish)
-SQUEEZES = (SqueezeExcitation, TorchvisionSqueezeExcitation)
-# timm's classes, by name: its squeeze-and-excitation has no public class.
-TIMM_SQUEEZE, TIMM_BLOCKS = "SqueezeExcite", ("InvertedResidual", "DepthwiseSeparableConv")
+SQUEEZES = (SqueezeExcitation, TorchvisionSqueezeExcitation, SqueezeExcite)
+TIMM_BLOCKS = (InvertedResidual, DepthwiseSeparableConv)
 COUNTED = (
-    *(nn.BatchNorm2d, nn.AdaptiveAvgPool2d, *PRODUCTS),
-    *(*SQUEEZES, MBConv, WeightedFusion, PyramidMean),
+    *(*WEIGHTED, nn.BatchNorm2d, nn.AdaptiveAvgPool2d, *PRODUCTS),
+    *(*SQUEEZES, *TIMM_BLOCKS, MBConv, WeightedFusion, PyramidMean),
 )
 # Single operations a channel of a norm that depend on no position (two of them a reciprocal root),
 # and operations a weight that its initialiser puts into the graph.
@@ -81,12 +85,8 @@ def measure_cost(model: nn.Module, image_size: int | tuple[int, int]) -> Cost:
         else:
             operations.append(_operations(layer, inputs[0], output))
 
-    kinds = (*WEIGHTED, *COUNTED)
-    hooks = [
-        layer.register_forward_hook(count)
-        for layer in model.modules()
-        if isinstance(layer, kinds) or type(layer).__name__ in (TIMM_SQUEEZE, *TIMM_BLOCKS)
-    ]
+    counted = (layer for layer in model.modules() if isinstance(layer, COUNTED))
+    hooks = [layer.register_forward_hook(count) for layer in counted]
     parameter = next(model.parameters())
     run: Callable[[Tensor], Any] = getattr(model, "network", model)
     was_training = model.training
@@ -112,7 +112,7 @@ def measure_cost(model: nn.Module, image_size: int | tuple[int, int]) -> Cost:
 
 def _operations(layer: nn.Module, features: Any, output: Tensor) -> int:
     """Operations that the authors' tool counts in a layer without weights, for these tensors."""
-    if isinstance(layer, SQUEEZES) or type(layer).__name__ == TIMM_SQUEEZE:
+    if isinstance(layer, SQUEEZES):
         return 2 * features.numel()  # mean and gate
     if isinstance(layer, nn.AdaptiveAvgPool2d):
         return features.numel()
@@ -120,8 +120,8 @@ def _operations(layer: nn.Module, features: Any, output: Tensor) -> int:
         return len(features) * output.numel()
     if isinstance(layer, MBConv):
         return output.numel() if layer.residual else 0
-    if type(layer).__name__ in TIMM_BLOCKS:
-        return output.numel() if getattr(layer, "has_skip", False) else 0
+    if isinstance(layer, TIMM_BLOCKS):
+        return output.numel() if layer.has_skip else 0
     return output.numel()  # the product of a norm, of an activation, of a mean
 
 

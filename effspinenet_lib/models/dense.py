@@ -11,13 +11,7 @@ from torch.nn import functional as F
 
 from effspinenet_lib.data.dataset import SEMANTIC_IGNORE
 from effspinenet_lib.models.base import Target, TaskModel, check_finite
-from effspinenet_lib.models.layers import (
-    SeparableConv,
-    conv_norm,
-    initialise,
-    make_activation,
-    make_norm,
-)
+from effspinenet_lib.models.layers import conv_norm, initialise, separable_block, upsample
 from effspinenet_lib.models.specs import CLASSIFICATION_DIM
 
 # EfficientNet's rate before the classifier for B0 and B1 (its released code). Section 5.2 follows
@@ -80,9 +74,7 @@ class PyramidMean(nn.Module):
         """Map the features of P3 to P7 to [N, dim, H, W] of P3's height and width."""
         pairs = zip(self.lateral, features.values(), strict=True)
         finest, *coarser = (lateral(feature) for lateral, feature in pairs)
-        upsampled: list[Tensor] = [
-            F.interpolate(f, finest.shape[-2:], mode="nearest") for f in coarser
-        ]
+        upsampled = [upsample(feature, finest.shape[-2:]) for feature in coarser]
         return torch.stack([finest, *upsampled]).mean(0)
 
 
@@ -142,7 +134,7 @@ class Segmenter(LogitsModel):
         labels = torch.stack([target["semantic"] for target in targets])
         size = (labels.shape[-2], labels.shape[-1])
         summed = F.cross_entropy(
-            upsample(logits, size), labels, ignore_index=SEMANTIC_IGNORE, reduction="sum"
+            resize(logits, size), labels, ignore_index=SEMANTIC_IGNORE, reduction="sum"
         )
         return summed / (labels != SEMANTIC_IGNORE).sum().clamp(min=1)
 
@@ -157,7 +149,7 @@ class Segmenter(LogitsModel):
 
     def predictions(self, logits: Tensor, size: tuple[int, int]) -> list[dict[str, Tensor]]:
         """`logits` [C, H, W] of each image."""
-        return [{"logits": image} for image in upsample(logits, size)]
+        return [{"logits": image} for image in resize(logits, size)]
 
 
 class PyramidSegmentationHead(nn.Module):
@@ -184,12 +176,7 @@ class PyramidSegmentationHead(nn.Module):
     ) -> None:
         super().__init__()
         self.merge = PyramidMean(feature_dims, dim, activation)
-        convs = [
-            nn.Sequential(
-                SeparableConv(dim, dim, bias=True), make_norm(dim), make_activation(activation)
-            )
-            for _ in range(layers)
-        ]
+        convs = [separable_block(dim, activation) for _ in range(layers)]
         self.subnet = nn.Sequential(*convs, nn.Conv2d(dim, num_classes, 1))
         initialise(self.subnet)
 
@@ -199,6 +186,6 @@ class PyramidSegmentationHead(nn.Module):
         return logits
 
 
-def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Bring logits [N, C, h, w] to [N, C, *size], bilinear."""
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +17,7 @@ from effspinenet_lib.models.layers import (
     make_activation,
     make_norm,
     set_norms,
+    upsample,
 )
 from effspinenet_lib.models.scale_permuted import check_image_size
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
@@ -30,47 +30,34 @@ BIFPN_EPSILON = 1e-4  # EfficientDet's paper, of its fast normalised fusion
 
 
 class TimmFeatures(nn.Module):
-    """The stages of a network of timm, without its classifier, by level.
+    """The stages C3 to C5 of a network of timm, without its classifier.
 
     The weights are fresh, initialised as timm does for this network; the norms have this
     library's epsilon and momentum. A 1x1 convolution that belongs to the classifier, such as
     EfficientNet's to 1280 channels, is left out.
 
     Args:
-        name: any model of timm that can be created with `features_only`.
-        levels: levels of the features, ascending; the coarsest should be the network's, or some
-            of its weights are of no use.
+        name: a convolutional network of timm with five stages, of strides 2 to 32.
         activation: name of the activation in all blocks (`swish`, `relu`, or any that timm
             knows); None keeps the network's own.
         stochastic_depth: drop rate of the last block; it grows linearly with depth. In the
             EfficientNet family timm, as EfficientNet's own code, stops one block's step short.
-        options: more arguments of `timm.create_model`.
 
     Attributes:
         feature_dims: level to channels, finest first.
-
-    Raises:
-        ValueError: the network has no features of a level.
     """
 
     def __init__(
-        self,
-        name: str,
-        levels: tuple[int, ...] = EXTRACTED_LEVELS,
-        activation: str | None = None,
-        stochastic_depth: float = 0.0,
-        **options: Any,
+        self, name: str, activation: str | None = None, stochastic_depth: float = 0.0
     ) -> None:
         super().__init__()
-        if stochastic_depth:
-            options["drop_path_rate"] = stochastic_depth
+        options: dict[str, Any] = {"drop_path_rate": stochastic_depth} if stochastic_depth else {}
         if activation is not None:
             options["act_layer"] = activation
-        indices = _stage_indices(name, levels, options)
-        network: Any = timm.create_model(name, features_only=True, out_indices=indices, **options)
-        self.feature_dims: dict[int, int] = dict(
-            zip(levels, network.feature_info.channels(), strict=True)
-        )
+        stages = [level - 1 for level in EXTRACTED_LEVELS]
+        network: Any = timm.create_model(name, features_only=True, out_indices=stages, **options)
+        dims = network.feature_info.channels()
+        self.feature_dims: dict[int, int] = dict(zip(EXTRACTED_LEVELS, dims, strict=True))
         self.stages = network
         set_norms(self)
 
@@ -151,7 +138,7 @@ class FeaturePyramid(ExtractedPyramid):
         for level, stage in reversed(stages.items()):
             merged = self.neck[f"lateral_{level}"](stage)
             if above is not None:
-                merged = merged + _upsample(above, merged)
+                merged = merged + upsample(above, merged.shape[-2:])
             pyramid[level] = self.neck[f"refine_{level}"](merged)
             above = merged
         for level in range(DEEPEST + 1, COARSEST + 1):
@@ -194,7 +181,7 @@ class BiFPN(ExtractedPyramid):
         pyramid = dict(stages)
         coarsest = self.coarser(pyramid[DEEPEST])
         for level in range(DEEPEST + 1, COARSEST + 1):
-            pyramid[level] = coarsest = _downsample(coarsest)
+            pyramid[level] = coarsest = overlapping_pool(coarsest)
         for cell in self.cells:
             pyramid = cell(pyramid)
         return pyramid
@@ -226,11 +213,11 @@ class BiFPNCell(nn.Module):
         downward = {COARSEST: pyramid[COARSEST]}
         for level in reversed(OUTPUT_LEVELS[:-1]):
             feature = pyramid[level]
-            above = _upsample(downward[level + 1], feature)
+            above = upsample(downward[level + 1], feature.shape[-2:])
             downward[level] = self.down[str(level)]([feature, above])
         outputs = {FINEST: downward[FINEST]}
         for level in OUTPUT_LEVELS[1:]:
-            inputs = [pyramid[level], _downsample(outputs[level - 1])]
+            inputs = [pyramid[level], overlapping_pool(outputs[level - 1])]
             if level != COARSEST:
                 inputs.insert(1, downward[level])
             outputs[level] = self.up[str(level)](inputs)
@@ -276,21 +263,6 @@ def _conv(dim: int, stride: int, separable: bool) -> nn.Module:
     return nn.Sequential(spatial, nn.Conv2d(dim, dim, 1)) if separable else spatial
 
 
-def _upsample(features: Tensor, target: Tensor) -> Tensor:
-    return F.interpolate(features, size=target.shape[-2:], mode="nearest")
-
-
-def _downsample(features: Tensor) -> Tensor:
-    """Halve the sides, rounded up, by max pooling."""
-    return F.max_pool2d(features, KERNEL, stride=2, padding=KERNEL // 2)
-
-
-def _stage_indices(name: str, levels: tuple[int, ...], options: dict[str, Any]) -> tuple[int, ...]:
-    """Timm's numbers of the stages of these levels."""
-    with torch.device("meta"):
-        network: Any = timm.create_model(name, features_only=True, **options)
-    strides = [int(stride) for stride in network.feature_info.reduction()]
-    missing = [level for level in levels if 2**level not in strides]
-    if missing:
-        raise ValueError(f"{name} has features of strides {strides}, not of the levels {missing}")
-    return tuple(strides.index(2**level) for level in levels)
+def overlapping_pool(features: Tensor, levels: int = 1) -> Tensor:
+    """Go up so many levels by max pooling over 3x3."""
+    return F.max_pool2d(features, KERNEL, 2**levels, KERNEL // 2)

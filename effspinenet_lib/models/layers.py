@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame
@@ -103,6 +103,11 @@ def conv_norm(
     return nn.Sequential(*layers)
 
 
+def upsample(features: Tensor, size: Sequence[int]) -> Tensor:
+    """Nearest neighbour to [N, C, *size]."""
+    return F.interpolate(features, size=list(size), mode="nearest")
+
+
 def max_pool(same: bool = False) -> nn.Module:
     """Make the 3x3 max pooling that halves the sides, rounded up; `same` as in `conv_norm`."""
     if same:
@@ -192,6 +197,13 @@ class SeparableConv(nn.Module):
         return self.pointwise(self.depthwise(features))
 
 
+def separable_block(dim: int, activation: str) -> nn.Sequential:
+    """Make a `SeparableConv` that keeps the channels, its norm and its activation."""
+    return nn.Sequential(
+        SeparableConv(dim, dim, bias=True), make_norm(dim), make_activation(activation)
+    )
+
+
 def dense_conv(inputs: int, outputs: int, bias: bool) -> nn.Conv2d:
     """Make a 3x3 convolution; takes the place of a `SeparableConv`."""
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
@@ -252,7 +264,7 @@ class Resample(nn.Module):
     def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         """Map features [N, inputs, h, w] to [N, outputs, *size]; `size` is the target's."""
         if self.upsample:
-            features = F.interpolate(features, size=size, mode="nearest")
+            features = upsample(features, size)
         return self.layers(features)
 
 

@@ -8,6 +8,7 @@ float32 where the layers run in a lower precision.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ from effspinenet_lib.models.layers import (
     initialise_head,
     make_activation,
     make_norm,
+    separable_block,
 )
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
 
@@ -247,7 +249,7 @@ class RegionBranches(RoIHeads):
         settings: InstanceSettings,
     ) -> None:
         box_head = nn.Sequential(
-            *_separable_convs(dim, layers, activation),
+            *chain.from_iterable(separable_block(dim, activation) for _ in range(layers)),
             nn.Flatten(),
             nn.Linear(dim * settings.box_side**2, fc_dim),
             nn.Unflatten(1, (fc_dim, 1, 1)),
@@ -256,7 +258,7 @@ class RegionBranches(RoIHeads):
         )
         transposed = nn.ConvTranspose2d(dim, dim, UPSAMPLING, UPSAMPLING)
         mask_head = nn.Sequential(
-            *_separable_convs(dim, layers, activation),
+            *chain.from_iterable(separable_block(dim, activation) for _ in range(layers)),
             transposed,
             make_norm(dim),
             make_activation(activation),
@@ -355,14 +357,6 @@ class RegionBranches(RoIHeads):
             {"boxes": box, "scores": score, "labels": label - 1, "masks": mask.squeeze(1)}
             for box, score, label, mask in zip(*found, masks, strict=True)
         ]
-
-
-def _separable_convs(dim: int, layers: int, activation: str) -> list[nn.Module]:
-    """The 3x3 convolutions of a branch, each with its norm and activation."""
-    convs: list[nn.Module] = []
-    for _ in range(layers):
-        convs += [SeparableConv(dim, dim, bias=True), make_norm(dim), make_activation(activation)]
-    return convs
 
 
 def _in_crowd(boxes: Tensor, crowd: Tensor, settings: AnchorSettings) -> Tensor:

@@ -16,7 +16,7 @@ from torchvision.models.detection._utils import retrieve_out_channels
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet
 from torchvision.ops import Conv2dNormActivation
 
-from effspinenet_lib.models.fpn import ExtractedPyramid, TimmFeatures
+from effspinenet_lib.models.fpn import ExtractedPyramid, TimmFeatures, overlapping_pool
 from effspinenet_lib.models.layers import (
     PyramidBackbone,
     SeparableConv,
@@ -24,11 +24,11 @@ from effspinenet_lib.models.layers import (
     initialise,
     make_norm,
     set_norms,
+    upsample,
 )
 from effspinenet_lib.models.specs import MINIMUM_IMAGE_SIZE, OUTPUT_LEVELS
 
 SSD_LEVELS = (4, 5, 6, 7, 8, 9)
-POOLING_KERNEL = 3
 COARSEST_STAGE = 5
 # MobileNet's rounding of scaled channels.
 MOBILENET_MULTIPLE = 8
@@ -136,7 +136,7 @@ class NASFPNCells(nn.Module):
 def _resample(features: Tensor, levels: int, size: torch.Size) -> Tensor:
     """Go up so many levels by max pooling, or down by nearest-neighbour upsampling to a size."""
     if levels < 0:
-        return F.interpolate(features, size=size, mode="nearest")
+        return upsample(features, size)
     return F.max_pool2d(features, 2**levels, ceil_mode=True) if levels else features
 
 
@@ -225,7 +225,7 @@ class MnasFPN(ExtractedPyramid):
 
     def pyramid(self, stages: dict[int, Tensor]) -> dict[int, Tensor]:
         """Compute P3 to P6 of C3 to C5."""
-        pyramid = {**stages, 6: self.coarser(_overlapping_pool(stages[COARSEST_STAGE], 1))}
+        pyramid = {**stages, 6: self.coarser(overlapping_pool(stages[COARSEST_STAGE], 1))}
         for cell in self.cells:
             pyramid = cell(pyramid)
         return pyramid
@@ -278,13 +278,8 @@ class MnasFPNCell(nn.Module):
 def _expand(conv: nn.Module, features: Tensor, levels: int, size: torch.Size) -> Tensor:
     """Go up so many levels, or down to a size, convolving at the smaller of the resolutions."""
     if levels > 0:
-        return conv(_overlapping_pool(features, levels))
-    return F.interpolate(conv(features), size=size, mode="nearest") if levels else conv(features)
-
-
-def _overlapping_pool(features: Tensor, levels: int) -> Tensor:
-    """Go up so many levels by max pooling over 3x3."""
-    return F.max_pool2d(features, POOLING_KERNEL, 2**levels, POOLING_KERNEL // 2)
+        return conv(overlapping_pool(features, levels))
+    return upsample(conv(features), size) if levels else conv(features)
 
 
 class SSDLiteFeatures(PyramidBackbone):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from effspinenet_lib.models.anchors import (
+    ANCHOR_SIZE,
     BOX_CODE,
     NEGATIVE,
     AnchorSettings,
@@ -239,7 +240,7 @@ class RetinaNet(OneStageDetector):
         head_dim: channels of the heads (Table 2).
         head_layers: convolutions a branch (Table 2).
         activation: `swish` or `relu`.
-        anchors: sizes, ratios and matching.
+        anchor_size: side over stride of the smallest square anchor.
         settings: losses and post-processing.
         separable: separable convolutions in the heads, or dense ones (RetinaNet's, SpineNet's).
         project: bring every level to `head_dim` by a 1x1 convolution, norm and activation; else
@@ -259,7 +260,7 @@ class RetinaNet(OneStageDetector):
         head_dim: int,
         head_layers: int,
         activation: str = "swish",
-        anchors: AnchorSettings | None = None,
+        anchor_size: float = ANCHOR_SIZE,
         settings: DetectionSettings | None = None,
         separable: bool = True,
         project: bool = True,
@@ -271,7 +272,7 @@ class RetinaNet(OneStageDetector):
         self.num_classes = num_classes
         self.head_dim = head_dim
         self.first_class = int(background)
-        self.matching = anchors or AnchorSettings()
+        self.matching = AnchorSettings(anchor_size)
         self.settings = settings or DetectionSettings()
         dims = backbone.feature_dims.values()
         self.lateral = nn.ModuleList(

@@ -12,7 +12,6 @@ from typing import Any
 from timm.layers.create_act import get_act_layer
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from effspinenet_lib.errors import UserError
@@ -28,6 +27,7 @@ from effspinenet_lib.models.layers import (
     make_activation,
     max_pool,
     set_norms,
+    upsample,
 )
 from effspinenet_lib.models.specs import (
     MINIMUM_IMAGE_SIZE,
@@ -333,7 +333,7 @@ class AlphaResample(nn.Module):
         """Map features [N, inputs, h, w] to [N, outputs, *size]; `size` is the target's."""
         features = self.down(self.reduce(features))
         if self.upsample:
-            features = F.interpolate(features, size=size, mode="nearest")
+            features = upsample(features, size)
         return self.expand(features)
 
 

@@ -22,7 +22,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from effspinenet_lib.errors import DataError, UnknownName, UserError
 from effspinenet_lib.files import read_json, write_json
-from effspinenet_lib.models.anchors import AnchorSettings
+from effspinenet_lib.models.anchors import ANCHOR_SIZE
 from effspinenet_lib.models.base import TaskModel
 from effspinenet_lib.models.dense import (
     DROPOUT,
@@ -428,7 +428,7 @@ def _scale_permuted(
     activation: str = "swish",
     stochastic_depth: float = 0.2,
     dropout: float = DROPOUT,
-    anchor_size: float = AnchorSettings.size,
+    anchor_size: float = ANCHOR_SIZE,
     betas: str = "",
 ) -> TaskModel:
     """A scale-permuted backbone under the head of a task.
@@ -461,7 +461,7 @@ def _scale_permuted(
     )
     head, dims = (scale.head_dim, scale.head_layers), backbone.feature_dims
     if task == "detection":
-        return RetinaNet(backbone, num_classes, *head, activation, AnchorSettings(anchor_size))
+        return RetinaNet(backbone, num_classes, *head, activation, anchor_size)
     if task == "instances":
         return MaskRCNN(backbone, num_classes, *head, scale.box_fc_dim, activation)
     if task == "classification":
@@ -509,7 +509,10 @@ _BIFPN_REPEATS = {"D0": 3, "D1": 4, "D2": 5}  # EfficientDet's paper, Table 1
 # EfficientDet's code: anchors of 4 strides. The ratios are RetinaNet's, rounded there to 1.4 x 0.7.
 _EFFICIENTDET_ANCHOR_SIZE = 4.0
 # RetinaNet's dense heads; 640 pixels by SpineNet's paper and the released configs.
-_DENSE_SIZE, _DENSE_DIM, _DENSE_LAYERS = 640, 256, 4
+_DENSE_SIZE, _DENSE_DIM = 640, 256
+_dense_retinanet = partial(
+    RetinaNet, head_dim=_DENSE_DIM, head_layers=4, separable=False, biased=False
+)
 _SWISH = "swish"  # section 5.1.1: all models of Table 3
 
 
@@ -519,20 +522,13 @@ def _efficientnet_fpn(
     num_classes: int,
     *,
     stochastic_depth: float = 0.2,
-    anchor_size: float = AnchorSettings.size,
+    anchor_size: float = ANCHOR_SIZE,
 ) -> TaskModel:
     """FPN with separable convolutions on EfficientNet, under the authors' heads."""
     features = TimmFeatures(_EFFICIENTNETS[scale.id], stochastic_depth=stochastic_depth)
     pyramid = FeaturePyramid(features, scale.head_dim, _SWISH, separable=True)
-    return RetinaNet(
-        pyramid,
-        num_classes,
-        scale.head_dim,
-        scale.head_layers,
-        _SWISH,
-        AnchorSettings(anchor_size),
-        project=False,
-    )
+    head = (scale.head_dim, scale.head_layers, _SWISH, anchor_size)
+    return RetinaNet(pyramid, num_classes, *head, project=False)
 
 
 def _efficientdet(
@@ -550,15 +546,8 @@ def _efficientdet(
     """
     features = TimmFeatures(_EFFICIENTNETS[scale.id], stochastic_depth=stochastic_depth)
     pyramid = BiFPN(features, scale.head_dim, _BIFPN_REPEATS[scale.id], _SWISH)
-    return RetinaNet(
-        pyramid,
-        num_classes,
-        scale.head_dim,
-        scale.head_layers,
-        _SWISH,
-        AnchorSettings(anchor_size),
-        project=False,
-    )
+    head = (scale.head_dim, scale.head_layers, _SWISH, anchor_size)
+    return RetinaNet(pyramid, num_classes, *head, project=False)
 
 
 for _id, _name in _EFFICIENTNETS.items():
@@ -574,7 +563,7 @@ def _resnet50_fpn(
     """RetinaNet's FPN, P6 from P5 (Model Garden); `relu` in the first columns of Table 4."""
     features = TimmFeatures("resnet50", activation=activation, stochastic_depth=stochastic_depth)
     pyramid = FeaturePyramid(features, _DENSE_DIM, activation, separable=False)
-    return _dense_retinanet(pyramid, num_classes, activation, project=False)
+    return _dense_retinanet(pyramid, num_classes, activation=activation, project=False)
 
 
 @model("spinenet_49", {"detection": _DENSE_SIZE}, ("table-03",))
@@ -587,22 +576,7 @@ def _spinenet_49(
             RELEASED["spinenet_49"], task, num_classes, stochastic_depth=stochastic_depth
         )
     backbone = SpineNet(SPINENET_49, _SWISH, stochastic_depth)
-    return _dense_retinanet(backbone, num_classes, _SWISH, project=True)
-
-
-def _dense_retinanet(
-    backbone: PyramidBackbone, num_classes: int, activation: str, project: bool
-) -> RetinaNet:
-    return RetinaNet(
-        backbone,
-        num_classes,
-        _DENSE_DIM,
-        _DENSE_LAYERS,
-        activation,
-        separable=False,
-        project=project,
-        biased=False,
-    )
+    return _dense_retinanet(backbone, num_classes)
 
 
 # ---- Table 7: mobile detectors, all at 320x320
@@ -623,19 +597,7 @@ _MNAS_FPN_WIDTH = 0.7
 _MNAS_HEAD_DIM = 48  # the released config's 64, scaled by the same factor and rounded
 
 
-def _lite_retinanet(
-    backbone: PyramidBackbone, num_classes: int, dim: int, layers: int, anchor_size: float
-) -> RetinaNet:
-    return RetinaNet(
-        backbone,
-        num_classes,
-        dim,
-        layers,
-        _RELU,
-        AnchorSettings(anchor_size),
-        project=False,
-        biased=False,
-    )
+_lite_retinanet = partial(RetinaNet, activation=_RELU, project=False, biased=False)
 
 
 @model(
@@ -652,13 +614,13 @@ def _mobilenetv2_fpn(
     num_classes: int,
     *,
     stochastic_depth: float = 0.0,
-    anchor_size: float = AnchorSettings.size,
+    anchor_size: float = ANCHOR_SIZE,
 ) -> TaskModel:
     """FPNLite on a MobileNetV2: separable convolutions, one tower for both branches."""
     extractor = TimmFeatures(_MOBILENETV2, stochastic_depth=stochastic_depth)
     pyramid = FeaturePyramid(extractor, _FPN_DIM, _RELU, separable=True)
     tower = SharedTower(pyramid, _FPN_DIM, _LITE_LAYERS)
-    return _lite_retinanet(tower, num_classes, _FPN_DIM, 0, anchor_size)
+    return _lite_retinanet(tower, num_classes, _FPN_DIM, 0, anchor_size=anchor_size)
 
 
 @model(
@@ -677,12 +639,14 @@ def _mobilenetv2_nas_fpn(
     *,
     stochastic_depth: float = 0.0,
     repeats: int = _NAS_FPN_REPEATS,
-    anchor_size: float = AnchorSettings.size,
+    anchor_size: float = ANCHOR_SIZE,
 ) -> TaskModel:
     """NAS-FPNLite on a MobileNetV2; `repeats` of its 7 cells. So deep a pyramid learns slowly."""
     extractor = TimmFeatures(_MOBILENETV2, stochastic_depth=stochastic_depth)
     pyramid = NASFPN(extractor, _NAS_FPN_DIM, repeats)
-    return _lite_retinanet(pyramid, num_classes, _NAS_FPN_DIM, _LITE_LAYERS, anchor_size)
+    return _lite_retinanet(
+        pyramid, num_classes, _NAS_FPN_DIM, _LITE_LAYERS, anchor_size=anchor_size
+    )
 
 
 @model(
@@ -696,11 +660,11 @@ def _mobilenetv2_nas_fpn(
     ),
 )
 def _mobilenetv2_mnasfpn(
-    task: str, num_classes: int, *, anchor_size: float = AnchorSettings.size
+    task: str, num_classes: int, *, anchor_size: float = ANCHOR_SIZE
 ) -> TaskModel:
     """MnasFPN on a MobileNetV2, both at 0.7 of their width."""
     tower = SharedTower(MnasFPN(_MNAS_FPN_WIDTH), _MNAS_HEAD_DIM, _LITE_LAYERS)
-    return _lite_retinanet(tower, num_classes, _MNAS_HEAD_DIM, 0, anchor_size)
+    return _lite_retinanet(tower, num_classes, _MNAS_HEAD_DIM, 0, anchor_size=anchor_size)
 
 
 @model("mobilenetv3_small_ssdlite", *_MOBILE)

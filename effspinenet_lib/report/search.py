@@ -6,12 +6,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
@@ -52,26 +51,27 @@ from effspinenet_lib.report.style import (
     family_colour,
     new_figure,
     to_picture,
-    words,
 )
 from effspinenet_lib.results import FOLDERS, REFERENCE, ResultsStore, read_table
 from effspinenet_lib.results.paper import RESULTS_DIR
 
-METHOD_NAMES = {
-    "ppo": "PPO",
-    "reinforce": "REINFORCE",
-    "random": "random search",
-    "evolution": "evolution",
-}
+
+class Method(NamedTuple):
+    """How a method is named and drawn."""
+
+    name: str
+    colour: str
+    marker: str
+    line: str
+
+
 # Of Okabe and Ito's palette, without the colours of the models that are drawn in the same plots.
-METHOD_COLOURS = {
-    "ppo": "#D55E00",
-    "reinforce": "#CC79A7",
-    "random": "#56B4E9",
-    "evolution": "#009E73",
+METHODS = {
+    "ppo": Method("PPO", "#D55E00", "o", "-"),
+    "reinforce": Method("REINFORCE", "#CC79A7", "v", ":"),
+    "random": Method("random search", "#56B4E9", "s", "--"),
+    "evolution": Method("evolution", "#009E73", "^", "-."),
 }
-METHOD_MARKERS = {"ppo": "o", "reinforce": "v", "random": "s", "evolution": "^"}
-METHOD_LINES = {"ppo": "-", "reinforce": ":", "random": "--", "evolution": "-."}
 SP, D0 = "SP-EfficientNet-B0", "Eff-SpineNet-D0"
 FOUND, GIVEN = "search's best", "given distribution"
 PROFILE_OF = {source: profile for profile, source in FOLDERS.items()}
@@ -131,7 +131,7 @@ def sampled(trials: pd.DataFrame) -> pd.DataFrame:
     return searched(trials).drop_duplicates("run")
 
 
-def best_sample(trials: pd.DataFrame) -> Any | None:
+def best_sample(trials: pd.DataFrame) -> Any:
     """The sample of the highest reward, of several the one with the fewest parameters.
 
     None without samples.
@@ -155,7 +155,7 @@ def references(trials: pd.DataFrame) -> pd.DataFrame:
 def _names(trials: pd.DataFrame) -> dict[str, str]:
     """Names of distributions by betas: the best of each method and of all, and the paper's two."""
     rows = searched(trials)
-    groups = {f"best of {name}": rows[rows["method"] == m] for m, name in METHOD_NAMES.items()}
+    groups = {f"best of {m.name}": rows[rows["method"] == key] for key, m in METHODS.items()}
     found = {name: best_sample(own) for name, own in {**groups, FOUND: rows}.items()}
     named = {best["betas"]: name for name, best in found.items() if best is not None}
     equal = (text for text in trials["betas"].unique() if len(set(parse_betas(text))) == 1)
@@ -164,7 +164,7 @@ def _names(trials: pd.DataFrame) -> dict[str, str]:
 
 def _searches(trials: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """The searches on record: name, method, and all trials in order."""
-    for method, name in METHOD_NAMES.items():
+    for method, (name, *_) in METHODS.items():
         own = trials[trials["method"] == method]
         for seed, rows in own.groupby("seed"):
             several = own["seed"].nunique() > 1
@@ -175,11 +175,22 @@ def _setting(trials: pd.DataFrame) -> str:
     """What a trial is, in the record's own words, and its source."""
     if trials.empty:
         return NOT_RUN
-    return f"{SOURCE_NAMES[trials['source'].iloc[0]]}; {'; '.join(trials['setting'].unique())}"
+    return f"{_source(trials)}; {'; '.join(trials['setting'].unique())}"
+
+
+def _source(trials: pd.DataFrame) -> str:
+    return SOURCE_NAMES[PROXY if trials.empty else trials["source"].iloc[0]]
 
 
 def _digits(value: float, form: str = "{:.2f}") -> str:
     return NOT_PRINTED if math.isnan(value) else form.format(value)
+
+
+def _table(rows: dict[Any, Any], name: str, caption: str, run: bool = True) -> Table:
+    """A table of cells by row and column; the caption alone where nothing was `run`."""
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    frame.index = pd.Index(list(rows), dtype=object, name=name)
+    return Table(frame, caption) if run else Table(frame.iloc[:0], f"{caption}: {NOT_RUN}")
 
 
 # Tables
@@ -204,8 +215,7 @@ def summary(trials: pd.DataFrame) -> Table:
             "second half – random": NOT_PRINTED if method == "random" else later.text(2),
             "hours": f"{every['seconds'].sum() / HOUR:.1f}",
         }
-    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
-    return Table(frame, f"Searches on record ({_setting(trials)})")
+    return _table(rows, "method", f"Searches on record ({_setting(trials)})")
 
 
 def reference_table(
@@ -218,53 +228,44 @@ def reference_table(
         given: betas and cost at the scale D0 of a distribution in a row of its own.
     """
     again, samples = references(trials), searched(trials)
-    betas = {name: text for text, name in _names(trials).items()}
-    betas |= {SP: betas_text(EQUAL_BETAS)} | dict(zip(again["row"], again["betas"], strict=True))
+    betas = {SP: betas_text(EQUAL_BETAS), FOUND: ""}
+    betas |= {name: text for text, name in _names(trials).items() if name in (D0, FOUND)}
+    betas |= dict(zip(again["row"], again["betas"], strict=True))
     recorded = trials.drop_duplicates("betas").set_index("betas")
-    costs: dict[str, Cost] = {
-        str(text): (row["multi_adds_d0"], row["parameters_d0"]) for text, row in recorded.iterrows()
-    }
+    costs = recorded[["multi_adds_d0", "parameters_d0"]].apply(tuple, axis=1).to_dict()
     costs |= {betas[SP]: paper_cost("sp_efficientnet_b0"), betas[D0]: paper_cost("eff_spinenet_d0")}
-    names = list(dict.fromkeys((SP, D0, FOUND, *again["row"])))
     if given is not None:
-        names.append(GIVEN)
         betas[GIVEN] = betas_text(given[0])
         costs[betas[GIVEN]] = given[1]
     rows = {}
-    for name in names:
-        text = betas.get(name, "")
-        aps, picked = (
-            again.loc[again["betas"] == text, "AP"],
-            samples["AP"][samples["betas"] == text],
-        )
-        multi_adds, parameters = costs.get(text, (math.nan, math.nan))
+    for name in dict.fromkeys((SP, D0, *betas)):
+        aps = again.loc[again["betas"] == betas[name], "AP"]
+        picked = samples.loc[samples["betas"] == betas[name], "AP"].max()
+        multi_adds, parameters = costs.get(betas[name], (math.nan, math.nan))
         rows[name] = {
             "AP (%), mean ± sd (seeds)": mean_std(aps).text(2) if len(aps) else NOT_RUN,
-            "AP (%) it was chosen for": _digits(
-                math.nan if name in (SP, D0) else float(picked.max())
-            ),
+            "AP (%) it was chosen for": NOT_PRINTED if name in (SP, D0) else _digits(picked),
             "Multi-Adds at D0 (B)": _digits(multi_adds / BILLION),
             "#Params at D0 (M)": _digits(parameters / MILLION),
         }
-    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("distribution")
-    return Table(frame, f"Chosen distributions at equal budget ({_setting(trials)})")
+    caption = f"Chosen distributions at equal budget ({_setting(trials)})"
+    return _table(rows, "distribution", caption)
 
 
 def reference_differences(trials: pd.DataFrame) -> Table:
     """The chosen distributions against SP-EfficientNet-B0, and the search's best against D0."""
-    again = references(trials)
-    names = (SP, D0, FOUND, *again["row"])
-    aps = {name: again[again["row"] == name].set_index("seed")["AP"] for name in names}
+    aps = _aps(trials)
     pairs = [(name, SP) for name in aps if name != SP] + [(FOUND, D0)]
     rows = {f"{one} – {two}": compare_seeds(aps[one], aps[two], digits=2) for one, two in pairs}
-    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("difference in AP")
     caption = "Differences over seeds; a verdict takes an interval that leaves out zero"
-    return _recorded(again, frame, caption)
+    return _table(rows, "difference in AP", caption, run=any(map(len, aps.values())))
 
 
-def _recorded(rows: pd.DataFrame, frame: pd.DataFrame, caption: str) -> Table:
-    """A table made of rows of the record, or that there are none."""
-    return Table(frame, caption) if len(rows) else Table(frame.iloc[:0], f"{caption}: {NOT_RUN}")
+def _aps(trials: pd.DataFrame) -> dict[str, pd.Series[float]]:
+    """AP by seed of each chosen distribution, the paper's two and the search's best first."""
+    again = references(trials).set_index("seed")
+    names = dict.fromkeys((SP, D0, FOUND, *again["row"]))
+    return {name: again.loc[again["row"] == name, "AP"] for name in names}
 
 
 def noise(trials: pd.DataFrame) -> Table:
@@ -273,9 +274,9 @@ def noise(trials: pd.DataFrame) -> Table:
     The share of right orders is of two random distributions, one trial each, were both the APs
     and the noise normal; a coin has 50 %.
     """
-    deviations = [own["AP"] - own["AP"].mean() for _, own in references(trials).groupby("row")]
-    freedom = sum(len(own) - 1 for own in deviations)
-    squares = sum(float((own**2).sum()) for own in deviations)
+    own = references(trials).groupby("row")["AP"]
+    freedom = int((own.count() - 1).sum())
+    squares = float((own.var() * (own.count() - 1)).sum())
     seeds = math.sqrt(squares / freedom) if freedom else math.nan
     rows = sampled(trials)
     blind = rows.loc[rows["method"] == "random", "AP"].std()
@@ -287,59 +288,54 @@ def noise(trials: pd.DataFrame) -> Table:
         "share of the samples' variance that is the seed's": _digits(PERCENT * share, "{:.0f} %"),
         "pairs that one trial each puts in the right order": _digits(PERCENT * right, "{:.0f} %"),
     }
-    frame = pd.Series(cells, name="").to_frame().rename_axis("quantity")
-    return _recorded(rows, frame, "What one trial can tell")
+    cells_by_row = {name: {"": cell} for name, cell in cells.items()}
+    return _table(cells_by_row, "quantity", "What one trial can tell", run=len(rows) > 0)
 
 
 def level_table(trials: pd.DataFrame) -> Table:
     """Betas and parameters by group of levels: all samples, the best tenth, the difference."""
-    best = _is_best(trials)
-    specs = [backbone_spec(parse_betas(text)) for text in sampled(trials)["betas"]]
-    weights = [by_level_group(spec, block_parameters(spec)) / THOUSAND for spec in specs]
-    blocks = by_level_group(BEFORE, [1.0] * len(EQUAL_BETAS))
-    betas = [
-        by_level_group(BEFORE, row) / blocks for row in map(parse_betas, sampled(trials)["betas"])
-    ]
+    rows = sampled(trials)
+    ranks = rows["AP"].rank(ascending=False, method="first").to_numpy()
+    best = ranks <= math.ceil(BEST_SHARE * len(ranks))
     before = by_level_group(BEFORE, block_parameters(BEFORE)) / THOUSAND
-    groups = ["L1", *LEVEL_GROUPS]
-    columns: dict[tuple[str, str], list[str]] = {}
-    for quantity, sums, digits in (("mean β", betas, 1), ("parameters (k)", weights, 0)):
-        values = pd.DataFrame(sums, columns=before.index, dtype=float)
-        if quantity != "mean β":
-            columns[quantity, SP] = [f"{before[group]:.0f}" for group in groups]
-        for name, own in (("all samples", values), ("best tenth", values[best])):
-            means = own.mean()
-            columns[quantity, name] = [_digits(means[g], f"{{:.{digits}f}}") for g in groups]
-        columns[quantity, "difference"] = [
-            difference(values.loc[best, group], values.loc[~best, group]).text(digits)
-            for group in groups
-        ]
-    frame = pd.DataFrame(columns, index=pd.Index(groups, name="levels"))
+    blocks = by_level_group(BEFORE, [1.0] * len(EQUAL_BETAS))
+    drawn = [parse_betas(text) for text in rows["betas"]]
+    specs = [backbone_spec(betas) for betas in drawn]
+    sums = {
+        "mean β": ([by_level_group(BEFORE, betas) / blocks for betas in drawn], 1),
+        "parameters (k)": ([by_level_group(s, block_parameters(s)) / THOUSAND for s in specs], 0),
+    }
+    cells: dict[str, dict[tuple[str, str], str]] = {}
+    for group in ("L1", *LEVEL_GROUPS):
+        row = cells.setdefault(group, {})
+        for quantity, (found, digits) in sums.items():
+            values = pd.DataFrame(found, columns=before.index, dtype=float)[group]
+            if quantity != "mean β":
+                row[quantity, SP] = f"{before[group]:.0f}"
+            for name, own in (("all samples", values), ("best tenth", values[best])):
+                row[quantity, name] = _digits(own.mean(), f"{{:.{digits}f}}")
+            shift = difference(values[best], values[~best])
+            row[quantity, "difference"] = shift.text(digits)
     caption = "Levels in all samples and the best tenth; difference: the best tenth less the rest"
-    return _recorded(sampled(trials), frame, caption)
-
-
-def _is_best(trials: pd.DataFrame) -> npt.NDArray[np.bool_]:
-    """Which rows of `sampled` are the best tenth by AP; at least one where there are any."""
-    ranks = sampled(trials)["AP"].rank(ascending=False, method="first")
-    return np.asarray(ranks <= math.ceil(BEST_SHARE * len(ranks)))
+    return _table(cells, "levels", caption, run=len(rows) > 0)
 
 
 def correlation_table(trials: pd.DataFrame) -> Table:
     """Rank correlation of the AP with what a sample costs, with the chance of such a one."""
     every = sampled(trials)
     groups = {"random search": every[every["method"] == "random"], "all methods": every}
-    columns: dict[tuple[str, str], dict[str, str]] = {}
+    cells: dict[str, dict[tuple[str, str], str]] = {label: {} for label in COST_COLUMNS.values()}
     for name, rows in groups.items():
         heading = f"{name} ({len(rows)} samples)"
         for column, label in COST_COLUMNS.items():
             enough = len(rows) > LEAST_SEEDS
             rho, chance = stats.spearmanr(rows["AP"], rows[column]) if enough else (math.nan,) * 2
-            columns.setdefault((heading, "ρ"), {})[label] = _digits(rho, "{:+.2f}")
-            columns.setdefault((heading, "p"), {})[label] = _digits(chance, "{:.2g}")
-    frame = pd.DataFrame(columns).rename_axis("AP against")
+            cells[label] |= {
+                (heading, "ρ"): _digits(rho, "{:+.2f}"),
+                (heading, "p"): _digits(chance, "{:.2g}"),
+            }
     caption = "Rank correlation (Spearman) of AP with cost; p: as far from zero by chance"
-    return _recorded(every, frame, caption)
+    return _table(cells, "AP against", caption, run=len(every) > 0)
 
 
 def cost_table(samples: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> Table:
@@ -356,19 +352,15 @@ def cost_table(samples: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> Ta
         )
         if not flops.size:
             continue
+        within = np.abs(flops) <= FLOPS_PERCENT
         rows[name] = {
             "samples": f"{flops.size:,}",
-            f"Multi-Adds ±{FLOPS_PERCENT:g} %": _share(np.abs(flops) <= FLOPS_PERCENT),
+            f"Multi-Adds ±{FLOPS_PERCENT:g} %": f"{PERCENT * within.mean():.1f} %",
             "Multi-Adds range": f"{flops.min():+.0f} to {flops.max():+.0f} %",
-            "fewer #Params": _share(weights < 0),
+            "fewer #Params": f"{PERCENT * (weights < 0).mean():.1f} %",
             "#Params range": f"{weights.min():+.0f} to {weights.max():+.0f} %",
         }
-    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("samples of")
-    return Table(frame, f"Samples within a range of {SP}'s cost at D0")
-
-
-def _share(which: npt.NDArray[np.bool_]) -> str:
-    return f"{PERCENT * which.mean():.1f} %"
+    return _table(rows, "samples of", f"Samples within a range of {SP}'s cost at D0")
 
 
 def space_table(*results_dirs: Dir) -> Table:
@@ -376,20 +368,18 @@ def space_table(*results_dirs: Dir) -> Table:
     caption = "Section 5.1.5 on uniform samples of the space; most: more than half"
     paths = [Path(folder) / SPACE_FILE for folder in results_dirs]
     path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        return Table(pd.DataFrame(), f"{caption}: {NOT_RUN}")
-    rows = read_table(path, "space")
-    rows = rows[rows["stated"] != ""].sort_values("claim", kind="stable")
-    frame = pd.DataFrame(
-        {
-            "stated": rows["stated"],
-            "computed": rows["computed"].map("{:.1f}".format) + " " + rows["unit"],
-            "verdict": rows["verdict"],
-            "samples": rows["samples"].map("{:,}".format),
-        }
-    )
-    names = pd.Index(list(map(Text, rows["statement"])), dtype=object, name="statement")
-    return Table(frame.set_axis(names), caption)
+    rows = {}
+    if path is not None:
+        table = read_table(path, "space")
+        stated = table[table["stated"] != ""].sort_values("claim", kind="stable")
+        for row in stated.itertuples():
+            rows[Text(row.statement)] = {
+                "stated": row.stated,
+                "computed": f"{row.computed:.1f} {row.unit}",
+                "verdict": row.verdict,
+                "samples": f"{row.samples:,}",
+            }
+    return _table(rows, "statement", caption, run=path is not None)
 
 
 def paper_cost(model: str) -> Cost:
@@ -429,52 +419,45 @@ def entropy(trials: pd.DataFrame) -> Picture:
     }
     if not found:
         return empty_picture("Entropy of a policy")
-    uniform = math.log(len(SEARCH_SPACE))
-    return _lines(found, "entropy of a choice (nats)", uniform=uniform)
+    return _lines(found, "entropy of a choice (nats)", uniform=math.log(len(SEARCH_SPACE)))
 
 
 def _lines(
     series: Mapping[tuple[str, str], pd.Series[float]],
     label: str,
     steps: bool = False,
-    uniform: float = math.nan,
+    uniform: float | None = None,
 ) -> Picture:
     with drawing():
-        figure = new_figure(PANEL_WIDTH if math.isnan(uniform) else WIDE, PANEL_HEIGHT)
+        figure = new_figure(WIDE if uniform else PANEL_WIDTH, PANEL_HEIGHT)
         axes = figure.add_subplot()
         for (name, method), values in series.items():
             axes.plot(
                 values.index,
                 values,
-                METHOD_LINES[method],
-                color=METHOD_COLOURS[method],
+                METHODS[method].line,
+                color=METHODS[method].colour,
                 drawstyle="steps-post" if steps else "default",
                 linewidth=2,
                 label=name,
             )
-        if not math.isnan(uniform):
+        if uniform:
             axes.axhline(uniform, color=INK, linestyle=":", label="uniform")
             axes.set_ylim(0, 1.1 * uniform)
         axes.set(xlabel="samples", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend_above(axes, columns=3)
-        listed = words(
+        ends = "; ".join(
             f"{name} from {values.iloc[0]:.2f} to {values.iloc[-1]:.2f}"
             for (name, _), values in series.items()
         )
-        return to_picture(figure, f"Lines: {label} against samples. {listed}.")
+        return to_picture(figure, f"Lines: {label} against samples. {ends}.")
 
 
 def reference_dots(trials: pd.DataFrame) -> Picture:
     """A dot a seed of the distributions that were trained at equal budget."""
-    again = references(trials)
-    names = dict.fromkeys((SP, D0, FOUND, *again["row"]))
-    values = {name: again.loc[again["row"] == name, "AP"].tolist() for name in names}
+    values = {name: aps.tolist() for name, aps in _aps(trials).items()}
     return seed_dots(values, f"AP (%), {_source(trials)}, one dot a seed", digits=2)
-
-
-def _source(trials: pd.DataFrame) -> str:
-    return SOURCE_NAMES[PROXY if trials.empty else trials["source"].iloc[0]]
 
 
 def samples(trials: pd.DataFrame) -> Gallery:
@@ -509,35 +492,31 @@ def _scatter(
         figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT + 0.4)
         axes = figure.add_subplot()
         for percent in bands:
-            _band(axes, middle, percent)
+            reach = middle * percent / PERCENT
+            axes.axvspan(middle - reach, middle + reach, color=INK, alpha=0.1, linewidth=0)
+            place, corner = (middle + reach, 1), ("data", "axes fraction")
+            axes.annotate(f"±{percent:g} %", place, xycoords=corner, ha="right", va="top", size=8)
         axes.axvline(middle, color=INK, linewidth=1, linestyle=":")
-        for method, name in METHOD_NAMES.items():
-            own = rows[rows["method"] == method]
+        dots: dict[str, Any] = {"markersize": 4.5, "markeredgewidth": 0, "alpha": 0.75}
+        for key, method in METHODS.items():
+            own = rows[rows["method"] == key]
+            name = method.name if len(own) else None
             axes.plot(
                 own[column] / unit,
                 own["AP"],
-                METHOD_MARKERS[method],
-                color=METHOD_COLOURS[method],
-                markersize=4.5,
-                markeredgewidth=0,
-                alpha=0.75,
-                label=name if len(own) else None,
+                method.marker,
+                color=method.colour,
+                label=name,
+                **dots,
             )
-        colours = {f"best of {METHOD_NAMES[m]}": colour for m, colour in METHOD_COLOURS.items()}
+        colours = {f"best of {method.name}": method.colour for method in METHODS.values()}
         stars = []
         for star, own in references(trials).groupby("row", sort=False):
-            place, mean = float(own[column].iloc[0]) / unit, float(own["AP"].mean())
-            axes.plot(
-                [place],
-                [mean],
-                "*",
-                color=colours.get(str(star), family_colour(str(star))),
-                markeredgecolor=INK,
-                markersize=14,
-                zorder=3,
-                label=star,
-            )
-            stars.append(f"{star} at {place:.2f} with AP {mean:.2f} ({len(own)} runs)")
+            where, mean = float(own[column].iloc[0]) / unit, float(own["AP"].mean())
+            colour = colours.get(str(star), family_colour(str(star)))
+            edge: dict[str, Any] = {"markeredgecolor": INK, "markersize": 14, "zorder": 3}
+            axes.plot([where], [mean], "*", color=colour, label=star, **edge)
+            stars.append(f"{star} at {where:.2f} with AP {mean:.2f} ({len(own)} runs)")
         reach = middle * AXIS_PERCENT / PERCENT
         left = min(float(rows[column].min()) / unit, middle - reach)
         right = max(float(rows[column].max()) / unit, middle + reach)
@@ -546,18 +525,5 @@ def _scatter(
         axes.set(xlabel=label, ylabel=f"AP (%), {_source(trials)}")
         legend_above(axes)
         alt = f"Scatter: {label} against AP of {len(rows)} samples ({_source(trials)})"
-        chosen = words(stars) if stars else NOT_RUN
+        chosen = "; ".join(stars) or NOT_RUN
         return to_picture(figure, f"{alt}, {SP} at {middle:.2f}. Chosen distributions: {chosen}.")
-
-
-def _band(axes: Axes, middle: float, percent: float) -> None:
-    reach = middle * percent / PERCENT
-    axes.axvspan(middle - reach, middle + reach, color=INK, alpha=0.1, linewidth=0)
-    axes.annotate(
-        f"±{percent:g} %",
-        (middle + reach, 1),
-        xycoords=("data", "axes fraction"),
-        ha="right",
-        va="top",
-        fontsize=8,
-    )

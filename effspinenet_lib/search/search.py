@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,20 @@ class SearchSettings:
             self.model, "detection", self.image_size, self.data, self.recipe, seed, options
         )
 
-    @property
-    def classes(self) -> int:
-        """Classes that the costs of a trial's model are counted with."""
-        return len(CATEGORIES) if self.data.format == OWN_FORMAT else COCO_CLASSES
+    def costs(self, betas: Sequence[tuple[int, ...]]) -> Costs:
+        """What the models of trials cost."""
+        scale = SCALES[MODELS[self.model].scale]
+        classes = len(CATEGORIES) if self.data.format == OWN_FORMAT else COCO_CLASSES
+        return detector_costs(np.array(betas), scale, classes, self.image_size)
+
+    @cached_property
+    def equal_multi_adds(self) -> int:
+        """Multiply-adds of the model with SP-EfficientNet's distribution."""
+        return int(self.costs([EQUAL_BETAS]).multi_adds[0])
+
+    def reward(self, row: Mapping[str, Any], penalty: float) -> float:
+        """The AP, less a penalty on multiply-adds above those of SP-EfficientNet."""
+        return float(row["AP"] * (row["multi_adds"] / self.equal_multi_adds) ** penalty)
 
     @property
     def description(self) -> str:
@@ -197,19 +208,6 @@ def get_search(profile: str) -> SearchSettings:
     return SEARCHES[profile]
 
 
-def check_penalty(exponent: float) -> float:
-    """A penalty's exponent as it is, or a refusal.
-
-    Raises:
-        UserError: it is above 0 or not finite.
-    """
-    if not -math.inf < exponent <= 0:
-        raise UserError(
-            f"the penalty is {exponent}; it must be 0 or a finite number below, such as -0.07"
-        )
-    return exponent
-
-
 # The search
 
 
@@ -225,6 +223,10 @@ class Search:
         trials: samples in all.
         penalty: exponent of a model's multiply-adds over SP-EfficientNet's in the reward, MnasNet's
             soft constraint (arXiv 1807.11626, equation 2: -0.07); 0: the reward is the AP.
+
+    Raises:
+        UnknownName: no such method.
+        UserError: the penalty is above 0 or not finite.
     """
 
     settings: SearchSettings
@@ -234,27 +236,34 @@ class Search:
     trials: int
     penalty: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.method not in CONTROLLERS:
+            raise UnknownName("search method", self.method, CONTROLLERS)
+        if not -math.inf < self.penalty <= 0:
+            raise UserError(
+                f"the penalty is {self.penalty}; it must be 0 or a finite number below, such as "
+                "-0.07"
+            )
+
     @property
     def state_file(self) -> Path:
         """Where the controller's state is."""
         return self.store.runs_folder / STATES_FOLDER / f"{self.method}-{self.seed}.pt"
 
-    @property
-    def stream(self) -> int:
-        """Seed of the samples; no two methods of one seed begin with the same ones."""
-        entropy = [self.seed, *self.method.encode()]
-        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
-
     def controller(self) -> Controller:
-        """A controller that has learned nothing."""
+        """A controller that has learned nothing; no two methods of a seed begin with one sample."""
+        entropy = [self.seed, *self.method.encode()]
+        stream = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         make = CONTROLLERS[self.method]
-        return make(BLOCKS, len(SEARCH_SPACE), self.stream, self.settings.trials)
+        return make(BLOCKS, len(SEARCH_SPACE), stream, self.settings.trials)
 
     def recorded(self) -> dict[int, dict[str, Any]]:
         """The rows of the record that are this search's, by trial."""
-        frame = self.store.trials()
-        own = frame[(frame["method"] == self.method) & (frame["seed"] == self.seed)]
-        return {int(row["trial"]): row for row in _rows_of(own)}
+        return {int(row["trial"]): row for row in _rows(self.store.trials()) if self.owns(row)}
+
+    def owns(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of the record is this search's."""
+        return (row["method"], row["seed"]) == (self.method, self.seed)
 
 
 @dataclass(frozen=True)
@@ -282,19 +291,17 @@ def run_search(
         The record of this search, one row a trial.
 
     Raises:
-        UnknownName: no such method.
         UserError: the record holds trials of another kind, another process runs this search, or
             the error of a trial that is no fault of its own: it is not recorded, trials under way
             are stopped, and the same call resumes the search.
         CheckpointError: the controller's state is lost or broken, or trials that it has learned
             from are missing from the record.
     """
-    if search.method not in CONTROLLERS:
-        raise UnknownName("search method", search.method, CONTROLLERS)
     ensure_folder(search.state_file.parent)
     try:
         with FileLock(f"{search.state_file}.lock", timeout=0):
-            _check_record(search, force)
+            kept = [row for row in _rows(search.store.trials()) if not (force and search.owns(row))]
+            _check_record(search.store, kept, search.settings, search.penalty, RESTART)
             if force:
                 search.state_file.unlink(missing_ok=True)
                 search.store.drop_trials(search.method, search.seed)
@@ -310,23 +317,16 @@ def _run(search: Search, runner: Runner, progress: bool) -> None:
     rows = search.recorded()
     if rows.keys() >= set(range(search.trials)):
         return
-    controller = search.controller()
+    settings, controller = search.settings, search.controller()
     asked = _load(search, controller, rows) or _ask(search, controller, step=0, first=0)
-    with tqdm(
-        total=search.trials,
-        initial=len(rows),
-        desc=search.method,
-        unit="trial",
-        disable=None if progress else True,
-    ) as bar:
+    with _bar(search.method, search.trials, progress, initial=len(rows)) as bar:
         while True:
             chosen = [tuple(SEARCH_SPACE[index] for index in one) for one in asked.samples]
             planned = plan_trials(
-                search.settings, chosen, search.method, search.seed, asked.step, asked.first
+                settings, chosen, search.method, search.seed, asked.step, asked.first
             )
             new = [{**row, "entropy": asked.entropy} for row in planned if row["trial"] not in rows]
-            for _ in _run_trials(search.settings, search.store, search.penalty, runner, new):
-                bar.update()
+            _run_trials(settings, search.store, search.penalty, runner, new, bar)
             rows = search.recorded()
             first = asked.first + len(asked.samples)
             if first >= search.trials:
@@ -335,6 +335,11 @@ def _run(search: Search, runner: Runner, progress: bool) -> None:
             worked = [(sample, reward) for sample, reward in told if not math.isnan(reward)]
             controller.tell([sample for sample, _ in worked], [reward for _, reward in worked])
             asked = _ask(search, controller, asked.step + 1, first)
+
+
+def _bar(name: str, total: int, progress: bool, initial: int = 0) -> tqdm[Any]:
+    silent = None if progress else True
+    return tqdm(total=total, initial=initial, desc=name, unit="trial", disable=silent)
 
 
 def _ask(search: Search, controller: Controller, step: int, first: int) -> _Asked:
@@ -347,10 +352,11 @@ def _ask(search: Search, controller: Controller, step: int, first: int) -> _Aske
     return asked
 
 
-def _load(
-    search: Search, controller: Controller, rows: Mapping[int, Mapping[str, Any]]
-) -> _Asked | None:
-    """Restore the controller; what it asked for last. None where it has not begun."""
+def _load(search: Search, controller: Controller, rows: Collection[int]) -> _Asked | None:
+    """Restore the controller; what it asked for last. None where it has not begun.
+
+    `rows` are the numbers of the recorded trials.
+    """
     path = search.state_file
     if not path.exists():
         if not rows:
@@ -402,12 +408,11 @@ def run_references(
     Raises:
         UserError: the record holds trials of other settings, or as `run_search`.
     """
-    frame = store.trials()
-    _refuse_other_settings(store, frame, settings, ELSEWHERE)
-    known = frame[frame["method"] == REFERENCE]
+    recorded = _rows(store.trials())
+    _check_record(store, recorded, settings, None, ELSEWHERE)
     rows: list[dict[str, Any]] = []
     for seed in seeds:
-        own = _rows_of(known[known["seed"] == seed])
+        own = [row for row in recorded if (row["method"], row["seed"]) == (REFERENCE, seed)]
         done = {row["run"] for row in own if row["state"] != FAILED}
         numbers = {row["run"]: row["trial"] for row in own if row["state"] == FAILED}
         following = 1 + max((row["trial"] for row in own), default=-1)
@@ -419,10 +424,8 @@ def run_references(
             row["trial"] = numbers.get(row["run"], following)
             following += row["trial"] == following
             rows.append({**row, "note": name})
-    silent = None if progress else True
-    with tqdm(total=len(rows), desc=REFERENCE, unit="trial", disable=silent) as bar:
-        for _ in _run_trials(settings, store, 0.0, runner, rows):
-            bar.update()
+    with _bar(REFERENCE, len(rows), progress) as bar:
+        _run_trials(settings, store, 0.0, runner, rows, bar)
     frame = store.trials()
     return frame[frame["method"] == REFERENCE]
 
@@ -451,7 +454,7 @@ def plan_trials(
     drawn, size = np.array(betas), SCALES["D0"].input_size
     dims = feature_dims(drawn)
     full = detector_costs(drawn, SCALES["D0"], COCO_CLASSES, size)
-    own = _trial_costs(settings, betas)
+    own = settings.costs(betas)
     return [
         {
             "method": method,
@@ -471,42 +474,42 @@ def plan_trials(
     ]
 
 
-def _trial_costs(settings: SearchSettings, betas: Sequence[tuple[int, ...]]) -> Costs:
-    """What the models of trials cost."""
-    scale = SCALES[MODELS[settings.model].scale]
-    return detector_costs(np.array(betas), scale, settings.classes, settings.image_size)
-
-
 def _run_trials(
     settings: SearchSettings,
     store: ResultsStore,
     penalty: float,
     runner: Runner,
     rows: Sequence[dict[str, Any]],
-) -> Iterator[int]:
-    """Run planned rows; record each as it ends, and yield its number.
+    bar: tqdm[Any],
+) -> None:
+    """Run planned rows and record each as it ends.
 
     Of rows with the same run the first is trained, unless the record has it from anyone's sample;
     the others take its result.
     """
+
+    def record(ended: list[dict[str, Any]]) -> None:
+        for row in ended:
+            if row["state"] != FAILED:
+                row["reward"] = settings.reward(row, penalty)
+        store.add_trials(ended)
+        if ended[0]["state"] == FINISHED:  # the checkpoints of all trials would fill a disk
+            shutil.rmtree(store.runs_folder / ended[0]["run"], ignore_errors=True)
+        bar.update(len(ended))
+
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["run"], []).append(row)
-    frame = store.trials()
-    known = {row["run"]: row for row in _rows_of(frame[frame["state"] == FINISHED])}
+    known = {row["run"]: row for row in _rows(store.trials()) if row["state"] == FINISHED}
     for run in [run for run in groups if run in known]:
-        yield from _record(
-            settings, store, penalty, [_copy(r, known[run]) for r in groups.pop(run)]
-        )
+        record([_copy(row, known[run]) for row in groups.pop(run)])
     configs = [
         settings.config(parse_betas(first["betas"]), first["seed"]) for first, *_ in groups.values()
     ]
     for outcome in runner(configs):
         first, *others = groups[outcome.config.key]
         done = {**first, **_columns(outcome)}
-        yield from _record(
-            settings, store, penalty, [done, *(_copy(other, done) for other in others)]
-        )
+        record([done, *(_copy(other, done) for other in others)])
 
 
 def _columns(outcome: Outcome) -> dict[str, Any]:
@@ -547,62 +550,37 @@ def _copy(row: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _record(
-    settings: SearchSettings, store: ResultsStore, penalty: float, rows: list[dict[str, Any]]
-) -> list[int]:
-    """Add rows of one run to the record; returns their numbers."""
-    equal = int(_trial_costs(settings, [EQUAL_BETAS]).multi_adds[0])
-    for row in rows:
-        if row["state"] != FAILED:
-            row["reward"] = _reward(row, penalty, equal)
-    store.add_trials(rows)
-    if rows[0]["state"] == FINISHED:  # the checkpoints of all trials would fill a disk
-        shutil.rmtree(store.runs_folder / rows[0]["run"], ignore_errors=True)
-    return [row["trial"] for row in rows]
-
-
-def _reward(row: Mapping[str, Any], penalty: float, equal: int) -> float:
-    """The AP, less a penalty on multiply-adds above `equal`, those of SP-EfficientNet."""
-    return float(row["AP"] * (row["multi_adds"] / equal) ** penalty)
-
-
-def _check_record(search: Search, force: bool) -> None:
-    """Refuse to add to a record of trials of another kind; with `force` the own ones do not count.
+def _check_record(
+    store: ResultsStore,
+    rows: Iterable[Mapping[str, Any]],
+    settings: SearchSettings,
+    penalty: float | None,
+    remedy: str,
+) -> None:
+    """Refuse to add to a record of trials of another kind; a penalty of None fits all.
 
     Raises:
-        UserError: a trial has another setting or another penalty, or an own one would be another
-            run now.
+        UserError: a trial has another setting or another penalty, or would be another run now.
     """
-    frame, settings = search.store.trials(), search.settings
-    own = (frame["method"] == search.method) & (frame["seed"] == search.seed)
-    kept = frame[~own] if force else frame
-    _refuse_other_settings(search.store, kept, settings, RESTART)
-    equal = int(_trial_costs(settings, [EQUAL_BETAS]).multi_adds[0])
-    for row in _rows_of(kept[(kept["method"] != REFERENCE) & (kept["state"] != FAILED)]):
-        reward = _reward(row, search.penalty, equal)
-        if not math.isclose(reward, row["reward"], abs_tol=1e-9):
-            raise _other_kind(search.store, row, "another penalty", RESTART)
-
-
-def _refuse_other_settings(
-    store: ResultsStore, rows: pd.DataFrame, settings: SearchSettings, remedy: str
-) -> None:
-    """Refuse a record whose trials are described otherwise or would be other runs now."""
-    for row in _rows_of(rows):
+    for row in rows:
         if row["setting"] != settings.description:
-            raise _other_kind(store, row, f"other settings ({row['setting']})", remedy)
-        if settings.config(parse_betas(row["betas"]), int(row["seed"])).key != row["run"]:
-            raise _other_kind(store, row, "other settings", remedy)
+            difference = f"other settings ({row['setting']})"
+        elif settings.config(parse_betas(row["betas"]), int(row["seed"])).key != row["run"]:
+            difference = "other settings"
+        elif (
+            penalty is not None
+            and row["method"] != REFERENCE
+            and row["state"] != FAILED
+            and not math.isclose(settings.reward(row, penalty), row["reward"], abs_tol=1e-9)
+        ):
+            difference = "another penalty"
+        else:
+            continue
+        raise UserError(
+            f"{store.folder}: trial {row['trial']} of {row['method']} with seed {row['seed']} was "
+            f"made with {difference}, and a record holds trials of one kind; {remedy}"
+        )
 
 
-def _other_kind(
-    store: ResultsStore, row: Mapping[str, Any], difference: str, remedy: str
-) -> UserError:
-    return UserError(
-        f"{store.folder}: trial {row['trial']} of {row['method']} with seed {row['seed']} was made "
-        f"with {difference}, and a record holds trials of one kind; {remedy}"
-    )
-
-
-def _rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
