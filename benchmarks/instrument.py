@@ -2,6 +2,7 @@
 
     python -m benchmarks.instrument run rate --processes 2   # what is missing of a study
     python -m benchmarks.instrument list                     # the studies and their runs
+    python -m benchmarks.instrument sheet                    # the rows that sum them up
 
 Every run of every study is a row of `results/proxy/instrument.csv`, the bad ones too. A study is
 data below: what is changed from where, on which seeds. Seeds from `TUNING_SEED` up chose the
@@ -11,29 +12,60 @@ recipe; no result uses them.
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from effspinenet_lib.data import DataConfig
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+
+from effspinenet_lib.data import (
+    Augmentation,
+    DataConfig,
+    classes_of,
+    open_dataset,
+    training_loader,
+)
+from effspinenet_lib.experiments.items import PROFILES, PROXY
 from effspinenet_lib.experiments.launcher import LOCAL, open_pool, run_many
 from effspinenet_lib.files import read_json, write_json
+from effspinenet_lib.models.specs import betas_text
+from effspinenet_lib.models.zoo import create_model
+from effspinenet_lib.report.statistics import (
+    Estimate,
+    paired_difference,
+    rank_correlation,
+    sd_interval,
+    smallest_difference,
+    t_quantile,
+    variance_share,
+)
 from effspinenet_lib.results.paper import RESULTS_DIR
-from effspinenet_lib.results.tables import upsert
+from effspinenet_lib.results.tables import read_table, upsert
+from effspinenet_lib.search.space import sample_betas
 from effspinenet_lib.training.config import RunConfig
+from effspinenet_lib.training.evaluate import coco_metrics
+from effspinenet_lib.training.loop import freeze_norms
 from effspinenet_lib.training.recipe import Recipe
-from effspinenet_lib.training.recipes import get_recipe
+from effspinenet_lib.training.recipes import EVALUATION_BATCH, get_recipe
+from effspinenet_lib.training.run import PREDICTIONS, WEIGHTS
 
 INSTRUMENT = RESULTS_DIR / "proxy" / "instrument.csv"
+SHEET, SMALLEST = "sheet", "smallest difference"
 RUNS_DIR = Path("runs") / "instrument"
 REFERENCE = "eff_spinenet_m0"
 # 500 images left the sampling of images a larger noise than the seeds'
 DATA = DataConfig("shapescenes", eval_images=2_000)
 TUNING_SEED = 100
 KEPT_METRICS = ("AP", "AP50", "AP_S", "AP_M", "AP_L", "top1", "mIOU", "AP_mask")
-CPU_FILE = "cpu.json"
+CPU_FILE, LOSS_FILE = "cpu.json", "loss.json"
+BOOTSTRAPS = 200
 
 # Where the tuning started: the first measurements with AdamW, made on an earlier network. The batch
 # is 16: below that, on one thread, torch takes a path for 1x1 convolutions that costs half as much
@@ -87,7 +119,9 @@ class Trial:
     @property
     def recipe(self) -> Recipe:
         """The recipe of its runs."""
-        return get_recipe("proxy_detection").replace(**{**self.base, **self.changes})
+        return get_recipe(PROFILES[PROXY].recipes[self.task]).replace(
+            **{**self.base, **self.changes}
+        )
 
     def configs(self) -> Iterator[RunConfig]:
         """Its runs."""
@@ -111,10 +145,79 @@ def _over(name: str, *values: Any, **common: Any) -> tuple[Trial, ...]:
     )
 
 
-STUDIES: dict[str, tuple[Trial, ...]] = {
-    "rate": _over("learning_rate", 0.016, 0.03, 0.008),
-    "anchors": _over("anchor_size", 1.5, 1.0),
-}
+# A family whose best rate is another than the reference's gets its own recipe.
+RATE_FACTORS = (0.5, 1.0, 2.0)
+FAMILIES = (
+    ("sp_efficientnet_m0", "detection", 128),
+    ("efficientnet_b0_fpn", "detection", 128),
+    ("efficientdet_d0", "detection", 128),
+    ("mobilenetv3_small_ssdlite", "detection", 160),
+    (REFERENCE, "instances", 128),
+    (REFERENCE, "classification", 64),
+    (REFERENCE, "segmentation", 128),
+)
+# Two models that differ by far, and one twice: what the instrument must and must not tell apart.
+WORSE, AGAIN = "ReLU, no squeeze-and-excitation", "the reference again, other seeds"
+PRECISION_SEEDS, PAIRED_SEEDS = tuple(range(8)), tuple(range(5))
+SEARCH_SEEDS, SEARCH_SAMPLES = (0, 1, 2), 12
+SEARCH_STEPS = (100, 200, 400)
+
+
+def _families() -> Iterator[Trial]:
+    for model, task, size in FAMILIES:
+        for factor in RATE_FACTORS:
+            rate = get_recipe(PROFILES[PROXY].recipes[task]).learning_rate * factor
+            yield Trial(
+                f"learning_rate {rate:g}",
+                changes={"learning_rate": rate},
+                model=model,
+                task=task,
+                image_size=size,
+                base={},
+            )
+
+
+def _distributions(steps: int) -> Iterator[Trial]:
+    """Random distributions, as random search draws them, trained for so many steps."""
+    full = get_recipe("proxy_detection")
+    short = full.scale_to_steps(steps)
+    changes = {"steps": steps, "warmup_steps": short.warmup_steps}
+    for number, betas in enumerate(sample_betas(SEARCH_SAMPLES, seed=TUNING_SEED)):
+        text = betas_text(tuple(betas.tolist()))
+        yield Trial(f"{number}: {text}", SEARCH_SEEDS, changes, options={"betas": text}, base={})
+
+
+def _studies() -> dict[str, tuple[Trial, ...]]:
+    full = get_recipe("proxy_detection").steps
+    return {
+        "anchors": _over("anchor_size", 1.5, 1.0),
+        "norms": _over("norm_freeze_steps", 0, 300),
+        "norms and anchors": (
+            Trial(
+                "norm_freeze_steps 300, anchor_size 1.5",
+                changes={"norm_freeze_steps": 300, "anchor_size": 1.5},
+            ),
+        ),
+        "rate": _over("learning_rate", 0.016, 0.03, 0.008),
+        "precision": (
+            Trial("the reference", PRECISION_SEEDS, base={}),
+            Trial(
+                WORSE,
+                PAIRED_SEEDS,
+                options={"squeeze_excitation": False, "activation": "relu"},
+                base={},
+            ),
+            Trial(AGAIN, tuple(len(PRECISION_SEEDS) + seed for seed in PAIRED_SEEDS), base={}),
+        ),
+        "families": tuple(_families()),
+        **{
+            f"distributions, {steps} steps": tuple(_distributions(steps))
+            for steps in (*SEARCH_STEPS, full)
+        },
+    }
+
+
+STUDIES = _studies()
 
 
 def train(config: dict[str, Any], runs_dir: str, **options: Any) -> None:
@@ -126,8 +229,26 @@ def train(config: dict[str, Any], runs_dir: str, **options: Any) -> None:
     spent = read_json(path)["seconds"] if path.exists() else 0.0
     try:
         train_run(run, runs_dir, progress=False, **options)
+        if run.task == "detection":
+            write_json(path.with_name(LOSS_FILE), {"loss": _evaluation_loss(run, path.parent)})
     finally:
         write_json(path, {"seconds": spent + time.process_time()})
+
+
+def _evaluation_loss(run: RunConfig, folder: Path) -> float:
+    """The training loss of a run's weights on the evaluation images, without augmentation."""
+    dataset = open_dataset(run.data, "eval", run.task)
+    model = create_model(run.model, run.task, classes_of(dataset, run.task), **run.options)
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    freeze_norms(model.train())
+    plain = Augmentation((1.0, 1.0), 0.0)
+    steps = len(dataset) // EVALUATION_BATCH
+    batches = training_loader(
+        dataset, run.image_size, EVALUATION_BATCH, plain, 0, 0, steps, task=run.task
+    )
+    with torch.no_grad():
+        losses = [sum(model(one.images, one.targets).values()).item() for one in batches]
+    return sum(losses) / len(losses)
 
 
 def run_studies(names: Sequence[str], processes: int, runs_dir: Path = RUNS_DIR) -> None:
@@ -174,15 +295,123 @@ def _rows(
     for metric in KEPT_METRICS:
         if metric in result.metrics:
             yield {**common, "metric": metric, "value": result.metrics[metric], "unit": "%"}
+    loss = runs_dir / result.key / LOSS_FILE
+    if loss.exists():
+        value = read_json(loss)["loss"]
+        yield {**common, "metric": "evaluation_loss", "value": round(value, 5), "unit": "1"}
     minutes = read_json(runs_dir / result.key / CPU_FILE)["seconds"] / 60
     yield {**common, "metric": "cpu_minutes", "value": round(minutes, 2), "unit": "min"}
 
 
+def sheet(runs_dir: Path = RUNS_DIR) -> list[dict[str, Any]]:
+    """The rows that sum up what was measured: the data sheet."""
+    measured = read_table(INSTRUMENT, "instrument")
+    measured = measured[measured["seed"].notna()]
+    runs = measured[measured["study"] == "precision"]
+    values = {
+        (setting, metric): own.set_index("seed")["value"]
+        for (setting, metric), own in runs.groupby(["setting", "metric"])
+    }
+    reference = values["the reference", "AP"]
+    rows = [_summary("AP of the reference, mean", reference.mean(), "%")]
+    spread = sd_interval(reference)
+    rows.append(_summary("AP of the reference, sd over seeds", spread, "%"))
+    worse = values[WORSE, "AP"]
+    again = values[AGAIN, "AP"].rename(lambda seed: seed - len(PRECISION_SEEDS))
+    for name, other in ((WORSE, worse), (AGAIN, again)):
+        gap = paired_difference(reference, other)
+        found = Estimate(gap.mean, gap.mean - gap.half_width, gap.mean + gap.half_width)
+        rows.append(_summary(f"AP of the reference less: {name}", found, "%"))
+    gaps = (reference - worse).dropna()
+    paired = sd_interval(gaps)
+    rows.append(_summary("AP, sd of a paired difference", paired, "%"))
+    apart = math.hypot(reference.loc[gaps.index].std(), worse.std())
+    rows.append(_summary("AP, sd of the same difference without pairing", apart, "%"))
+    for seeds in (3, 5, 8):
+        width = t_quantile(seeds - 1) * paired.value / math.sqrt(seeds)
+        rows.append(_summary(f"AP, half width of an interval, {seeds} seeds", width, "%"))
+        ends = (smallest_difference(sd, seeds) for sd in asdict(paired).values())
+        seen = _summary(f"{seeds} seeds", Estimate(*ends), "%")
+        rows.append({**seen, "study": SMALLEST, "metric": "AP", "task": "detection"})
+    minutes = values["the reference", "cpu_minutes"].mean()
+    images = runs["steps"].max() * get_recipe("proxy_detection").batch_size
+    rows.append(_summary("minutes of CPU a run", minutes, "min"))
+    rows.append(_summary("images trained a second of CPU", images / minutes / 60, "images/s"))
+    key = runs.loc[runs["setting"] == "the reference", "run"].iloc[0]
+    rows.append(_summary("AP, sd over images (bootstrap)", _bootstrap_sd(runs_dir / key), "%"))
+    return [*rows, *_search_rows(measured)]
+
+
+def _summary(setting: str, found: float | Estimate, unit: str = "") -> dict[str, Any]:
+    known = found if isinstance(found, Estimate) else Estimate(found, math.nan, math.nan)
+    rounded = {name: round(float(number), 3) for name, number in asdict(known).items()}
+    return {"study": SHEET, "setting": setting, "metric": "summary", "unit": unit, **rounded}
+
+
+def _search_rows(measured: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """For each length of a trial and each reward: its share of variance, and how it ranks."""
+    lengths = (*SEARCH_STEPS, get_recipe("proxy_detection").steps)
+    studies = {steps: f"distributions, {steps} steps" for steps in lengths}
+    tables: dict[tuple[int, str], pd.DataFrame] = {
+        (steps, str(metric)): own.pivot(index="seed", columns="setting", values="value")
+        for steps, study in studies.items()
+        for metric, own in measured[measured["study"] == study].groupby("metric")
+    }
+    for (steps, metric), table in tables.items():
+        if metric not in ("AP", "evaluation_loss") or table.isna().any(axis=None):
+            continue
+        label = f"{steps} steps, {metric}"
+        yield _summary(f"share of variance between distributions: {label}", variance_share(table))
+        truth = tables.get((lengths[-1], "AP"))
+        if truth is not None and steps != lengths[-1]:
+            sign = 1 if metric == "AP" else -1
+            ranks = rank_correlation(sign * table.mean(), truth.mean())
+            yield _summary(f"rank correlation with {lengths[-1]} steps: {label}", ranks)
+
+
+def _bootstrap_sd(folder: Path) -> float:
+    """Standard deviation of a run's AP over images drawn with replacement."""
+    dataset = open_dataset(DATA, "eval")
+    truth = dataset.ground_truth()
+    found = read_json(folder / PREDICTIONS)
+    annotations, detections = _by_image(truth["annotations"]), _by_image(found)
+    images = [image["id"] for image in truth["images"]]
+    draws, values = np.random.default_rng(0), []
+    for _ in range(BOOTSTRAPS):
+        drawn = list(enumerate(draws.choice(images, len(images)).tolist()))
+        sample = {
+            **truth,
+            "images": [{"id": number} for number, _ in drawn],
+            "annotations": _renumbered(annotations, drawn),
+        }
+        values.append(coco_metrics(sample, _renumbered(detections, drawn))["AP"])
+    return float(np.std(values, ddof=1))
+
+
+def _by_image(records: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        found[record["image_id"]].append(record)
+    return found
+
+
+def _renumbered(
+    records: Mapping[int, list[dict[str, Any]]], drawn: Iterable[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Records of the images drawn, each draw an image of its own."""
+    return [
+        {**record, "image_id": number}
+        for number, image in drawn
+        for record in records.get(image, ())
+    ]
+
+
 def main() -> None:
-    """Run or list studies."""
+    """Run, list or sum up studies."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list")
+    commands.add_parser("sheet")
     run = commands.add_parser("run")
     run.add_argument("studies", nargs="+", choices=STUDIES)
     run.add_argument("--processes", type=int, default=1)
@@ -191,6 +420,9 @@ def main() -> None:
         for name, trials in STUDIES.items():
             for trial in trials:
                 print(f"{name}: {trial.label}, seeds {trial.seeds}, {trial.recipe.steps} steps")
+        return
+    if given.command == "sheet":
+        upsert(INSTRUMENT, "instrument", sheet(), "the data sheet")
         return
     run_studies(given.studies, given.processes)
 

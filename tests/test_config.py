@@ -45,7 +45,7 @@ KEYS = {
         DataConfig("voc_segmentation", root="/data", train_split="train_aug"),
         get_recipe("paper_segmentation"),
     ),
-    "97fa25eb5106": RunConfig(
+    "2f5141acab9d": RunConfig(
         "eff_spinenet_m0",
         "detection",
         128,
@@ -104,12 +104,14 @@ RECIPE_HASHES = {
     "paper_instances": ("87cb545f1c08", "3abcec2dc7c0", "dabd780c466a"),
     "paper_classification": ("1cf7c3ac7cea", "b89a4072fef3", "17b0a37c6f62"),
     "paper_segmentation": ("d42bf57c7550", "de8d14974de8", "9da626aa2475"),
-    "proxy_detection": ("a8a80c7ee313", "540b318c9546", "85a060709018"),
+    "proxy_detection": ("aa10de573d73", "5e3632ca9517", "2230a8eefce9"),
+    "proxy_classification": ("507c2b0fd739", "ca9ca99b78cd", "6b0e7e6c0931"),
+    "proxy_segmentation": ("009933debaf2", "11314945524d", "a6dd4de5913a"),
     "small_data_detection": ("081ba8266c7a", "3071a0f654ad", "d80aef2734f9"),
     "small_data_classification": ("260141df48ea", "6c9e92a8266b", "672603b26ef9"),
     "small_data_segmentation": ("c441569fa27f", "bd8c688d2640", "1d8c2492884b"),
     "smoke_detection": ("46841d07d74e", "40b8ee0cd9c4", "97bb806abec4"),
-    "proxy_search": ("639cb3ecbd90", "908d6da199af", "0af29aa91848"),
+    "proxy_search": ("466e251076bc", "8ab52ace5cfa", "eaf2efde4e48"),
     "smoke_search": ("aaca79275afd", "aa5e83fc0a45", "2cb36a6a77a8"),
 }
 

@@ -156,7 +156,7 @@ def test_adamw_decays_kernels_decoupled_from_the_gradient() -> None:
     """Loshchilov and Hutter's rule after one step, where both moments equal the gradient's."""
     layer = nn.Linear(3, 1).double()
     rate, decay = 0.1, 0.3
-    recipe = get_recipe("proxy_detection").replace(
+    recipe = get_recipe("small_data_detection").replace(
         optimizer="adamw",
         optimizer_decay=0.99,
         optimizer_epsilon=1e-8,

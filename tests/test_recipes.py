@@ -213,7 +213,7 @@ def test_a_recipe_scales_down_to_very_few_steps(recipe: Recipe, steps: int) -> N
 )
 def test_settings_that_cannot_work_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        get_recipe("proxy_detection").replace(**changes)
+        get_recipe("small_data_detection").replace(**changes)
     assert "\n" not in str(caught.value)
 
 

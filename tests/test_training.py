@@ -70,7 +70,7 @@ def test_cosine_is_torchs_own() -> None:
 
 @pytest.mark.parametrize("schedule", ["step", "cosine"])
 def test_the_warmup_is_linear_and_meets_the_schedule(schedule: str) -> None:
-    recipe = get_recipe("proxy_detection").replace(schedule=schedule, warmup_start=0.001)
+    recipe = get_recipe("small_data_detection").replace(schedule=schedule, warmup_start=0.001)
     rates = [learning_rate_at(recipe, step) for step in range(recipe.warmup_steps + 1)]
     assert rates[0] == pytest.approx(0.001)
     np.testing.assert_allclose(np.diff(rates, n=2), 0, atol=1e-12)

@@ -128,8 +128,8 @@ PROFILES: dict[str, Profile] = {
             {
                 "detection": "proxy_detection",
                 "instances": "proxy_detection",
-                "classification": "small_data_classification",
-                "segmentation": "small_data_segmentation",
+                "classification": "proxy_classification",
+                "segmentation": "proxy_segmentation",
             },
             seeds=(0, 1, 2),
             image_size=128,

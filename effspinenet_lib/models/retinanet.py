@@ -155,16 +155,16 @@ class OneStageDetector(TaskModel):
     ) -> dict[str, Tensor]:
         """Decode one image of `size` (height, width): scores [A, C] and codes [A, 4].
 
-        A box that clipping leaves at 0, 0 alone is dropped, as in the Model Garden. In float64
-        the suppression's way to move the boxes of the classes apart changes no overlap.
+        A box that clipping leaves without area is dropped before the limit of detections. In
+        float64 the suppression's way to move the boxes of the classes apart changes no overlap.
         """
         settings = self.settings
         best = best_by_class if settings.candidates_by_class else best_of_all
         values, labels, anchor = best(scores, settings.candidates, settings.score_threshold)
         boxes = decode_boxes(codes[anchor], anchors[anchor], settings.box_scale)
         boxes = clip_boxes_to_image(boxes, size)
-        extended = (boxes > 0).any(1)
-        values, labels, boxes = values[extended], labels[extended], boxes[extended]
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        values, labels, boxes = values[inside], labels[inside], boxes[inside]
         kept = batched_nms(boxes.double(), values.double(), labels, settings.nms_iou)
         kept = kept.sort().values[: settings.detections]  # equal scores in their order
         return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}

@@ -122,7 +122,7 @@ def paired_difference(first: pd.Series[float], second: pd.Series[float]) -> Diff
     gaps = pairs["first"] - pairs["second"]
     width = math.nan
     if len(gaps) >= LEAST_SEEDS:
-        width = _quantile(len(gaps) - 1) * float(gaps.std()) / math.sqrt(len(gaps))
+        width = t_quantile(len(gaps) - 1) * float(gaps.std()) / math.sqrt(len(gaps))
     return Difference(float(gaps.mean()), width, (len(gaps), len(gaps)))
 
 
@@ -137,10 +137,11 @@ def difference(first: Sequence[float] | Any, second: Sequence[float] | Any) -> D
     if not any(shares):
         return Difference(mean, 0.0, counts)
     freedom = sum(shares) ** 2 / sum(s**2 / (n - 1) for s, n in zip(shares, counts, strict=True))
-    return Difference(mean, _quantile(freedom) * math.sqrt(sum(shares)), counts)
+    return Difference(mean, t_quantile(freedom) * math.sqrt(sum(shares)), counts)
 
 
-def _quantile(freedom: float) -> float:
+def t_quantile(freedom: float) -> float:
+    """Half width of a 95 % interval in standard errors, by degrees of freedom."""
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
@@ -155,7 +156,7 @@ def smallest_difference(sd: float, seeds: int) -> float:
     """
     if seeds < LEAST_SEEDS:
         return math.nan
-    limit = _quantile(seeds - 1)
+    limit = t_quantile(seeds - 1)
 
     def missed(shift: float) -> float:
         return float(stats.nct.cdf(limit, seeds - 1, shift)) - (1 - POWER)
@@ -163,6 +164,55 @@ def smallest_difference(sd: float, seeds: int) -> float:
     # `shift` is the true difference over its standard error; from 0 to where none is missed
     shift = optimize.brentq(missed, 0.0, 10 * limit)
     return float(shift) * sd / math.sqrt(seeds)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def sd_interval(values: Sequence[float] | Any) -> Estimate:
+    """Standard deviation of a sample with its interval (chi-squared)."""
+    sd, freedom = float(pd.Series(values, dtype=float).std()), len(values) - 1
+    upper, lower = stats.chi2.ppf(((1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2), freedom)
+    return Estimate(sd, sd * math.sqrt(freedom / upper), sd * math.sqrt(freedom / lower))
+
+
+def variance_share(groups: pd.DataFrame) -> Estimate:
+    """Share of the variance that lies between groups: the intraclass correlation, interval by F.
+
+    Args:
+        groups: one column a group, one row a repetition, none missing; a one-way random model.
+    """
+    repeats, count = groups.shape
+    within = float(groups.var().mean())
+    between = repeats * float(groups.mean().var())
+    freedom = (count - 1, count * (repeats - 1))
+    tail = (1 + CONFIDENCE) / 2
+    ratio = between / within
+
+    def share(f: float) -> float:
+        return (f - 1) / (f + repeats - 1)
+
+    low = share(ratio / float(stats.f.ppf(tail, *freedom)))
+    return Estimate(share(ratio), low, share(ratio * float(stats.f.ppf(tail, *freedom[::-1]))))
+
+
+def rank_correlation(first: pd.Series[float], second: pd.Series[float]) -> Estimate:
+    """Spearman's correlation of two rankings of the same things (index).
+
+    The interval is Bonett and Wright's (2000): Fisher's z with variance (1 + r^2 / 2) / (n - 3).
+    """
+    pairs = pd.concat([first, second], axis=1, join="inner").dropna()
+    found = float(pairs.iloc[:, 0].corr(pairs.iloc[:, 1], method="spearman"))
+    width = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    width *= math.sqrt((1 + found**2 / 2) / (len(pairs) - 3))
+    z = math.atanh(min(max(found, -0.999999), 0.999999))
+    return Estimate(found, math.tanh(z - width), math.tanh(z + width))
 
 
 def compare_seeds(

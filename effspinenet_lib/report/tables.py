@@ -15,6 +15,7 @@ from effspinenet_lib.report.statistics import (
     PAPER_SCALE,
     PROXY,
     cell_spreads,
+    mean_std,
 )
 from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Link, Table, Text
 from effspinenet_lib.results import FOLDERS, ResultsStore, read_table
@@ -363,3 +364,44 @@ def speed_figures(speed: pd.DataFrame, benchmark: str, caption: str) -> Table:
         index=pd.Index([Text(row.what) for row in found], dtype=object, name="what"),
     )
     return Table(frame, caption if found else f"{caption}: {NOT_RUN}")
+
+
+# The proxy as an instrument
+
+
+def read_instrument(results_dir: Dir) -> pd.DataFrame:
+    """The rows of `proxy/instrument.csv`; none where it was not measured."""
+    return read_table(Path(results_dir) / "proxy" / "instrument.csv", "instrument")
+
+
+def data_sheet(instrument: pd.DataFrame) -> Table:
+    """The rows that sum up runs, with their intervals."""
+    rows = instrument[instrument["seed"].isna()]
+    cells = {
+        f"{row.setting} ({row.study})" if row.study != "sheet" else row.setting: {
+            "value": f"{row.value:.4g}",
+            "95 % interval": NOT_PRINTED
+            if math.isnan(row.low)
+            else f"{row.low:.4g} to {row.high:.4g}",
+            "unit": row.unit,
+        }
+        for row in _rows(rows)
+    }
+    caption = "The data sheet" if cells else "The data sheet: not measured yet"
+    return Table(pd.DataFrame.from_dict(cells, orient="index").rename_axis("quantity"), caption)
+
+
+def instrument_runs(instrument: pd.DataFrame, caption: str, *studies: str) -> Table:
+    """The runs of some studies: mean ± standard deviation (seeds) of each setting and metric."""
+    rows = instrument[instrument["study"].isin(studies) & instrument["seed"].notna()]
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    names = ["study", "model", "task", "setting"]
+    for (*key, metric), own in rows.groupby([*names, "metric"], sort=False):
+        digits = 3 if metric == "evaluation_loss" else 1
+        heading = METRIC_NAMES.get(str(metric), str(metric)).replace("_", " ")
+        cells.setdefault(tuple(map(str, key)), {})[heading] = mean_std(own["value"]).text(digits)
+    if not cells:
+        return Table(pd.DataFrame(), f"{caption}: {NOT_RUN}")
+    frame = pd.DataFrame.from_dict(cells, orient="index")
+    frame.index = pd.MultiIndex.from_tuples(list(cells), names=names)
+    return Table(frame.fillna(NOT_PRINTED).reset_index().set_index("setting"), caption)
