@@ -23,7 +23,7 @@ from effspinenet_lib.cli.data import (
     Workers,
     data_config,
 )
-from effspinenet_lib.errors import CheckpointError, DataError, UserError
+from effspinenet_lib.errors import CheckpointError, DataError, UnknownName, UserError
 from effspinenet_lib.training.recipes import EVALUATION_BATCH
 
 if TYPE_CHECKING:
@@ -410,21 +410,39 @@ def detections(
 
 def export(
     weights: Weights,
-    output: Annotated[Path, typer.Option(metavar="OUT.pt2", help="The program to write.")],
+    output: Annotated[Path, typer.Option(metavar="OUT", help="The program to write.")],
+    format: Annotated[
+        str, typer.Option(help="`torch` (a file .pt2) or `onnx` (a file .onnx).")
+    ] = "torch",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Leave decoding and suppression out of an ONNX file.")
+    ] = False,
     image_size: TrainedSize = None,
 ) -> None:
-    """Write a trained model as a `torch.export` program, which runs without this library.
+    """Write a trained model as a program that runs without this library.
 
-    It maps normalised images [1, 3, S, S] to what the layers give, before decoding.
+    `torch`: a `torch.export` program that maps normalised images [1, 3, S, S] to what the layers
+    give, before decoding. `onnx`: for images [N, 3, S, S], with N as wanted, to detections, class
+    scores or pixel logits; needs the extra `onnx`, and takes no model of the task instances.
 
-    Example: `effspinenet export --weights model.safetensors --output model.pt2`
+    For example:
+
+    - `effspinenet export --weights model.safetensors --output model.pt2`
+    - `effspinenet export --weights model.safetensors --format onnx --output model.onnx`
     """
     from effspinenet_lib.files import ensure_folder
     from effspinenet_lib.training.checkpoint import create_from_weights
-    from effspinenet_lib.training.export import export_model
+    from effspinenet_lib.training.export import SUFFIXES, export_model, export_onnx
 
+    if format not in SUFFIXES:
+        raise UnknownName("format", format, SUFFIXES)
+    if output.suffix != SUFFIXES[format]:
+        raise UserError(f"{output}: a file of the format {format} ends in {SUFFIXES[format]}")
     model, facts = create_from_weights(weights)
     size = image_size or facts["image_size"]
     ensure_folder(output.parent)
-    export_model(model.cpu(), size, output)
+    if format == "onnx":
+        export_onnx(model.cpu(), size, output, not raw, {**facts, "image_size": size})
+    else:
+        export_model(model.cpu(), size, output)
     typer.echo(f"Wrote {output}: {facts['model']}, {facts['task']}, {size}x{size}")

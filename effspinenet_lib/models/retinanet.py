@@ -352,7 +352,7 @@ def best_by_class(
 
 def _by_anchor(prediction: Tensor, width: int) -> Tensor:
     """Reorder [N, K * width, H, W] to [N, H * W * K, width], as the anchors are ordered."""
-    return prediction.permute(0, 2, 3, 1).reshape(len(prediction), -1, width)
+    return prediction.permute(0, 2, 3, 1).reshape(prediction.shape[0], -1, width)
 
 
 def focal_loss_sum(
