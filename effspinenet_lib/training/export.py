@@ -19,7 +19,7 @@ from effspinenet_lib.errors import UserError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.models.anchors import decode_boxes
 from effspinenet_lib.models.base import TaskModel
-from effspinenet_lib.models.dense import Segmenter, upsample
+from effspinenet_lib.models.dense import Segmenter, resize
 from effspinenet_lib.models.mask_rcnn import MaskRCNN
 from effspinenet_lib.models.retinanet import OneStageDetector
 
@@ -163,7 +163,7 @@ class _Decoded(_Network):
             return _decoded_batch(model, images)
         logits = model.network(images)
         if isinstance(model, Segmenter):
-            return upsample(logits, (images.shape[-2], images.shape[-1]))
+            return resize(logits, (images.shape[-2], images.shape[-1]))
         return logits.softmax(1)
 
 
