@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks import instrument
 from benchmarks.pairs import compare, fastest, time_in_turn
 from benchmarks.plain import make_plain
 from benchmarks.record import Figure, ratio_figure, to_rows, write
 from benchmarks.traffic import Traffic
 from effspinenet_lib import create_model
 from effspinenet_lib.errors import DataError
-from effspinenet_lib.results.tables import read_rows
+from effspinenet_lib.results.tables import read_rows, upsert
 
 SIDE, CLASSES = 128, 3
 # Allocates, fills and frees 40 MiB three times, then says how many pages the system had to clear.
@@ -197,3 +200,53 @@ def test_a_convolutions_gradient_by_one_argument_does_not_read_that_argument():
     assert by(True, False, False) == 4 * (144 + 36 + 144)
     assert by(False, True, False) == 4 * (144 + 144 + 36)
     assert by(True, True, False) == 4 * (144 + 144 + 36 + 144 + 36)
+
+
+# The proxy as an instrument
+
+
+def test_the_data_sheet_sums_up_the_runs(tmp_path, monkeypatch):
+    draws = np.random.default_rng(1)
+    shared = draws.normal(0, 2, 13)  # what a seed does to every model
+    models = {
+        "the reference": (55.0, range(8)),
+        instrument.WORSE: (50.0, range(5)),
+        instrument.AGAIN: (55.0, range(8, 13)),
+    }
+    common = {"model": "m", "task": "detection", "steps": 100, "commit": "c", "date": "2026-01-01"}
+    rows = [
+        {**common, "study": "precision", "setting": name, "seed": seed, "metric": metric}
+        | {"value": value, "run": "0123456789ab"}
+        for name, (mean, seeds) in models.items()
+        for seed in seeds
+        for metric, value in (
+            ("AP", mean + shared[seed] + draws.normal(0, 0.5)),
+            ("cpu_minutes", 5.0),
+        )
+    ]
+    effects = draws.normal(0, 1, instrument.SEARCH_SAMPLES)
+    rows += [
+        {**common, "study": "distributions, 100 steps", "setting": f"d{number}", "seed": seed}
+        | {"metric": "AP", "value": effect + draws.normal(0, 0.1)}
+        for number, effect in enumerate(effects)
+        for seed in instrument.SEARCH_SEEDS
+    ]
+    monkeypatch.setattr(instrument, "INSTRUMENT", tmp_path / "instrument.csv")
+    monkeypatch.setattr(instrument, "_bootstrap_sd", lambda folder: 0.4)
+    upsert(instrument.INSTRUMENT, "instrument", rows, "made")
+    sheet = {row["setting"]: row for row in instrument.sheet(tmp_path)}
+    upsert(instrument.INSTRUMENT, "instrument", sheet.values(), "the sheet")
+    worse = sheet[f"AP of the reference less: {instrument.WORSE}"]
+    assert 0 < worse["low"] < 5 < worse["high"]
+    again = sheet[f"AP of the reference less: {instrument.AGAIN}"]
+    assert again["low"] < 0 < again["high"]
+    paired = sheet["AP, sd of a paired difference"]
+    assert paired["low"] < math.hypot(0.5, 0.5) < paired["high"]
+    apart = sheet["AP, sd of the same difference without pairing"]["value"]
+    assert apart > 2 * paired["value"]
+    assert sheet["8 seeds"]["value"] < sheet["5 seeds"]["value"] < sheet["3 seeds"]["value"]
+    assert sheet["images trained a second of CPU"]["value"] == pytest.approx(
+        16 * 100 / 300, rel=0.01
+    )
+    share = sheet["share of variance between distributions: 100 steps, AP"]
+    assert share["low"] > 0.9
