@@ -13,20 +13,19 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from torch import nn
 
 from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
+from effspinenet_lib.models.weights import load_into, load_weights, model_card, save_weights
 from effspinenet_lib.models.zoo import create_model
 from effspinenet_lib.training import checkpoint as module
 from effspinenet_lib.training.checkpoint import (
     Checkpoint,
     create_from_weights,
     list_checkpoints,
-    load_into,
     load_latest,
-    load_weights,
     save_checkpoint,
-    save_weights,
 )
 
 RUN, MODEL = "0123456789ab", "eff_spinenet_m0"
@@ -308,3 +307,53 @@ def test_weights_of_another_program_are_refused(tmp_path: Path) -> None:
 def test_missing_weights_are_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such weights file"):
         load_weights(tmp_path / "absent.safetensors")
+
+
+# --- weights by name, and their card --------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_hub", [False, True], ids=["library", "torch.hub"])
+def test_a_model_by_name_with_its_weights(tmp_path: Path, repository: Path, by_hub: bool) -> None:
+    model, path = saved_model(tmp_path)
+    if by_hub:
+        again = torch.hub.load(str(repository), MODEL, source="local", weights=path)
+    else:
+        again = create_model(MODEL, weights=path)
+    assert same_state(again.state_dict(), model.state_dict())
+
+
+def test_weights_of_another_model_or_task_are_refused(tmp_path: Path) -> None:
+    _, path = saved_model(tmp_path)
+    for name, task in (("eff_spinenet_m1", "detection"), (MODEL, "segmentation")):
+        with pytest.raises(CheckpointError, match=f"is of {MODEL}, detection, not of {name}"):
+            create_model(name, task, weights=path)
+    with pytest.raises(CheckpointError, match="class_head"):
+        create_model(MODEL, num_classes=4, weights=path)
+
+
+def test_the_card_says_what_the_weights_say() -> None:
+    facts = {
+        **METADATA,
+        "licence": "Apache-2.0",
+        "normalisation": {"mean": [0.5, 0.25, 0.125], "std": [1.0, 1.0, 1.0]},
+        "data": {"train": {"name": "dots", "images": 7}, "eval": {"name": "dots", "images": 3}},
+        "commit": "abc123",
+    }
+    card = model_card(facts)
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {
+        "library_name": "effspinenet",
+        "pipeline_tag": "object-detection",
+        "license": "apache-2.0",
+    }
+    for part in (
+        "64 x 64",
+        "0.5, 0.25, 0.125",
+        "dots, 7 images",
+        "abc123",
+        "| AP | 12.25 |",
+        "cat é",
+    ):
+        assert part in card, part
+    assert "AP_L" not in card  # there was nothing to measure
+    assert "commit" not in model_card(METADATA)

@@ -16,8 +16,8 @@ from effspinenet_lib.data import DataConfig, open_dataset
 from effspinenet_lib.data.augment import fit_image
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.models.base import TaskModel
+from effspinenet_lib.models.weights import save_weights
 from effspinenet_lib.models.zoo import create_model
-from effspinenet_lib.training.checkpoint import save_weights
 from effspinenet_lib.training.deploy import OnnxDetector, prepare
 from effspinenet_lib.training.export import export_onnx
 

@@ -65,9 +65,10 @@ def test_environment_installs_this_repository():
 
 
 def test_every_imported_package_is_a_core_dependency():
-    # An engine of the search that is asked for by name, whose message says what to install; and
+    # An engine and a format that are asked for by name, whose message says what to install; and
     # what only runs where torch computes on a TPU by it.
-    core = {*_requirements(_project()["dependencies"]), "ray", "torch_xla"}
+    extras = {"onnxruntime", "onnxscript", "ray", "torch_xla"}
+    core = {*_requirements(_project()["dependencies"]), *extras}
     homes = packages_distributions()
     missing = set()
     for path in MODULES:

@@ -34,7 +34,8 @@ from effspinenet_lib.models import released
 from effspinenet_lib.models.layers import conv_norm, hard_sigmoid, max_pool
 from effspinenet_lib.models.released import Variable, convert, create_released, match_variables
 from effspinenet_lib.models.released_specs import COCO_NAMES, RELEASED
-from effspinenet_lib.training.checkpoint import create_from_weights, load_weights
+from effspinenet_lib.models.weights import load_weights
+from effspinenet_lib.training.checkpoint import create_from_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALLEST = "mobile_spinenet_49xs"

@@ -22,8 +22,8 @@ from effspinenet_lib import experiments
 from effspinenet_lib.cli import app
 from effspinenet_lib.models.released import create_released, released_metadata
 from effspinenet_lib.models.released_specs import COCO_UNUSED
+from effspinenet_lib.models.weights import save_weights
 from effspinenet_lib.results import validate, write_datapackage
-from effspinenet_lib.training.checkpoint import save_weights
 
 NAME, SIZE = "mobile_spinenet_49xs", 256
 SEED = 2010

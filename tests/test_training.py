@@ -18,16 +18,18 @@ from filelock import FileLock
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from effspinenet_lib import cli
 from effspinenet_lib.data import Batch, DataConfig, open_dataset
 from effspinenet_lib.errors import CheckpointError, DataError, TrainingError, UserError
+from effspinenet_lib.models.weights import load_weights
 from effspinenet_lib.results import read_table
 from effspinenet_lib.training import device, loop, run
 from effspinenet_lib.training.checkpoint import (
     create_from_weights,
     list_checkpoints,
     load_latest,
-    load_weights,
     save_checkpoint,
 )
 from effspinenet_lib.training.device import prepare_model
@@ -322,6 +324,13 @@ def test_a_run_leaves_its_files(uninterrupted: RunResult) -> None:
     _, metadata = load_weights(folder / "model.safetensors")
     assert (metadata["run"], metadata["steps"], metadata["image_size"]) == (SMOKE.key, 12, 64)
     assert len(metadata["categories"]) == metadata["num_classes"]
+    assert metadata["data"]["train"] == {"name": "ShapeScenes train", "images": 24}
+    assert (metadata["licence"], len(metadata["normalisation"]["mean"])) == ("Apache-2.0", 3)
+    card = CliRunner().invoke(
+        cli.app, ["card", str(folder), "--output", str(folder / "tb" / "c.md")]
+    )
+    assert card.exit_code == 0
+    assert f"| run | {SMOKE.key} |" in (folder / "tb" / "c.md").read_text()
 
 
 def test_a_run_counts_what_it_did(uninterrupted: RunResult) -> None:

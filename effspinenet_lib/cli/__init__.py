@@ -62,7 +62,7 @@ def start(
 
 for command in (
     *(models.models, models.cost, models.wiring, models.convert),
-    *(train.train, train.evaluate, train.detect, train.export),
+    *(train.train, train.evaluate, train.detect, train.export, train.card),
     *(experiments.reproduce, experiments.plan, experiments.book),
 ):
     app.command()(command)

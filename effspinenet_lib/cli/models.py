@@ -60,8 +60,7 @@ def cost(
 
     options = parse_settings(option or [])
     check_model(name, task, options)
-    classes = {} if num_classes is None else {"num_classes": num_classes}
-    model = create_model(name, task=task, **classes, **options)
+    model = create_model(name, task, num_classes, **options)
     size = image_size or default_image_size(name, task)
     typer.echo(f"{measure_cost(model, image_size=size)} at {size}x{size}")
 
@@ -125,7 +124,7 @@ def convert(
     """
     from effspinenet_lib.files import ensure_folder
     from effspinenet_lib.models import released
-    from effspinenet_lib.training.checkpoint import save_weights
+    from effspinenet_lib.models.weights import save_weights
 
     ensure_folder(out.parent)
     state, metadata = released.convert(checkpoint, model, average)

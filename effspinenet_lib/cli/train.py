@@ -446,3 +446,23 @@ def export(
     else:
         export_model(model.cpu(), size, output)
     typer.echo(f"Wrote {output}: {facts['model']}, {facts['task']}, {size}x{size}")
+
+
+def card(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="CARD.md", help="[default: README.md in the folder]")
+    ] = None,
+) -> None:
+    """Write a model card in Markdown from what the weights file of a run says about itself.
+
+    Example: `effspinenet card runs/0123456789ab`
+    """
+    from effspinenet_lib.files import atomic_write
+    from effspinenet_lib.models.weights import load_weights, model_card
+
+    _, facts = load_weights(run / "model.safetensors")
+    path = output or run / "README.md"
+    with atomic_write(path) as handle:
+        handle.write(model_card(facts))
+    typer.echo(f"Wrote {path}")

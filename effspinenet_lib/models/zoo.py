@@ -20,7 +20,7 @@ import timm
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from effspinenet_lib.errors import DataError, UnknownName, UserError
+from effspinenet_lib.errors import CheckpointError, DataError, UnknownName, UserError
 from effspinenet_lib.files import read_json, write_json
 from effspinenet_lib.models.anchors import ANCHOR_SIZE
 from effspinenet_lib.models.base import TaskModel
@@ -64,6 +64,7 @@ from effspinenet_lib.models.specs import (
     parse_betas,
 )
 from effspinenet_lib.models.ssd import SharedTower, SSDLite
+from effspinenet_lib.models.weights import load_into, load_weights
 
 # Detection and instance segmentation: 90 classes, COCO's highest category id. The paper does not
 # say how many; the authors' code has 91 logits, one of them the background.
@@ -138,16 +139,21 @@ def list_models() -> dict[str, tuple[str, ...]]:
 
 
 def create_model(
-    name: str, task: str = "detection", num_classes: int | None = None, **options: Any
+    name: str,
+    task: str = "detection",
+    num_classes: int | None = None,
+    weights: str | Path | None = None,
+    **options: Any,
 ) -> TaskModel:
-    """Build a model with fresh weights.
+    """Build a model with fresh weights, or with those of a file; in training mode.
 
     Args:
         name: one of `list_models()`, or the path of a distribution.
         task: `detection`, `instances` (detection with masks), `classification` or
             `segmentation` (semantic).
         num_classes: classes, without background but for `segmentation`, where it is a class of
-            its own; None takes the benchmark's of the paper: 90, 90, 1000 and 21.
+            its own; None takes the file's, or the benchmark's of the paper: 90, 90, 1000 and 21.
+        weights: a file that `effspinenet train` or `convert` wrote; its options are the defaults.
         options: `known_options` lists them; for the scale-permuted models `space_to_depth`,
             `weighted_fusion`, `squeeze_excitation`, `activation`, `stochastic_depth`, `dropout`,
             `betas`.
@@ -159,7 +165,19 @@ def create_model(
         UnknownName: the model, task or option is not known, or the model is not made for the
             task; the message lists near names.
         UserError: `num_classes` is not positive, or an option has an invalid value.
+        CheckpointError: the weights cannot be read, or are of another model or task.
     """
+    if weights is not None:
+        state, facts = load_weights(weights)
+        if (facts["model"], facts["task"]) != (name, task):
+            raise CheckpointError(
+                f"{weights}: is of {facts['model']}, {facts['task']}, not of {name}, {task}"
+            )
+        model = create_model(
+            name, task, num_classes or facts["num_classes"], **{**facts["options"], **options}
+        )
+        load_into(model, state, str(weights))
+        return model
     name, checked = check_model(name, task, options)
     classes = TASKS[task] if num_classes is None else num_classes
     if classes < 1:

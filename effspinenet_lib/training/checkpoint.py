@@ -1,35 +1,27 @@
-"""Checkpoints from which a killed run resumes, and the weights that a finished run leaves.
-
-Both are written atomically, and read without running code from the file.
-"""
+"""Checkpoints from which a killed run resumes: written atomically, read without running code."""
 
 from __future__ import annotations
 
 import io
-import json
 import logging
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from effspinenet_lib.errors import CheckpointError, TrainingError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.models import zoo
 from effspinenet_lib.models.base import TaskModel
+from effspinenet_lib.models.weights import load_into, load_weights
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT = 2  # our choice: the newest, and the one before in case the newest cannot be read
-BACKBONE = "backbone."  # prefix of the names of its tensors, in the models of every task
-NEEDED_METADATA = {"model", "task", "num_classes", "options", "categories", "image_size"}
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
 
@@ -118,48 +110,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
 # --- Weights -------------------------------------------------------------------------------------
 
 
-def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write weights as safetensors; each value of `metadata` is stored as JSON.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    # safetensors takes dense tensors that share no memory
-    tensors = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in state.items()
-    }
-    texts = {name: json.dumps(value) for name, value in metadata.items()}
-    with atomic_write(path, "wb") as handle:
-        handle.write(safetensors.torch.save(tensors, metadata=texts))
-
-
-def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict and the metadata of a weights file.
-
-    Raises:
-        CheckpointError: the file is missing, cut short or not one that `save_weights` wrote.
-    """
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such weights file")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            texts = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = {name: json.loads(text) for name, text in texts.items()}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: is not a complete safetensors weights file ({error}); copy it again, or "
-            "rerun the training that wrote it"
-        ) from error
-    if missing := sorted(NEEDED_METADATA - metadata.keys()):
-        raise CheckpointError(
-            f"{path}: its metadata lacks {', '.join(missing)}; it was not written by "
-            "`effspinenet train`"
-        )
-    return state, metadata
-
-
 def create_from_weights(path: str | Path) -> tuple[TaskModel, dict[str, Any]]:
     """The model of a weights file, in evaluation mode, and the file's metadata.
 
@@ -179,39 +129,3 @@ def create_from_weights(path: str | Path) -> tuple[TaskModel, dict[str, Any]]:
     load_into(model, state, f"{path} (model {metadata['model']})")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return model.eval().to(device), metadata
-
-
-def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Load a complete state dict into a model; where it does not fit, the model is unchanged.
-
-    Raises:
-        CheckpointError: a tensor is missing, of another shape or too many; names the first.
-    """
-    expected = model.state_dict()
-    for name in [*expected, *state]:
-        own, given = (list(t[name].shape) if name in t else "missing" for t in (expected, state))
-        if own != given:
-            raise CheckpointError(f"{origin}: {name} is {given}, the model's is {own}")
-    model.load_state_dict(dict(state))
-
-
-def load_backbone(model: nn.Module, path: str | Path) -> None:
-    """Start a model from the weights of another, which may be of another task.
-
-    Taken is every tensor whose name and shape both have: all of the backbone, and of the rest
-    what fits.
-
-    Raises:
-        CheckpointError: the file cannot be read, or the backbones differ; names the first tensor.
-    """
-    state, metadata = load_weights(path)
-    expected = model.state_dict()
-    fitting = {n: t for n, t in state.items() if n in expected and t.shape == expected[n].shape}
-    for name in expected:
-        if name.startswith(BACKBONE) and name not in fitting:
-            raise CheckpointError(
-                f"{path} (model {metadata['model']}): its {name} is missing or of another shape; "
-                "start from weights of the same backbone"
-            )
-    model.load_state_dict({**expected, **fitting})
-    logger.info("%s: %d of the model's %d tensors taken", path, len(fitting), len(expected))

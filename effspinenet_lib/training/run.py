@@ -33,11 +33,11 @@ from effspinenet_lib.data import (
     require_same_categories,
     training_loader,
 )
-from effspinenet_lib.data.augment import MAX_OBJECTS
+from effspinenet_lib.data.augment import MAX_OBJECTS, MEAN, STD
 from effspinenet_lib.data.loader import worker_errors
 from effspinenet_lib.errors import DataError, Preempted, UserError
 from effspinenet_lib.files import ensure_folder, read_json, write_json
-from effspinenet_lib.models import zoo
+from effspinenet_lib.models import weights, zoo
 from effspinenet_lib.models.dense import Classifier
 from effspinenet_lib.results import current_commit, today, upsert
 from effspinenet_lib.training import checkpoint, device
@@ -265,9 +265,9 @@ def build_or_resume(
     classes = classes_of(dataset, config.task)
     plain = zoo.create_model(config.model, config.task, classes, **config.options)
     if latest is not None:
-        checkpoint.load_into(plain, latest.model_state, str(folder))
+        weights.load_into(plain, latest.model_state, str(folder))
     elif config.initial_weights is not None:
-        checkpoint.load_backbone(plain, config.initial_weights)
+        weights.load_backbone(plain, config.initial_weights)
     if isinstance(plain, Classifier):
         plain.label_smoothing = config.recipe.label_smoothing
     model = device.prepare_model(plain, config.recipe, accelerator, parts)
@@ -324,7 +324,7 @@ def _evaluate(
     metrics = {
         name: None if math.isnan(value) else value for name, value in evaluation.metrics.items()
     }
-    checkpoint.save_weights(
+    weights.save_weights(
         folder / WEIGHTS,
         state.trained.state_dict(),
         {
@@ -337,6 +337,13 @@ def _evaluate(
             "run": config.key,
             "steps": state.step,
             "metrics": metrics,
+            "normalisation": {"mean": MEAN, "std": STD},
+            "data": {
+                part: {"name": facts["name"], "images": facts["images"]}
+                for part, facts in read_json(folder / DATA).items()
+            },
+            "commit": current_commit(),
+            "licence": weights.LICENCE,
         },
     )
     write_predictions(folder / PREDICTIONS, evaluation.predictions)
