@@ -103,13 +103,13 @@ class Item:
     Attributes:
         id: `table-01` to `table-11`, `figure-01` to `figure-05`.
         title: what it shows.
-        notebook: stem of its notebook; None where the suite does not rebuild it yet.
+        notebook: stem of its notebook.
         rows: what it trains and measures; empty where it only draws on specifications.
     """
 
     id: str
     title: str
-    notebook: str | None = None
+    notebook: str
     rows: tuple[Row, ...] = ()
 
 
@@ -145,23 +145,10 @@ PROFILES: dict[str, Profile] = {
     )
 }
 
-# Small models in place of D0, D1 and D2 where no row is compared at equal cost.
-_SMALL = {"d0": "eff_spinenet_m0", "d1": "eff_spinenet_m1", "d2": "eff_spinenet_m2"}
-
 
 def _itself(label: str, model: str, task: str = "detection", **changes: Any) -> Row:
     """The row of a model that is its own proxy."""
     return Row(label, model, model, task=task, **changes)
-
-
-def _scaled(task: str, **changes: Any) -> dict[str, Row]:
-    """The rows of Eff-SpineNet-D0 to D2, with smaller models in the proxy."""
-    return {
-        size: Row(
-            f"Eff-SpineNet-{size.upper()}", f"eff_spinenet_{size}", small, task=task, **changes
-        )
-        for size, small in _SMALL.items()
-    }
 
 
 # Table 3: detection on COCO at 512 to 768 pixels. Compared at equal cost: D0, D1 and D2 each with
@@ -187,39 +174,57 @@ _TABLE_3 = (
     Row("SpineNet-49", "spinenet_49"),
 )
 
-# Tables 4 and 5: training strategies and lengths, which have no counterpart in the proxy's short
-# recipe.
-_D2, _D2_MODEL = "Eff-SpineNet-D2", "eff_spinenet_d2"
+# Tables 4 and 5: training strategies and lengths. The proxy trains M0 in place of D2, and without
+# ResNet-50, which is too large for it.
+_D2, _M0 = "Eff-SpineNet-D2", "eff_spinenet_m0"
 _RELU = {"activation": "relu"}
+_NO_SE = {**_RELU, "squeeze_excitation": False}
 
 
-def _strategy(label: str, model: str, options: Mapping[str, Any], recipe: str) -> Row:
-    """A row of Table 4 or 5."""
-    return Row(label, model, options=options, recipes={PAPER: recipe, SMOKE: "smoke_detection"})
+def _strategy(label: str, options: Mapping[str, Any], paper: str, proxy: str) -> Row:
+    """A row of Table 4 or 5, by the recipes of both profiles; `paper` empty: not the paper's."""
+    recipes = {PAPER: paper, PROXY: proxy, SMOKE: "smoke_detection"}
+    recipes = {profile: recipe for profile, recipe in recipes.items() if recipe}
+    return Row(f"{_D2} {label}", "eff_spinenet_d2", _M0, options=options, recipes=recipes)
 
 
+def _r50_strategy(label: str, options: Mapping[str, Any], paper: str) -> Row:
+    recipes = {PAPER: paper, SMOKE: "smoke_detection"}
+    return Row(f"{_R50} {label}", "resnet50_fpn", options=options, recipes=recipes)
+
+
+_BASELINE, _MS_TRAIN = "paper_strategies_baseline", "paper_strategies_ms_train"
 _TABLE_4 = (
-    _strategy(
-        f"{_D2} baseline",
-        _D2_MODEL,
-        {**_RELU, "squeeze_excitation": False},
-        "paper_strategies_baseline",
-    ),
-    _strategy(f"{_D2} +SE", _D2_MODEL, _RELU, "paper_strategies_baseline"),
-    _strategy(f"{_D2} +ms train", _D2_MODEL, _RELU, "paper_strategies_ms_train"),
-    _strategy(f"{_D2} +Swish", _D2_MODEL, {}, "paper_strategies_ms_train"),
-    _strategy(f"{_D2} +SD", _D2_MODEL, {}, "paper_detection"),
-    _strategy(f"{_R50} baseline", "resnet50_fpn", _RELU, "paper_strategies_baseline"),
-    _strategy(f"{_R50} +ms train", "resnet50_fpn", _RELU, "paper_strategies_ms_train_250_epochs"),
-    _strategy(f"{_R50} +Swish", "resnet50_fpn", {}, "paper_strategies_ms_train_250_epochs"),
-    _strategy(f"{_R50} +SD", "resnet50_fpn", {}, "paper_detection_250_epochs"),
+    _strategy("baseline", _NO_SE, _BASELINE, "proxy_strategies_baseline"),
+    _strategy("+SE", _RELU, _BASELINE, "proxy_strategies_baseline"),
+    _strategy("+long schedule", _RELU, "", "proxy_strategies_long"),
+    _strategy("+ms train", _RELU, _MS_TRAIN, "proxy_strategies_ms_train"),
+    _strategy("+Swish", {}, _MS_TRAIN, "proxy_strategies_ms_train"),
+    _strategy("+SD", {}, "paper_detection", "proxy_strategies_stochastic_depth"),
+    _r50_strategy("baseline", _RELU, _BASELINE),
+    _r50_strategy("+ms train", _RELU, "paper_strategies_ms_train_250_epochs"),
+    _r50_strategy("+Swish", {}, "paper_strategies_ms_train_250_epochs"),
+    _r50_strategy("+SD", {}, "paper_detection_250_epochs"),
 )
 _TABLE_5 = (
     *(
-        _strategy(f"{_D2} {epochs} epochs", _D2_MODEL, {}, f"paper_detection_{epochs}_epochs")
+        _strategy(
+            f"{epochs} epochs",
+            {},
+            f"paper_detection_{epochs}_epochs",
+            f"proxy_detection_{epochs}_epochs",
+        )
         for epochs in SCHEDULE_EPOCHS
     ),
-    _strategy(f"{_D2} 650 epochs", _D2_MODEL, {}, "paper_detection"),
+    _strategy("650 epochs", {}, "paper_detection", "proxy_detection_650_epochs"),
+)
+
+# Table 6: Mask R-CNN on COCO. The proxy has the smallest and the largest size, in the paper's
+# proportion of images.
+_TABLE_6 = (
+    Row("Eff-SpineNet-D0", "eff_spinenet_d0", _M0, 128, task="instances"),
+    Row("Eff-SpineNet-D1", "eff_spinenet_d1", task="instances"),
+    Row("Eff-SpineNet-D2", "eff_spinenet_d2", "eff_spinenet_m2", 192, task="instances"),
 )
 
 # Table 7: mobile detection on COCO, Eff-SpineNet at 256 and 384 pixels, the others at 320, all
@@ -271,7 +276,11 @@ _TABLE_10 = tuple(
 # Table 11: segmentation of VOC from the backbones of Table 3. The two DeepLabv3 rows are quoted and
 # start from COCO weights of networks that no item trains: they have costs alone.
 _TABLE_11 = tuple(
-    row for size, row in _scaled("segmentation", init_from="table-03").items() if size != "d1"
+    Row(label, model, proxy, task="segmentation", init_from="table-03")
+    for label, model, proxy in (
+        ("Eff-SpineNet-D0", "eff_spinenet_d0", _M0),
+        ("Eff-SpineNet-D2", "eff_spinenet_d2", "eff_spinenet_m2"),
+    )
 )
 
 ITEMS: dict[str, Item] = {
@@ -279,15 +288,31 @@ ITEMS: dict[str, Item] = {
     for item in (
         Item("table-01", "Block specifications", "table_01_block_specs"),
         Item("table-02", "Model scaling", "table_02_scaling"),
-        Item("table-03", "One-stage object detection on COCO", rows=_TABLE_3),
-        Item("table-04", "Training strategies, one at a time", rows=_TABLE_4),
-        Item("table-05", "Longer training schedules", rows=_TABLE_5),
+        Item(
+            "table-03",
+            "One-stage object detection on COCO",
+            "table_03_one_stage_detection",
+            _TABLE_3,
+        ),
+        Item(
+            "table-04",
+            "Training strategies, one at a time",
+            "table_04_training_strategies",
+            _TABLE_4,
+        ),
+        Item("table-05", "Longer training schedules", "table_05_training_schedule", _TABLE_5),
         Item(
             "table-06",
             "Two-stage detection and instance segmentation on COCO",
-            rows=tuple(_scaled("instances").values()),
+            "table_06_two_stage_detection",
+            _TABLE_6,
         ),
-        Item("table-07", "Mobile-size object detection on COCO", rows=_TABLE_7),
+        Item(
+            "table-07",
+            "Mobile-size object detection on COCO",
+            "table_07_mobile_detection",
+            _TABLE_7,
+        ),
         Item(
             "table-08", "Learned resource distribution", "table_08_learned_distribution", _TABLE_8
         ),
@@ -297,12 +322,23 @@ ITEMS: dict[str, Item] = {
             "table_09_architecture_ablation",
             _TABLE_9,
         ),
-        Item("table-10", "ImageNet classification", rows=_TABLE_10),
-        Item("table-11", "Semantic segmentation on PASCAL VOC 2012", rows=_TABLE_11),
-        Item("figure-01", "FLOPs and parameters against AP, regular-size detectors"),
+        Item("table-10", "ImageNet classification", "table_10_classification", _TABLE_10),
+        Item(
+            "table-11",
+            "Semantic segmentation on PASCAL VOC 2012",
+            "table_11_semantic_segmentation",
+            _TABLE_11,
+        ),
+        Item(
+            "figure-01",
+            "FLOPs and parameters against AP, regular-size detectors",
+            "figure_01_regular_size_tradeoff",
+        ),
         Item("figure-02", "Resampling operation", "figure_02_resampling"),
         Item("figure-03", "Feature dimensions and resource shares", "figure_03_distribution"),
-        Item("figure-04", "Multi-Adds against AP, mobile-size detectors"),
+        Item(
+            "figure-04", "Multi-Adds against AP, mobile-size detectors", "figure_04_mobile_tradeoff"
+        ),
         Item("figure-05", "Architectures sampled in the search", "figure_05_search_samples"),
     )
 }

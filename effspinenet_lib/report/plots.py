@@ -12,9 +12,19 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from effspinenet_lib.models.specs import BackboneSpec
-from effspinenet_lib.report.statistics import PROXY, SOURCE_NAMES, resource_shares
+from effspinenet_lib.report.claims import ACCURACY, COST, EXACT, PRINT
+from effspinenet_lib.report.statistics import (
+    CONTRADICTED,
+    HOLDS,
+    INCONCLUSIVE,
+    PAPER,
+    PROXY,
+    SOURCE_NAMES,
+    resource_shares,
+)
 from effspinenet_lib.report.style import (
     FAMILY_COLOURS,
+    HOVER,
     INK,
     NOT_RUN,
     PANEL_HEIGHT,
@@ -25,6 +35,7 @@ from effspinenet_lib.report.style import (
     drawing,
     empty_picture,
     family_colour,
+    family_of,
     new_figure,
     to_picture,
     words,
@@ -38,6 +49,17 @@ if TYPE_CHECKING:
 ROW_HEIGHT, COST_ROW_HEIGHT, TILE = 0.6, 0.24, 2.4  # inches
 BAR_SHARE = 0.8  # of the room between two blocks
 MEAN_REACH = 0.28  # of the room between two rows, to either side
+RISE, FALL = "#009E73", "#D55E00"
+# Families whose models are one design at several sizes.
+JOINED_FAMILIES = ("Eff-SpineNet", "EfficientNet", "EfficientDet")
+STATUS_COLOURS = {
+    EXACT: "#0072B2",
+    HOLDS: "#009E73",
+    CONTRADICTED: "#C04A00",
+    INCONCLUSIVE: "#B07800",
+    NOT_RUN: INK,
+}
+EVIDENCE = {PRINT: "a table by itself", COST: "cost", ACCURACY: "accuracy"}
 CLOSE_PERCENT = 3.0  # the grey band of the cost plot
 
 
@@ -154,6 +176,142 @@ def curves(results: ItemResults) -> Picture:
         return to_picture(figure, f"Training loss against step: {ends}.")
 
 
+def trade_off(frame: pd.DataFrame, cost: str = "multi_adds", log: bool = False) -> Picture:
+    """Accuracy against cost: printed (open, dashed), counted (filled), and measured (stars).
+
+    A line joins the models of a family that has several in the order of their cost.
+
+    Args:
+        frame: from `tables.cost_and_accuracy`.
+        cost: `multi_adds` or `parameters`.
+        log: whether the axis of costs is logarithmic.
+    """
+    label = {"multi_adds": "#FLOPs (B)", "parameters": "#Params (M)"}[cost]
+    said = []
+    with drawing():
+        figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT + 0.3)
+        axes = figure.add_subplot()
+        for family, own in frame.groupby(frame.index.map(family_of), sort=False):
+            colour, joined = family_colour(str(family)), family in JOINED_FAMILIES
+            for column, line, fill in ((cost, "--", "none"), (f"counted_{cost}", "-", colour)):
+                points = own.dropna(subset=column).sort_values(column)
+                if joined:
+                    axes.plot(points[column], points["accuracy"], line, color=colour, alpha=0.7)
+                for name, point in points.iterrows():
+                    text = f"{name}: {point[column]:.4g}, AP {point['accuracy']:.1f}"
+                    style: dict[str, Any] = {"markerfacecolor": fill, "color": colour}
+                    tip = HOVER + text + (", printed" if fill == "none" else ", counted")
+                    axes.plot([point[column]], [point["accuracy"]], "o", gid=tip, **style)
+            for name, point in own.dropna(subset="measured").iterrows():
+                tip = f"{HOVER}{name}: {point['measured']:.1f} measured"
+                place = [point[f"counted_{cost}"]], [point["measured"]]
+                axes.plot(*place, "*", color=colour, markersize=12, gid=tip)
+            if family:
+                axes.plot([], [], "o-" if joined else "o", color=colour, label=family)
+            said += [f"{n}: {p[cost]:g}, AP {p['accuracy']:.1f}" for n, p in own.iterrows()]
+        axes.set(xlabel=label, ylabel="AP (%)", xscale="log" if log else "linear")
+        legend_above(axes)
+        return to_picture(figure, f"AP against {label}, as printed. {'; '.join(said)}.")
+
+
+def waterfall(
+    values: pd.Series[float], label: str, errors: pd.Series[float] | None = None
+) -> Picture:
+    """Steps from one value to the next, a bar a step, in the order given.
+
+    Args:
+        values: by the name of the step; what is not defined is left out.
+        label: of the axis.
+        errors: standard deviations, where there are several seeds.
+    """
+    values = values.dropna()
+    if values.empty:
+        return empty_picture(label)
+    steps = values.diff()
+    with drawing():
+        figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
+        axes = figure.add_subplot()
+        for place, value in enumerate(values):
+            step, start = steps.iloc[place], 0.0 if place == 0 else values.iloc[place - 1]
+            colour = INK if place == 0 else RISE if step >= 0 else FALL
+            axes.bar(place, value - start, 0.65, bottom=start, color=colour)
+            text = f"{value:.1f}" if place == 0 else f"{step:+.1f}"
+            axes.annotate(text, (place, max(value, start)), ha="center", va="bottom")
+        if errors is not None:
+            own = errors.reindex(values.index)
+            axes.errorbar(range(len(values)), values, own, fmt="none", ecolor=INK, capsize=3)
+        axes.set_xticks(range(len(values)), list(map(str, values.index)), rotation=20)
+        low = min(values.min(), values.iloc[0]) - 0.35 * (values.max() - values.min() + 1)
+        axes.set(ylabel=label, ylim=(max(0.0, low), values.max() * 1.02 + 1))
+        axes.grid(visible=False, axis="x")
+        said = "; ".join(f"{name}: {value:.1f}" for name, value in values.items())
+        return to_picture(figure, f"{label}, step by step. {said}.")
+
+
+def schedule(lengths: pd.Series[float], values: Mapping[str, pd.Series[float]]) -> Picture:
+    """Accuracy over the length of the training, a line a source, on a logarithmic axis.
+
+    Args:
+        lengths: epochs by row.
+        values: by the name of the source: accuracy by row, with one value or several a row.
+    """
+    said = []
+    with drawing():
+        figure = new_figure(WIDE, PANEL_HEIGHT)
+        axes = figure.add_subplot()
+        for (name, own), marker in zip(values.items(), "os^", strict=False):
+            if own.empty:
+                said.append(f"{name}: {NOT_RUN}")
+                continue
+            means = own.groupby(level=0).mean().reindex(lengths.index).dropna()
+            axes.plot(lengths[own.index], own, marker, alpha=0.5, color=family_colour(own.index[0]))
+            line, fill = ("--", "none") if name == PAPER else ("-", None)
+            axes.plot(
+                lengths[means.index],
+                means,
+                marker + line,
+                color=family_colour(own.index[0]),
+                markerfacecolor=fill,
+                label=name,
+            )
+            cells = ", ".join(f"{lengths[str(row)]:g} epochs {v:.1f}" for row, v in means.items())
+            said.append(f"{name}: {cells}")
+        axes.set(xscale="log", xlabel="epochs of COCO (log), or their share of it", ylabel="AP (%)")
+        axes.set_xticks(list(lengths), [f"{epochs:g}" for epochs in lengths], minor=False)
+        axes.minorticks_off()
+        legend_above(axes)
+        return to_picture(figure, f"AP over training length. {'; '.join(said)}.")
+
+
+def scorecard(card: pd.DataFrame) -> Picture:
+    """How many claims have which status, a bar for each kind of evidence.
+
+    Args:
+        card: from `claims.scorecard`.
+    """
+    said = []
+    with drawing():
+        figure = new_figure(WIDE, 2.2)
+        axes = figure.add_subplot()
+        left = dict.fromkeys(EVIDENCE, 0)
+        for status, colour in STATUS_COLOURS.items():
+            for place, kind in enumerate(EVIDENCE):
+                number = int(((card["decided_by"] == kind) & (card["status"] == status)).sum())
+                if number:
+                    tip = f"{HOVER}{EVIDENCE[kind]}: {number} {status}"
+                    axes.barh(place, number, 0.7, left[kind], color=colour)[0].set_gid(tip)
+                    at = left[kind] + number / 2, place
+                    axes.annotate(str(number), at, ha="center", va="center", color="white")
+                    left[kind] += number
+                    said.append(f"{EVIDENCE[kind]}: {number} {status}")
+            axes.barh(0, 0, color=colour, label=status)
+        axes.set_yticks(range(len(EVIDENCE)), list(EVIDENCE.values()))
+        axes.set(xlabel="claims", ylim=(len(EVIDENCE) - 0.5, -0.5))
+        axes.grid(visible=False, axis="y")
+        legend_above(axes, 3)
+        return to_picture(figure, f"Claims by evidence and verdict. {'; '.join(said)}.")
+
+
 def cost_differences(costs: pd.DataFrame) -> Picture:
     """The difference of every counted cost from the printed one in percent, a row a model.
 
@@ -167,17 +325,20 @@ def cost_differences(costs: pd.DataFrame) -> Picture:
         figure = new_figure(WIDE, 0.9 + COST_ROW_HEIGHT * len(places))
         axes = figure.add_subplot()
         axes.axvspan(-CLOSE_PERCENT, CLOSE_PERCENT, color=INK, alpha=0.15, linewidth=0)
-        for metric, marker in (("multi_adds", "o"), ("parameters", "s")):
+        for metric, marker, fill in (("multi_adds", "o", "full"), ("parameters", "s", "none")):
             cells = costs[costs["metric"] == metric]
             colours = [family_colour(name) for name in cells["row"]]
-            axes.scatter(
-                cells["off"],
-                cells["label"].map(places),
-                marker=marker,
-                edgecolors=colours,
-                facecolors=colours if metric == "multi_adds" else "none",
-                label=METRIC_NAMES[metric],
-            )
+            rows: list[Any] = list(cells.itertuples())
+            for cell, colour in zip(rows, colours, strict=True):
+                axes.plot(
+                    [cell.off],
+                    [places[cell.label]],
+                    marker,
+                    color=colour,
+                    markerfacecolor=colour if metric == "multi_adds" else "none",
+                    gid=f"{HOVER}{cell.label}: {METRIC_NAMES[metric]} {cell.off:+.1f} %",
+                )
+            axes.plot([], [], marker, color=INK, fillstyle=fill, label=METRIC_NAMES[metric])
         axes.set_yticks(range(len(places)), list(places))
         axes.set(ylim=(len(places) - 0.5, -0.5), xlabel="counted over printed, difference in %")
         legend_above(axes)

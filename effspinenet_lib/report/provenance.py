@@ -25,21 +25,28 @@ class Provenance:
         files: paths of CSVs inside the results folder.
         notebook: path of the notebook inside the repository; "" for none.
         commit: short hash, "+dirty" where files differ from it.
+        commands: that make the page's numbers again.
     """
 
     files: tuple[str, ...]
     notebook: str = ""
     commit: str = ""
+    commands: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:
         files = ", ".join(_link(f"results/{file}") + _warning(file) for file in self.files)
         lines = [f"Notebook: {_link(self.notebook)}"] if self.notebook else []
         lines.append(f"CSV: {files or 'none yet'}")
         lines += [f"Commit: {_commit_link(self.commit)}"] if self.commit else []
-        return f'<p class="esn-provenance">{"<br>".join(lines)}</p>'
+        said = f'<p class="esn-provenance">{"<br>".join(lines)}</p>'
+        if not self.commands:
+            return said
+        shown = "<br>".join(f"<code>{escape(command)}</code>" for command in self.commands)
+        return f'<p class="esn-provenance">Run it yourself:<br>{shown}</p>{said}'
 
     def __repr__(self) -> str:
-        return f"Notebook: {self.notebook}\nCSV: {', '.join(self.files)}\nCommit: {self.commit}"
+        lines = [f"Notebook: {self.notebook}", f"CSV: {', '.join(self.files)}"]
+        return "\n".join([*self.commands, *lines, f"Commit: {self.commit}"])
 
 
 def provenance(
@@ -58,7 +65,13 @@ def provenance(
     files = [f"{folder.name}/{item}.csv" for folder in holding]
     files += [f"{folder.name}/runs.csv" for folder in holding if (folder / "runs.csv").is_file()]
     files += [file for file in also if any((Path(root) / file).is_file() for root in results_dirs)]
-    return Provenance(tuple(dict.fromkeys(files)), f"notebooks/{notebook}.ipynb", current_commit())
+    commands: tuple[str, ...] = (
+        f"papermill notebooks/{notebook}.ipynb out.ipynb -p profile proxy",
+    )
+    if notebook.startswith(item.replace("-", "_")):  # else a page on the numbers of another item
+        commands = (f"effspinenet reproduce {item} --profile proxy", *commands)
+    path = f"notebooks/{notebook}.ipynb"
+    return Provenance(tuple(dict.fromkeys(files)), path, current_commit(), commands)
 
 
 def result_files(*results_dirs: Dir) -> Provenance:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
 from effspinenet_lib.models.specs import BackboneSpec, block_multi_adds, level_side
-from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Table
-
-if TYPE_CHECKING:
-    from effspinenet_lib.report.tables import ItemResults
+from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Table, family_of
 
 PAPER, PROXY, PAPER_SCALE = "paper", "proxy", "paper_scale"
 # What the pages call measured accuracy, by its source. That of a smoke run is never shown.
@@ -25,6 +22,7 @@ CONFIDENCE = 0.95
 POWER = 0.8  # chance to see the smallest difference that a design is said to see
 LEAST_SEEDS = 2  # a single seed has no spread
 PERCENT = 100.0
+OWN_FAMILY = "Eff-SpineNet"
 # Section 5.1.4 names these groups of levels; level 1 is in none of them.
 LEVEL_GROUPS: dict[str, tuple[int, ...]] = {"L2": (2,), "L3 to L5": (3, 4, 5), "L6 and L7": (6, 7)}
 
@@ -241,28 +239,52 @@ def compare_seeds(
     }
 
 
-def compare(results: ItemResults, *names: str, metric: str = "AP") -> Table:
-    """Compare each named row with the next one: the paper's difference and the measured one.
+# Cost against accuracy
+
+
+def on_front(costs: pd.Series[float], values: pd.Series[float]) -> pd.Series[bool]:
+    """Which models are on the front: none is as cheap and as good, and better in one of both."""
+    return pd.Series(
+        [
+            not ((costs <= c) & (values >= v) & ((costs < c) | (values > v))).any()
+            for c, v in zip(costs, values, strict=True)
+        ],
+        index=values.index,
+    )
+
+
+def at_cost(costs: pd.Series[float], values: pd.Series[float], cost: float) -> float:
+    """Accuracy of a family at a cost, on the lines between its models; NaN outside of them."""
+    order = costs.argsort()
+    found = np.interp(cost, costs.iloc[order], values.iloc[order], left=np.nan, right=np.nan)
+    return float(found)
+
+
+def dominance(frame: pd.DataFrame, cost: str) -> Table:
+    """Eff-SpineNet's models beside the other families at the same cost, and the front.
 
     Args:
-        results: of an item.
-        *names: rows, the one that the paper puts ahead first.
-        metric: what is compared.
+        frame: from `tables.cost_and_accuracy`.
+        cost: its column.
     """
-    printed = results.paper.query("metric == @metric").set_index("row")["value"]
-    measured = results.measured.query("metric == @metric").dropna(subset="value")
-    sources = [name for name in SOURCE_NAMES if name == PROXY or name in set(measured["source"])]
+    frame = frame.dropna(subset=[cost])
+    families = frame.groupby(frame.index.map(family_of), sort=False)
+    front = on_front(frame[cost], frame["accuracy"])
     rows = {}
-    for better, worse in itertools.pairwise(names):
-        claimed = float(printed[better] - printed[worse])
-        for source in sources:
-            own = measured[measured["source"] == source].set_index("seed")
-            first, second = (own.loc[own["row"] == name, "value"] for name in (better, worse))
-            label = f"{better} – {worse}, {SOURCE_NAMES[source]}"
-            cells = compare_seeds(first, second, claimed)
-            rows[label] = {"paper": f"{claimed:+.1f}", **cells}
-    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("difference")
-    return Table(frame, f"Differences in {metric}: the paper's and the measured ones")
+    for name in (name for name in frame.index if family_of(name) == OWN_FAMILY):
+        at, value = frame.loc[name, cost], frame.loc[name, "accuracy"]
+        cells = {"cost": f"{at:.4g}", "AP": f"{value:.1f}"}
+        for family, own in families:
+            if family != OWN_FAMILY and len(own) > 1:
+                other = at_cost(own[cost], own["accuracy"], at)
+                text = NOT_PRINTED if math.isnan(other) else f"{value - other:+.1f}"
+                cells[f"minus {family}"] = text
+        rows[name] = {**cells, "on the front": "yes" if front[name] else "no"}
+    shown = pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+    others = [name for name in front.index[front] if name not in rows]
+    also = f"; also on the front: {', '.join(others)}" if others else ""
+    caption = f"AP above another family at equal cost, by interpolation; – outside its range{also}"
+    return Table(shown, caption)
 
 
 # Shares of a network

@@ -16,7 +16,6 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 NOT_RUN = "not run"
@@ -52,8 +51,11 @@ INK = "#767676"
 GROUND = "#EEEEEF"  # stands for the page's background in the same way
 FONT_SIZE = 10.0
 PIXELS_PER_INCH = 96  # of CSS
-LEAST_SCALE = 0.8  # a picture scrolls sideways rather than shrink below this share of its size
-WIDE, PANEL_WIDTH, PANEL_HEIGHT = 7.0, 4.2, 3.3  # inches
+# A picture grows with the page up to one share of its size, and scrolls sideways rather than
+# shrink below the other.
+LARGEST_SCALE, LEAST_SCALE = 1.35, 0.8
+WIDE, PANEL_WIDTH, PANEL_HEIGHT = 4.6, 4.2, 3.3  # inches; each fits the width of a phone
+HOVER = "hover: "  # begins the SVG id of what shows a text under the pointer
 
 _RC: Any = {
     "figure.facecolor": "none",
@@ -73,6 +75,10 @@ _RC: Any = {
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "sans-serif"],
     "svg.fonttype": "none",
 }
 
@@ -210,7 +216,7 @@ def _cell(value: Any) -> str:
 @contextmanager
 def drawing() -> Iterator[None]:
     """Drawing defaults for the block: transparent ground, text-coloured ink, small grids."""
-    with sns.axes_style("whitegrid", rc=_RC), mpl.rc_context(_RC):
+    with mpl.rc_context(_RC):
         yield
 
 
@@ -222,7 +228,8 @@ def new_figure(width: float, height: float) -> Figure:
 def to_picture(figure: Figure, alt: str) -> Picture:
     """Turn a Matplotlib figure into an inline SVG that carries `alt`.
 
-    The same figure gives the same bytes.
+    The same figure gives the same bytes. What was drawn with `gid=HOVER + text` shows the text
+    under the pointer.
 
     Raises:
         ValueError: `alt` is empty.
@@ -237,11 +244,13 @@ def to_picture(figure: Figure, alt: str) -> Picture:
     opening, rest = body.split(">", 1)
     opening = re.sub(r'\s(width|height)="[^"]*"', "", opening)
     pixels = float(figure.get_size_inches()[0]) * PIXELS_PER_INCH
-    style = f"width:100%;max-width:{pixels:.0f}px;min-width:{LEAST_SCALE * pixels:.0f}px"
+    largest, least = (round(scale * pixels) for scale in (LARGEST_SCALE, LEAST_SCALE))
+    style = f"width:100%;max-width:{largest}px;min-width:{least}px"
     attributes = f' role="img" aria-label="{escape(alt)}" style="{style};height:auto"'
     # Markdown ends an HTML block at an empty line.
     lines = [line for line in rest.splitlines() if line.strip()]
     drawn = f"{opening}{attributes}>" + "\n".join(lines)
+    drawn = re.sub(rf'<g id="{HOVER}([^"]*)">', r"<g><title>\1</title>", drawn)
     drawn = drawn.replace(INK.lower(), "currentColor")
     return Picture(drawn.replace(GROUND.lower(), "var(--pst-color-background, #eeeeef)"), alt)
 

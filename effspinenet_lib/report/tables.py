@@ -19,7 +19,13 @@ from effspinenet_lib.report.statistics import (
 )
 from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Link, Table, Text
 from effspinenet_lib.results import FOLDERS, ResultsStore, read_table
-from effspinenet_lib.results.paper import ITEMS, RESULTS_DIR, paper_values
+from effspinenet_lib.results.paper import (
+    ITEMS,
+    RESULTS_DIR,
+    misprints,
+    paper_values,
+    printed_table,
+)
 
 SMOKE = "smoke"  # a profile whose accuracy means nothing
 AP_METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
@@ -32,10 +38,20 @@ METRIC_NAMES = {
     "AP_S": "APₛ",
     "AP_M": "APₘ",
     "AP_L": "APₗ",
+    "AP_mask": "mask AP",
+    "AP50_mask": "mask AP₅₀",
+    "AP75_mask": "mask AP₇₅",
+    "AP_gain": "gain",
+    "top1": "Top-1",
+    "top5": "Top-5",
+    "imagenet_pretrain": "ImageNet pre-train",
+    "coco_pretrain": "COCO pre-train",
 }
+TICKS = {"1": "✓", "0": "–"}  # of columns that are printed as a tick or a dash
 PAPER_SCALE_HEADING = "measured, paper's settings"
 MEASURED = "measured"
 OWN_FAMILIES = ("eff_spinenet", "sp_efficientnet")
+SMALLEST_DIFFERENCE = "smallest difference"  # study of proxy/instrument.csv
 NOT_KEPT = "not kept"  # run folders are not committed
 BROWSER_DIGITS = 6  # the CSVs have all of them
 MEASUREMENT_COLUMNS = ["item", "row", "metric", "value", "unit", "source", "model", "seed"]
@@ -70,6 +86,98 @@ class ItemResults(Protocol):
         """Training curves by label (columns `step`, `loss`), where the run's folder is here."""
 
 
+def printed(item: str) -> Table:
+    """A table as the paper prints it, in its own digits, misprints included.
+
+    Args:
+        item: such as `table-08`.
+    """
+    values = paper_values(item)
+    units = dict(zip(values["metric"], values["unit"], strict=True))
+    frame = printed_table(item).reindex(columns=list(units))
+    frame = frame.reindex(list(dict.fromkeys(values["row"])))
+    columns = {}
+    for metric, unit in units.items():
+        cells = frame[metric].fillna("")
+        cells = cells.map(lambda cell: TICKS.get(cell, cell)) if unit == "flag" else cells
+        name = METRIC_NAMES.get(metric, metric.replace("_", " "))
+        sign = "" if unit in ("flag", "epochs") else f" ({unit})"
+        columns[f"{name}{sign}"] = cells.replace("", NOT_PRINTED)
+    number = table_number(item)
+    return Table(pd.DataFrame(columns).rename_axis("model"), f"Table {number} as printed")
+
+
+def misprinted(item: str) -> Table:
+    """The misprints of a table: what is printed, what is meant, and why."""
+    rows = misprints()
+    rows = rows[rows["item"] == item]
+    frame = pd.DataFrame(
+        {
+            "metric": rows["metric"].map(lambda name: METRIC_NAMES.get(name, name)),
+            "printed": rows["printed"].map("{:g}".format, na_action="ignore"),
+            "corrected": rows["corrected"].map("{:g}".format),
+            "reason": rows["reason"].map(Text),
+        }
+    ).set_axis(rows["row"].rename("model"))
+    return Table(frame, f"Misprints of Table {table_number(item)}: {len(frame) or 'none known'}")
+
+
+def costs(item: str) -> Table:
+    """What the models of a table cost: as printed and as counted on the built models."""
+    rows = read_costs()
+    return Table(
+        cost_frame(rows[rows["item"] == item]),
+        "Cost as printed and as counted, by the authors' rule and by multiply-adds",
+    )
+
+
+def read_costs() -> pd.DataFrame:
+    """The rows of the checkout's `cost/costs.csv` with a printed number."""
+    return read_table(RESULTS_DIR / "cost" / "costs.csv", "cost").dropna(subset="printed")
+
+
+def smallest_difference(item: str, task: str, *results_dirs: Dir) -> Table:
+    """The smallest difference between two rows that the proxy's design could have seen.
+
+    Args:
+        item: such as `table-08`.
+        task: of its rows.
+        results_dirs: results folders; `proxy/instrument.csv` of the first that has it is read.
+    """
+    caption = f"Smallest difference that the proxy of {item} could have seen"
+    paths = [Path(folder) / "proxy" / "instrument.csv" for folder in results_dirs]
+    found = [read_table(path, "instrument") for path in paths if path.is_file()]
+    rows = found[0] if found else pd.DataFrame(columns=["study", "task"])
+    rows = rows[(rows["study"] == SMALLEST_DIFFERENCE) & (rows["task"] == task)]
+    if rows.empty:
+        return Table(pd.DataFrame(), f"{caption}: not measured yet")
+    columns = {"metric": "metric", "value": "difference", "low": "from", "high": "to"}
+    frame = rows.set_index("setting")[list(columns)].rename(columns=columns)
+    return Table(frame, caption)
+
+
+def cost_and_accuracy(item: str, measured: pd.DataFrame, metric: str = "AP") -> pd.DataFrame:
+    """What the rows of a table cost and how accurate they are, one row a model.
+
+    Args:
+        item: such as `table-03`.
+        measured: measurements of the item.
+        metric: of accuracy.
+
+    Returns:
+        Columns `accuracy` as printed, `multi_adds` and `parameters` as printed,
+        `counted_multi_adds` (by the authors' rule) and `counted_parameters`, and `measured`, the
+        mean accuracy at the paper's settings, NaN where it was not run.
+    """
+    values = paper_values(item).pivot_table("value", "row", "metric", sort=False)
+    counted = read_costs().query("item == @item")
+    counted = counted.pivot_table("authors_count", "row", "metric").add_prefix("counted_")
+    own = measured.query("metric == @metric and source == @PAPER_SCALE")
+    frame = values[[metric, "multi_adds", "parameters"]].rename(columns={metric: "accuracy"})
+    means = own.groupby("row")["value"].mean().rename("measured")
+    return frame.join(counted).join(means)
+
+
 def compare(
     results: ItemResults,
     metrics: Sequence[str] = AP_METRICS,
@@ -102,8 +210,9 @@ def comparison(paper: pd.DataFrame, measured: pd.DataFrame, metrics: Sequence[st
     """
     paper = paper[paper["source"] == PAPER]
     found = cell_spreads(measured)
-    names = list(dict.fromkeys(paper["row"]))
-    printed = paper.pivot_table("value", "row", "metric", aggfunc="first").reindex(names)
+    own_rows = [row for row, metric, _ in found if metric in metrics]
+    names = list(dict.fromkeys([*paper["row"], *own_rows]))  # a proxy may have rows of its own
+    given = paper.pivot_table("value", "row", "metric", aggfunc="first").reindex(names)
     units = dict(zip(paper["metric"], paper["unit"], strict=True))
     origins = [(PROXY, PROXY)]
     if any(source == PAPER_SCALE for _, _, source in found):
@@ -111,7 +220,7 @@ def comparison(paper: pd.DataFrame, measured: pd.DataFrame, metrics: Sequence[st
     columns: dict[tuple[str, str], list[str]] = {}
     for metric in (metric for metric in metrics if metric in units):
         heading = f"{METRIC_NAMES.get(metric, metric)} ({units[metric]})"
-        values = [float(printed[metric][name]) if metric in printed else math.nan for name in names]
+        values = [float(given[metric][name]) if metric in given else math.nan for name in names]
         columns[heading, PAPER] = [_printed(value) for value in values]
         for source, origin in origins:
             columns[heading, origin] = [

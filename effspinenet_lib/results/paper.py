@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +19,10 @@ from effspinenet_lib.results.tables import Row, read_rows, to_frame
 
 RESULTS_DIR = Path(__file__).resolve().parents[2] / "results"  # of a checkout
 ITEMS = tuple(f"table-{number:02d}" for number in range(1, 12))
+
+Cell = tuple[str, str, str]  # item, row and metric
+# A claim that no table bears on: its operation and its verdict.
+STATED, NOT_CHECKABLE = "stated", "not checkable"
 
 # Units whose printed numbers are rounded; a size, a count or a dimension is exact.
 ROUNDED_UNITS = ("B", "M", "%")
@@ -70,23 +74,48 @@ def paper_values_corrected(item: str, results_dir: str | Path = RESULTS_DIR) -> 
     return to_frame(rows, "measurement")
 
 
+def printed_table(item: str, results_dir: str | Path = RESULTS_DIR) -> pd.DataFrame:
+    """A table of the paper in its own digits: a row a printed row, a column a metric, text cells.
+
+    A cell that the print leaves empty is empty; a column that a row does not have is missing.
+    Arguments and errors as `paper_values`.
+    """
+    cells = pd.DataFrame(_cells(item, results_dir))
+    return cells.pivot_table("value", "row", "metric", aggfunc="first", sort=False)
+
+
 def misprints(results_dir: str | Path = RESULTS_DIR) -> pd.DataFrame:
     """Read the known misprints of the tables, each with the reason for its correction."""
     return to_frame(_rows("misprints", "misprint", results_dir), "misprint")
 
 
-def claims(results_dir: str | Path = RESULTS_DIR) -> pd.DataFrame:
+def claims(
+    results_dir: str | Path = RESULTS_DIR, counted: Mapping[Cell, float] | None = None
+) -> pd.DataFrame:
     """Check the paper's numeric claims against the cells of its tables as printed.
+
+    Args:
+        results_dir: the folder that holds `paper/`.
+        counted: numbers by (item, row, metric) that stand in for the printed ones.
 
     Returns:
         The claims with two more columns: `computed`, what the cells give, and `verdict`: "holds";
-        "rounding" where only the rounding of the printed cells could make it hold; "mismatch".
+        "rounding" where only the rounding of the printed cells could make it hold; "mismatch";
+        "not checkable" where no cell bears on it.
 
     Raises:
         DataError: a file is missing or broken, or a claim names no cell or no operation.
     """
     rows = _rows("claims", "claim", results_dir)
     tables = {item: _cells(item, results_dir) for item in ITEMS}
+    if counted is not None:
+        tables = {
+            item: [
+                row | {"value": str(counted.get((item, row["row"], row["metric"]), row["value"]))}
+                for row in cells
+            ]
+            for item, cells in tables.items()
+        }
     checked = [_check(row, tables) for row in rows]
     computed, verdicts = zip(*checked, strict=True) if checked else ((), ())
     return to_frame(rows, "claim").assign(computed=list(computed), verdict=list(verdicts))
@@ -172,6 +201,8 @@ OPERATIONS: dict[str, tuple[int | None, Callable[[Values, Decimal | None], Decim
 def _check(claim: Row, tables: dict[str, list[Row]]) -> tuple[float, str]:
     """Compute what the cells of a claim give, and how it compares with what is stated."""
     where = f"claims.csv, claim {claim['claim']}"
+    if claim["operation"] == STATED:
+        return math.nan, NOT_CHECKABLE
     if claim["operation"] not in OPERATIONS:
         raise UnknownName(f"operation of {where}", claim["operation"], OPERATIONS)
     size, operation = OPERATIONS[claim["operation"]]

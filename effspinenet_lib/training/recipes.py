@@ -236,6 +236,39 @@ PROXY_SEGMENTATION = declare(
     },
 )
 
+# Table 5 in the profile `proxy`: the lengths in the paper's proportions, 650 epochs being the whole
+# of `proxy_detection`. As in the paper the rate drops for the last 30 and 10 epochs at any length.
+#   effspinenet reproduce table-05 --profile proxy
+PAPER_EPOCHS = 650  # paper 5.1.1
+
+
+def _proxy_epochs(epochs: int, name: str, **changes: Any) -> Recipe:
+    share = PROXY_DETECTION.steps / PAPER_EPOCHS
+    drops = tuple((round(last * share), factor) for last, factor in ((30, 0.1), (10, 0.01)))
+    recipe = PROXY_DETECTION.scale_to_steps(round(epochs * share))
+    return recipe.replace(name=name, schedule="step", lr_drops=drops, **changes)
+
+
+PROXY_SCHEDULES = tuple(
+    _proxy_epochs(epochs, f"proxy_detection_{epochs}_epochs")
+    for epochs in (*SCHEDULE_EPOCHS, PAPER_EPOCHS)
+)
+
+# Table 4 in the profile `proxy`: the short and the long schedule, each with the narrow jitter, and
+# the long one with a wider jitter and with stochastic depth. The paper's [0.1, 2.0] would shrink
+# an object of 128 pixels to nothing, so the wider one is Mobile SpineNet-49's.
+#   effspinenet reproduce table-04 --profile proxy
+_NARROW, _WIDE = (0.8, 1.2), (0.5, 2.0)
+PROXY_STRATEGIES = tuple(
+    _proxy_epochs(epochs, f"proxy_strategies_{name}", scale_jitter=jitter, stochastic_depth=rate)
+    for name, epochs, jitter, rate in (
+        ("baseline", BASELINE_EPOCHS, _NARROW, 0.0),
+        ("long", PAPER_EPOCHS, _NARROW, 0.0),
+        ("ms_train", PAPER_EPOCHS, _WIDE, 0.0),
+        ("stochastic_depth", PAPER_EPOCHS, _WIDE, 0.2),
+    )
+)
+
 # The profile `smoke`, all tasks: every part of the loop in 12 steps, seconds a run.
 #   effspinenet reproduce all --profile smoke
 SMOKE_DETECTION = declare(
@@ -450,6 +483,8 @@ RECIPES: dict[str, Recipe] = {
         PROXY_DETECTION,
         PROXY_CLASSIFICATION,
         PROXY_SEGMENTATION,
+        *PROXY_SCHEDULES,
+        *PROXY_STRATEGIES,
         SMALL_DATA_DETECTION,
         SMALL_DATA_CLASSIFICATION,
         SMALL_DATA_SEGMENTATION,

@@ -1,0 +1,217 @@
+"""What came of the paper's claims: the scorecard of all, and the claims of one table or figure.
+
+A claim is decided in this order, by `scorecard`:
+
+1. The paper's own printed numbers deny it: contradicted.
+2. It is about what a table says of itself: exact, or inconclusive where only the rounding of the
+   print could save it.
+3. It is about cost: exact or contradicted by the authors' count on the rebuilt models.
+4. It is about accuracy: by a measurement with a 95 % interval, at the paper's settings or, where
+   there is none, in the proxy, which tests the direction of a difference alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from effspinenet_lib.report.statistics import (
+    CONTRADICTED,
+    HOLDS,
+    INCONCLUSIVE,
+    PAPER_SCALE,
+    PROXY,
+    SOURCE_NAMES,
+    paired_difference,
+)
+from effspinenet_lib.report.style import NOT_RUN, Table, Text
+from effspinenet_lib.results import FOLDERS, ResultsStore, read_table
+from effspinenet_lib.results.paper import NOT_CHECKABLE, RESULTS_DIR, Cell, claims
+
+EXACT = "exact"
+STATUSES = (EXACT, HOLDS, CONTRADICTED, INCONCLUSIVE, NOT_RUN)
+PRINT, COST, ACCURACY = "print", "cost", "accuracy"
+COST_METRICS = ("multi_adds", "parameters")
+ACCURACY_METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AP_mask", "top1", "top5", "mIOU")
+# Sections that begin so hold a table to its own numbers, which no measurement bears on.
+OF_A_TABLE = ("Table ", "Tables ")
+RELATIONS = {
+    "equals": "{low:g}",
+    "around": "around {low:g}",
+    "more_than": "more than {low:g}",
+    "less_than": "less than {low:g}",
+    "between": "{low:g} to {high:g}",
+}
+# Verdict of the arithmetic -> what it makes of a claim that it decides.
+DECIDED = {
+    "holds": EXACT,
+    "rounding": INCONCLUSIVE,
+    "mismatch": CONTRADICTED,
+    NOT_CHECKABLE: NOT_RUN,
+}
+
+Dir = str | os.PathLike[str]
+
+
+def scorecard(*results_dirs: Dir) -> pd.DataFrame:
+    """Decide every claim of the ledger from the CSV files.
+
+    Args:
+        results_dirs: where measurements are looked for, the first found counts.
+
+    Returns:
+        The columns of `results.paper.claims`, with `items` (the tables that it names, a tuple),
+        `decided_by` (`print`, `cost` or `accuracy`), `status` (one of `STATUSES`) and `found`
+        (what decided it, in words).
+    """
+    printed = claims()
+    counted = claims(counted=counted_costs()).set_index("claim")
+    measured = _measurements(results_dirs)
+    rows = []
+    for claim in printed.to_dict("records"):
+        cells = [tuple(text.split("|")) for text in claim["cells"].split(";") if text]
+        metrics = {cell[2] for cell in cells}
+        kind = PRINT
+        if not claim["section"].startswith(OF_A_TABLE):
+            kind = ACCURACY if metrics & {*ACCURACY_METRICS} else kind
+            kind = COST if metrics & {*COST_METRICS} and kind == PRINT else kind
+        unit = "" if claim["unit"] == "count" else f" {claim['unit']}"
+        status = DECIDED[claim["verdict"]]
+        found = "" if status == NOT_RUN else f"{claim['computed']:.4g}{unit} printed"
+        if kind == COST and status != CONTRADICTED:
+            count = counted.loc[claim["claim"]]
+            status = DECIDED[count["verdict"]]
+            found = f"{count['computed']:.4g}{unit} counted"
+        elif kind == ACCURACY and status != CONTRADICTED:
+            status, found = _by_measurement(claim, cells, measured)
+        items = tuple(dict.fromkeys(cell[0] for cell in cells))
+        rows.append({**claim, "items": items, "decided_by": kind, "status": status, "found": found})
+    return pd.DataFrame(rows)
+
+
+def counts(card: pd.DataFrame) -> dict[str, int]:
+    """How many claims of a scorecard have each status."""
+    return {status: int((card["status"] == status).sum()) for status in STATUSES}
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many claims have which status; shows itself as large numbers.
+
+    Attributes:
+        numbers: claims by status.
+    """
+
+    numbers: Mapping[str, int]
+
+    def _repr_html_(self) -> str:
+        cells = {"claims": sum(self.numbers.values()), **self.numbers}
+        boxes = "".join(f"<div><b>{number}</b>{name}</div>" for name, number in cells.items())
+        return f'<div class="esn-score">{boxes}</div>'
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{number} {name}" for name, number in self.numbers.items())
+
+
+def counted_costs() -> dict[Cell, float]:
+    """The authors' count of every printed cost, by (item, row, metric)."""
+    costs = read_table(RESULTS_DIR / "cost" / "costs.csv", "cost").dropna(subset="printed")
+    values = costs[["item", "row", "metric", "authors_count"]].itertuples(index=False, name=None)
+    return {(item, row, metric): float(count) for item, row, metric, count in values}
+
+
+def _measurements(results_dirs: tuple[Dir, ...]) -> dict[str, pd.DataFrame]:
+    """Measured rows by source, of the first folder that has the row and seed."""
+    found = {}
+    for profile, source in FOLDERS.items():
+        if source in SOURCE_NAMES:
+            stores = [ResultsStore(Path(folder), profile) for folder in results_dirs]
+            frames = [store.results() for store in stores]
+            rows = pd.concat(frames) if frames else pd.DataFrame(columns=["source"])
+            rows = rows[rows["source"] == source].dropna(subset="value")
+            found[source] = rows.drop_duplicates(["item", "row", "metric", "seed"])
+    return found
+
+
+def _by_measurement(
+    claim: Mapping[Any, Any], cells: list[tuple[str, ...]], measured: Mapping[str, pd.DataFrame]
+) -> tuple[str, str]:
+    sign = _claimed_sign(claim)
+    if not sign or len(cells) != 2 or cells[0][0] != cells[1][0]:
+        return NOT_RUN, "" if sign else "needs the paper's settings"
+    for source in (PAPER_SCALE, PROXY):
+        rows = measured[source].set_index("seed")
+        first, second = (
+            rows.loc[
+                (rows["item"] == item) & (rows["row"] == row) & (rows["metric"] == metric), "value"
+            ]
+            for item, row, metric in cells
+        )
+        if first.empty or second.empty:
+            continue
+        found = paired_difference(first, second)
+        seeds = f"{found.seeds[0]} seeds"
+        said = f"{found.mean:+.1f}, {found.interval()} ({SOURCE_NAMES[source]}, {seeds})"
+        return found.verdict(sign), said
+    return NOT_RUN, ""
+
+
+def _claimed_sign(claim: Mapping[Any, Any]) -> int:
+    """1 or -1 where a claim says which way a difference points; else 0."""
+    low, relation = claim["stated_low"], claim["relation"]
+    if claim["operation"] != "difference":
+        return 0
+    if relation == "less_than":
+        return -1 if low <= 0 else 0
+    if relation == "more_than":
+        return 1 if low >= 0 else 0
+    return int(low > 0) - int(low < 0)
+
+
+def stated(claim: Any) -> str:
+    """What a claim states, such as "more than 0 %"."""
+    text = RELATIONS[claim.relation].format(low=claim.stated_low, high=claim.stated_high)
+    return text if claim.unit == "count" else f"{text} {claim.unit}"
+
+
+def table(card: pd.DataFrame, caption: str) -> Table:
+    """Claims with what they state, what was found and the verdict.
+
+    Args:
+        card: rows of `scorecard`.
+        caption: of the table.
+    """
+    rows = list(card.itertuples(index=False))
+    frame = pd.DataFrame(
+        {
+            "verdict": [claim.status for claim in rows],
+            "stated": [stated(claim) for claim in rows],
+            "found": [Text(claim.found) for claim in rows],
+            "note": [Text(claim.note) for claim in rows],
+        },
+        index=pd.Index(
+            [Text(f"{claim.statement} ({claim.section})") for claim in rows],
+            name="claim (section)",
+            dtype=object,
+        ),
+    )
+    return Table(frame, caption if rows else f"{caption}: none")
+
+
+def claims_of(item: str, *results_dirs: Dir, section: str = "") -> Table:
+    """The claims on a table of the paper, decided.
+
+    Args:
+        item: such as `table-08`.
+        results_dirs: as `scorecard`.
+        section: only claims whose section names this, such as "Figure 1".
+    """
+    card = scorecard(*results_dirs)
+    own = card[[item in items for items in card["items"]]]
+    own = own[own["section"].str.contains(section)]
+    return table(own, f"Claims on {item.replace('-0', ' ').replace('-', ' ')}: {len(own)}")
