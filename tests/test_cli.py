@@ -191,7 +191,6 @@ def test_cost_takes_model_options_and_an_image_size(run):
         ),
         ("train --data no_such_folder", 2, "no_such_folder: no such folder"),
         ("reproduce table-8", 2, "unknown item 'table-8'; did you mean table-08"),
-        ("reproduce table-03", 2, "table-03 is not rebuilt yet; these are: table-01, table-02"),
         ("reproduce table-08 --profile smok", 2, "unknown profile 'smok'; did you mean smoke?"),
         ("data make shapes out", 2, "did you mean shapescenes?"),
         ("data check no_such_folder", 3, "no_such_folder: no such folder"),

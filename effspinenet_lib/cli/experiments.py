@@ -148,18 +148,12 @@ def _chosen(names: list[str]) -> list[str]:
 
     Raises:
         UnknownName: no such item.
-        UserError: this version does not rebuild the item.
     """
     from effspinenet_lib.experiments import ITEMS, get_item
 
-    rebuilt = [item.id for item in ITEMS.values() if item.notebook is not None]
     chosen: list[str] = []
     for name in names:
-        if name != ALL and get_item(name).notebook is None:
-            row = next(iter(get_item(name).rows), None)
-            hint = f"; one row: `reproduce {name} --row {row.model}`" if row else ""
-            raise UserError(f"{name} is not rebuilt yet; these are: {', '.join(rebuilt)}{hint}")
-        chosen += rebuilt if name == ALL else [name]
+        chosen += ITEMS if name == ALL else [get_item(name).id]
     return list(dict.fromkeys(chosen))
 
 
@@ -321,12 +315,9 @@ def results(context: typer.Context, results_dir: ResultsDir = None) -> None:
 
     status = item_status(results_dir or default_results_dir())
     columns = [name for name in status.columns if name != "notebook"]
-    rows = [
-        (*(row[name] for name in columns), "yes" if row["notebook"] else "not yet")
-        for row in status.to_dict("records")
-    ]
-    headings = [name.replace("_", " ") for name in columns]
-    print_table("Tables and figures: rows of each kind", (*headings, "rebuilt"), rows)
+    headings = tuple(name.replace("_", " ") for name in columns)
+    rows = list(status[columns].itertuples(index=False, name=None))
+    print_table("Tables and figures: rows of each kind", headings, rows)
 
 
 @results_app.command()

@@ -614,7 +614,7 @@ def item_status(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
             {
                 "item": item.id,
                 "title": item.title,
-                "notebook": item.notebook or "",
+                "notebook": item.notebook,
                 "paper_values": len(paper_values(item.id)) if item.id.startswith("table") else 0,
                 **{
                     f"{source}_rows": int(counts.get((item.id, source), 0))

@@ -365,7 +365,7 @@ def _off(cell: Any) -> str:
 
 
 def status(frame: pd.DataFrame, trained: Collection[str], caption: str) -> Table:
-    """What of the paper is rebuilt, with links to the pages as seen from `book/`.
+    """What of the paper is measured, with links to the pages as seen from `book/`.
 
     Args:
         frame: from `experiments.item_status`.
@@ -375,10 +375,9 @@ def status(frame: pd.DataFrame, trained: Collection[str], caption: str) -> Table
     rows = {}
     for item in _rows(frame):
         absent = NOT_RUN if item.item in trained else NOT_PRINTED
-        page = Link("page", f"../notebooks/{item.notebook}.html") if item.notebook else "not yet"
         rows[item.item] = {
             "shows": Text(item.title),
-            "rebuilt": page,
+            "page": Link("page", f"../notebooks/{item.notebook}.html"),
             "cells": item.paper_values or NOT_PRINTED,
             "cost": MEASURED if item.cost_rows else absent,
             "proxy": MEASURED if item.proxy_rows else absent,
