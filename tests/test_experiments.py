@@ -467,7 +467,9 @@ def test_the_status_counts_what_the_files_hold(tmp_path):
 # One row, trained in this process. The paper's profile at a size that a test can train.
 
 TINY = Profile("paper", {"detection": "paper_detection"}, (0,), 64, None)
-ITEM = Item("table-07", "Mobile detection", rows=(Row("Eff-SpineNet-M0", "eff_spinenet_m0"),))
+ITEM = Item(
+    "table-07", "Mobile", "table_07_mobile_detection", (Row("Eff-SpineNet-M0", "eff_spinenet_m0"),)
+)
 
 
 def tiny(folder: Path, coco: Path, **changes) -> RunParameters:

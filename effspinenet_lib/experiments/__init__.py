@@ -10,13 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from effspinenet_lib.experiments.items import ITEMS, PROFILES, find_row, get_item
+    from effspinenet_lib.experiments.items import (
+        ITEMS,
+        PROFILES,
+        default_results_dir,
+        find_row,
+        get_item,
+        item_status,
+    )
     from effspinenet_lib.experiments.reproduction import (
         ItemResults,
         PlannedRun,
         RunParameters,
-        default_results_dir,
-        item_status,
         planned_runs,
         read_results,
         reproduce,
@@ -40,7 +45,7 @@ __all__ = [
     "resolve_parameters",
     "train_row",
 ]
-_IN_ITEMS = ("ITEMS", "PROFILES", "find_row", "get_item")
+_IN_ITEMS = ("ITEMS", "PROFILES", "default_results_dir", "find_row", "get_item", "item_status")
 
 
 def __getattr__(name: str) -> Any:

@@ -19,16 +19,24 @@ equal cost, are not part of it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.models.zoo import TASKS
+from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.results.paper import paper_values
 from effspinenet_lib.training.recipes import SCHEDULE_EPOCHS
 
 SMOKE, PROXY, PAPER = "smoke", "proxy", "paper"
+# What makes two measurements the same one.
+SAME = ("item", "row", "metric", "source", "seed")
+TASKS = ("detection", "instances", "classification", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -375,3 +383,42 @@ def find_row(item: Item, name: str) -> Row:
         known = {name for row in item.rows for name in (row.label, row.model)}
         raise UnknownName(f"row of {item.id}", name, known)
     return rows[0]
+
+
+def default_results_dir() -> Path:
+    """`results` of the checkout that the library is installed from, else of the current folder."""
+    checkout = Path(__file__).resolve().parents[2]
+    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "results"
+
+
+def item_status(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
+    """One row an item: what of it is measured, counted in the CSVs.
+
+    Args:
+        results_dirs: results folders; what is measured in any of them counts, but for runs that
+            stopped before their last step.
+
+    Returns:
+        Columns `item`, `title`, `notebook`, `paper_values`, `cost_rows`, `proxy_rows`,
+        `paper_scale_rows` (numbers of rows).
+    """
+    stores = [ResultsStore(Path(f), profile) for f in results_dirs for profile in PROFILES]
+    measured = pd.concat([store.results() for store in stores]).drop_duplicates(
+        ["item", "row", "metric", "source", "seed"]
+    )
+    counts = measured.groupby(["item", "source"]).size()
+    return pd.DataFrame(
+        [
+            {
+                "item": item.id,
+                "title": item.title,
+                "notebook": item.notebook,
+                "paper_values": len(paper_values(item.id)) if item.id.startswith("table") else 0,
+                **{
+                    f"{source}_rows": int(counts.get((item.id, source), 0))
+                    for source in ("cost", "proxy", "paper_scale")
+                },
+            }
+            for item in ITEMS.values()
+        ]
+    )

@@ -16,11 +16,18 @@ from tqdm.auto import tqdm
 
 from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
 from effspinenet_lib.experiments.cost_table import model_cost
-from effspinenet_lib.experiments.items import ITEMS, PAPER, PROFILES, Item, Row, get_item
+from effspinenet_lib.experiments.items import (
+    ITEMS,
+    PAPER,
+    PROFILES,
+    Item,
+    Row,
+    default_results_dir,
+    get_item,
+)
 from effspinenet_lib.experiments.reproduction import (
     RunParameters,
     configure_row,
-    default_results_dir,
 )
 from effspinenet_lib.models.base import TaskModel
 from effspinenet_lib.models.zoo import create_model

@@ -24,14 +24,15 @@ from effspinenet_lib.data.config import UNKNOWN_ROOT
 from effspinenet_lib.errors import DataError, UnknownName, UserError
 from effspinenet_lib.experiments.cost_table import model_cost
 from effspinenet_lib.experiments.items import (
-    ITEMS,
     PAPER,
     PROFILES,
     PROXY,
+    SAME,
     SMOKE,
     Item,
     Profile,
     Row,
+    default_results_dir,
     get_item,
 )
 from effspinenet_lib.experiments.launcher import (
@@ -75,8 +76,6 @@ SPLITS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     ),
     "voc": ("ImageSets/Main/{}.txt", (("train", "val"),)),
 }
-# What makes two measurements the same one.
-SAME = ("item", "row", "metric", "source", "seed")
 
 logger = logging.getLogger(__name__)
 
@@ -191,12 +190,6 @@ def resolve_devices(engine: str, accelerator: str, devices: int | str) -> tuple[
     if count > 1 and device != CPU:
         raise UserError(f"devices is {devices!r}; {device} takes one run at a time: give 1")
     return device, count or (usable_cores() if device == CPU else 1)
-
-
-def default_results_dir() -> Path:
-    """`results` of the checkout that the library is installed from, else of the current folder."""
-    checkout = Path(__file__).resolve().parents[2]
-    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "results"
 
 
 def _parse_seeds(seeds: str | int | Sequence[int] | None) -> tuple[int, ...]:
@@ -592,35 +585,4 @@ def read_results(item: Item, parameters: RunParameters) -> ItemResults:
         labels,
         runs.assign(label=runs["run"].map(labels)),
         {labels[key]: pd.read_csv(path) for key, path in curves.items() if path.is_file()},
-    )
-
-
-def item_status(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
-    """One row an item: what of it is measured, counted in the CSVs.
-
-    Args:
-        results_dirs: results folders; what is measured in any of them counts, but for runs that
-            stopped before their last step.
-
-    Returns:
-        Columns `item`, `title`, `notebook`, `paper_values`, `cost_rows`, `proxy_rows`,
-        `paper_scale_rows` (numbers of rows).
-    """
-    stores = [ResultsStore(Path(f), profile) for f in results_dirs for profile in PROFILES]
-    measured = pd.concat([store.results() for store in stores]).drop_duplicates(SAME)
-    counts = measured.groupby(["item", "source"]).size()
-    return pd.DataFrame(
-        [
-            {
-                "item": item.id,
-                "title": item.title,
-                "notebook": item.notebook,
-                "paper_values": len(paper_values(item.id)) if item.id.startswith("table") else 0,
-                **{
-                    f"{source}_rows": int(counts.get((item.id, source), 0))
-                    for source in ("cost", "proxy", "paper_scale")
-                },
-            }
-            for item in ITEMS.values()
-        ]
     )
