@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from effspinenet_lib.models.specs import BackboneSpec
 from effspinenet_lib.report.claims import ACCURACY, COST, EXACT, PRINT
@@ -17,6 +17,7 @@ from effspinenet_lib.report.statistics import (
     CONTRADICTED,
     HOLDS,
     INCONCLUSIVE,
+    JOINED_FAMILIES,
     PAPER,
     PROXY,
     SOURCE_NAMES,
@@ -24,8 +25,10 @@ from effspinenet_lib.report.statistics import (
 )
 from effspinenet_lib.report.style import (
     FAMILY_COLOURS,
+    FONT_SIZE,
     HOVER,
     INK,
+    NEUTRAL,
     NOT_RUN,
     PANEL_HEIGHT,
     PANEL_WIDTH,
@@ -50,16 +53,15 @@ ROW_HEIGHT, COST_ROW_HEIGHT, TILE = 0.6, 0.24, 2.4  # inches
 BAR_SHARE = 0.8  # of the room between two blocks
 MEAN_REACH = 0.28  # of the room between two rows, to either side
 RISE, FALL = "#009E73", "#D55E00"
-# Families whose models are one design at several sizes.
-JOINED_FAMILIES = ("Eff-SpineNet", "EfficientNet", "EfficientDet")
 STATUS_COLOURS = {
     EXACT: "#0072B2",
     HOLDS: "#009E73",
     CONTRADICTED: "#C04A00",
     INCONCLUSIVE: "#B07800",
-    NOT_RUN: INK,
+    NOT_RUN: NEUTRAL,
 }
 EVIDENCE = {PRINT: "a table by itself", COST: "cost", ACCURACY: "accuracy"}
+RIGHT_SHARE = 0.9  # of the largest cost, beyond which a name stands before its point
 CLOSE_PERCENT = 3.0  # the grey band of the cost plot
 
 
@@ -209,7 +211,20 @@ def trade_off(frame: pd.DataFrame, cost: str = "multi_adds", log: bool = False) 
             if family:
                 axes.plot([], [], "o-" if joined else "o", color=colour, label=family)
             said += [f"{n}: {p[cost]:g}, AP {p['accuracy']:.1f}" for n, p in own.iterrows()]
-        axes.set(xlabel=label, ylabel="AP (%)", xscale="log" if log else "linear")
+            if not joined:
+                for name, point in own.iterrows():
+                    right = point[cost] > RIGHT_SHARE * frame[cost].max()
+                    ends = point[cost], point[f"counted_{cost}"]
+                    place = min(ends) if right else max(ends), point["accuracy"]
+                    shift: dict[str, Any] = {"xytext": (-6 if right else 6, -3)}
+                    shift |= {"textcoords": "offset points", "ha": "right" if right else "left"}
+                    axes.annotate(str(name), place, fontsize=FONT_SIZE - 3, **shift)
+        axes.set(xlabel=label, ylabel="AP (%)")
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
         legend_above(axes)
         return to_picture(figure, f"AP against {label}, as printed. {'; '.join(said)}.")
 
@@ -233,7 +248,7 @@ def waterfall(
         axes = figure.add_subplot()
         for place, value in enumerate(values):
             step, start = steps.iloc[place], 0.0 if place == 0 else values.iloc[place - 1]
-            colour = INK if place == 0 else RISE if step >= 0 else FALL
+            colour = NEUTRAL if place == 0 else RISE if step >= 0 else FALL
             axes.bar(place, value - start, 0.65, bottom=start, color=colour)
             text = f"{value:.1f}" if place == 0 else f"{step:+.1f}"
             axes.annotate(text, (place, max(value, start)), ha="center", va="bottom")

@@ -22,7 +22,9 @@ CONFIDENCE = 0.95
 POWER = 0.8  # chance to see the smallest difference that a design is said to see
 LEAST_SEEDS = 2  # a single seed has no spread
 PERCENT = 100.0
+# Families whose models are one design at several sizes, so that a line between them is one.
 OWN_FAMILY = "Eff-SpineNet"
+JOINED_FAMILIES = (OWN_FAMILY, "EfficientNet", "EfficientDet")
 # Section 5.1.4 names these groups of levels; level 1 is in none of them.
 LEVEL_GROUPS: dict[str, tuple[int, ...]] = {"L2": (2,), "L3 to L5": (3, 4, 5), "L6 and L7": (6, 7)}
 
@@ -275,7 +277,7 @@ def dominance(frame: pd.DataFrame, cost: str) -> Table:
         at, value = frame.loc[name, cost], frame.loc[name, "accuracy"]
         cells = {"cost": f"{at:.4g}", "AP": f"{value:.1f}"}
         for family, own in families:
-            if family != OWN_FAMILY and len(own) > 1:
+            if family != OWN_FAMILY and family in JOINED_FAMILIES:
                 other = at_cost(own[cost], own["accuracy"], at)
                 text = NOT_PRINTED if math.isnan(other) else f"{value - other:+.1f}"
                 cells[f"minus {family}"] = text
@@ -284,6 +286,8 @@ def dominance(frame: pd.DataFrame, cost: str) -> Table:
     others = [name for name in front.index[front] if name not in rows]
     also = f"; also on the front: {', '.join(others)}" if others else ""
     caption = f"AP above another family at equal cost, by interpolation; – outside its range{also}"
+    if len(shown.columns) == 3:  # no other family to interpolate
+        caption = f"Eff-SpineNet and the front{also}"
     return Table(shown, caption)
 
 

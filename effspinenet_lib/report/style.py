@@ -48,12 +48,13 @@ LEVEL_TEXT = {level: "#FFFFFF" if level <= 4 else "#1A1A1A" for level in LEVEL_C
 # Stands for "the colour of the text" until the SVG is written; a grey that reads on both
 # backgrounds where a viewer does not know currentColor.
 INK = "#767676"
+NEUTRAL = "#808080"  # a filled area under white text, on both backgrounds
 GROUND = "#EEEEEF"  # stands for the page's background in the same way
 FONT_SIZE = 10.0
 PIXELS_PER_INCH = 96  # of CSS
 # A picture grows with the page up to one share of its size, and scrolls sideways rather than
 # shrink below the other.
-LARGEST_SCALE, LEAST_SCALE = 1.35, 0.8
+LARGEST_SCALE, LEAST_SCALE = 1.2, 0.8
 WIDE, PANEL_WIDTH, PANEL_HEIGHT = 4.6, 4.2, 3.3  # inches; each fits the width of a phone
 HOVER = "hover: "  # begins the SVG id of what shows a text under the pointer
 
