@@ -700,7 +700,7 @@ def test_the_page_on_training_has_every_setting_with_its_source() -> None:
     ("page", "words"),
     [
         ("paper_errors", ("Eff-SpineNet-D1", "43.5")),
-        ("claims", ("contradicted", "Tables 3 and 8", "65 of")),
+        ("claims", ("contradicted", "Tables 3 and 8", "of 126 claims")),
         ("released", ("mobile_spinenet_49", "within limits")),
         ("costs", ("Table 11", "Costs that the paper does not print")),
         ("which_network", ("36 printed cells are met to the digit", "SP-EfficientNet-B0, Table 8")),

@@ -294,7 +294,8 @@ def schedule(lengths: pd.Series[float], values: Mapping[str, pd.Series[float]]) 
         axes.set(xscale="log", xlabel="epochs of COCO (log), or their share of it", ylabel="AP (%)")
         axes.set_xticks(list(lengths), [f"{epochs:g}" for epochs in lengths], minor=False)
         axes.minorticks_off()
-        legend_above(axes)
+        if any(not own.empty for own in values.values()):
+            legend_above(axes)
         return to_picture(figure, f"AP over training length. {'; '.join(said)}.")
 
 
