@@ -42,7 +42,7 @@ OWN, SEARCH, QUOTED = "own", "search", "quoted"  # kinds of runs
 MEASURED_STEPS = 100  # our choice: a shorter run says little about its speed
 WEIGHT_BYTES = 4  # weights, gradients and the optimizer's state are float32 at every precision
 # Numbers that an optimizer keeps for each weight: its momentum, RMSProp the mean of squares too.
-OPTIMIZER_NUMBERS = {"sgd": 1, "rmsprop": 2}
+OPTIMIZER_NUMBERS = {"sgd": 1, "rmsprop": 2, "adamw": 2}
 
 SEARCH_ITEM = "figure-05"
 SEARCH_TRIALS = 5_000  # paper 5.1.1: about 5k architectures are sampled
