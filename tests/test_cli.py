@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from effspinenet_lib import __version__, cli, experiments, publish
-from effspinenet_lib.cli.console import draw, sheet
+from effspinenet_lib.cli.console import draw
 from effspinenet_lib.cli.train import adjust_recipe, detections
 from effspinenet_lib.errors import (
     PREEMPTED_EXIT,
@@ -127,7 +127,7 @@ def test_of_several_processes_one_speaks_and_all_say_errors(rank, speaks):
         "set_up_messages()\n"
         "logging.getLogger('effspinenet_lib').info('told')\n"
         "warnings.warn('warned')\n"
-        "sys.argv = ['effspinenet', 'train', '--data', 'nowhere']\n"
+        "sys.argv = ['effspinenet', 'reproduce', 'table-08', '--max-steps', '3']\n"
         "print('printed')\n"
         "main()"
     )
@@ -138,7 +138,7 @@ def test_of_several_processes_one_speaks_and_all_say_errors(rank, speaks):
     assert done.returncode == 2
     assert ("printed" in done.stdout) == speaks
     assert ("told" in done.stderr) == ("warning: warned" in done.stderr) == speaks
-    assert done.stderr.splitlines()[-1].startswith("error: nowhere: no such folder")
+    assert done.stderr.splitlines()[-1] == "error: --max-steps needs --row"
 
 
 def test_the_version_is_the_packages(run):
@@ -503,16 +503,7 @@ def test_a_small_picture_is_enlarged_with_its_boxes_and_masks():
     assert (pixels_of(nothing) == pixels).all()
 
 
-def test_a_sheet_has_a_row_for_the_last_pictures():
-    black = torch.zeros(3, 10, 20, dtype=torch.uint8)
-    two, three = sheet([black] * 2, 2), sheet([black] * 3, 2)
-    assert two.shape[2] == three.shape[2]
-    assert three.shape[1] > two.shape[1]
-    assert (three == 0).any()
-    assert (three[:, -100:, -100:] == 255).all(), "no fourth picture"
-
-
-def test_the_options_of_a_group_reach_its_commands(run, repository, tmp_path):
+def test_the_options_of_a_group_reach_its_commands(run, repository, tmp_path, monkeypatch):
     """`results --results-dir D costs` must not touch the checkout's files."""
     before = {path: path.stat().st_mtime_ns for path in (repository / "results").rglob("*.*")}
     folder = tmp_path / "there"
@@ -523,6 +514,9 @@ def test_the_options_of_a_group_reach_its_commands(run, repository, tmp_path):
     assert "inner: no such folder" in inner.error
     exported = run("search", "--results-dir", folder, "export", tmp_path / "found.json")
     assert exported.code == 2, "no trials are recorded there"
+    monkeypatch.setattr("effspinenet_lib.experiments.cost_table.cost_table", lambda _: [])
+    assert run("results", "--results-dir", folder, "costs").code == 0
+    assert (folder / "cost" / "costs.csv").exists()
     command = ("search", "--results-dir", folder, "space", "--samples", 1000)
     assert run(*command).code == 0
     assert (folder / "search" / "space.csv").exists()

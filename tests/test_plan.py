@@ -44,7 +44,7 @@ def d0(tmp_path):
     parameters = resolve_parameters("paper", data_root=_coco(tmp_path), results_dir=tmp_path)
     return next(
         run.config
-        for run in planned_runs(ITEMS["table-03"], parameters)
+        for run in planned_runs(ITEMS["table-08"], parameters)
         if run.config.model == "eff_spinenet_d0"
     )
 
@@ -62,7 +62,7 @@ def _row(planned, label):
 
 
 def test_a_row_is_the_arithmetic_of_its_recipe(tmp_path):
-    planned = plan(["table-03"], results_dir=tmp_path, throughput=Throughput(400), progress=False)
+    planned = plan(["table-08"], results_dir=tmp_path, throughput=Throughput(400), progress=False)
     row = _row(planned, "Eff-SpineNet-D0")
     assert (row["state"], row["steps"], row["batch"]) == ("missing", 300_300, 256)
     assert row["images"] == IMAGES == 76_876_800
@@ -85,30 +85,29 @@ def test_an_assumed_speed_is_a_share_of_the_device(tmp_path):
 def test_what_is_finished_is_left_out_and_what_is_partial_counts_the_rest(tmp_path, d0):
     store = ResultsStore(tmp_path, "paper")
     store.add_run(_record(d0, 300_000))
-    row = _row(plan(["table-03"], "paper", tmp_path, progress=False), "Eff-SpineNet-D0")
+    row = _row(plan(["table-08"], "paper", tmp_path, progress=False), "Eff-SpineNet-D0")
     assert (row["state"], row["steps"], row["images"]) == ("partial", 300, 300 * 256)
     # recorded runs of the same model say how fast it trains
     assert (row["throughput"], row["images_per_second"]) == ("measured", 100)
     assert row["hours"] == pytest.approx(300 * 256 / 100 / 3600)
     store.add_run(_record(d0, 300_300))
-    rest = plan(["table-03"], "paper", tmp_path, progress=False)
+    rest = plan(["table-08"], "paper", tmp_path, progress=False)
     assert "Eff-SpineNet-D0" not in set(rest["row"])
 
 
 def test_a_stated_speed_wins_and_a_short_run_measures_none(tmp_path, d0):
     store = ResultsStore(tmp_path, "paper")
     store.add_run(_record(d0, 200))
-    stated = plan(["table-03"], "paper", tmp_path, throughput=Throughput(7), progress=False)
+    stated = plan(["table-08"], "paper", tmp_path, throughput=Throughput(7), progress=False)
     assert _row(stated, "Eff-SpineNet-D0")["images_per_second"] == 7
     store.add_run(_record(d0, 3, images_per_second=0.1))
-    short = plan(["table-03"], "paper", tmp_path, progress=False)
+    short = plan(["table-08"], "paper", tmp_path, progress=False)
     assert _row(short, "Eff-SpineNet-D0")["throughput"] == "assumed"
 
 
 def test_runs_that_tables_share_count_once(tmp_path):
-    planned = plan(["table-04", "table-05"], "paper", tmp_path, progress=False)
-    # +SD of Table 4 is the 650 epochs of Table 5
-    assert len(planned) == 9 + 5 - 1
+    planned = plan(["table-08", "table-09"], "paper", tmp_path, progress=False)
+    assert len(planned) == 2 + 3 - 1, "Eff-SpineNet-D0 is in both"
     assert len(planned) == len(planned.drop_duplicates(["row", "seed"]))
     sums = totals(planned)
     assert sums.loc["all", "images"] == sums.loc["own", "images"] == planned["images"].sum()

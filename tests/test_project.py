@@ -106,11 +106,6 @@ def test_an_unknown_attribute_of_the_library_is_an_attribute_error():
         _ = effspinenet_lib.no_such_name
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_relative)
-def test_every_module_has_a_docstring(path: Path):
-    assert ast.get_docstring(ast.parse(path.read_text()))
-
-
 def test_the_readme_opens_with_the_two_commands_and_names_targets_that_exist():
     makefile = (REPOSITORY / "Makefile").read_text()
     targets = set(re.findall(r"(?m)^([a-z-]+):", makefile))

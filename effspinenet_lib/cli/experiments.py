@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +35,28 @@ if TYPE_CHECKING:
 
 ALL = "all"
 GIBI = 2**30
+# Heading -> format of a run of the plan, scaled to the heading's unit.
+PLAN_COLUMNS = {
+    "item": "{item}",
+    "row": "{row}",
+    "seed": "{seed}",
+    "state": "{state}",
+    "runs x steps": "{runs:,} x {steps:,}",
+    "batch": "{batch}",
+    "images, M": "{images:,.1f}",
+    "Multi-Adds, 1e15": "{multi_adds:,.1f}",
+    "memory, GiB": "{memory:,.1f}",
+    "images/s": "{images_per_second:,.0f}",
+    "from": "{throughput}",
+    "hours": "{hours:,.1f}",
+}
+# Kind of a run of the plan -> what its sum is called.
+KINDS = {
+    "own": "runs of the paper's authors",
+    "search": "the search's samples",
+    "quoted": "runs whose numbers they quoted",
+    "all": "all",
+}
 # Options of `reproduce` that only a single row takes, and those that it does not take.
 ROW_OPTIONS = ("batch_size", "max_steps", "checkpoints", "workers", "initial_weights")
 ITEM_OPTIONS = ("accelerator", "devices", "engine")
@@ -123,9 +144,8 @@ def reproduce(
             raise UserError(f"--row takes one item, {len(items)} were given")
         if initial_weights is not None:
             parameters = replace(parameters, initial_weights=initial_weights.resolve())
-        options = {
-            name: given[name] for name in (*ROW_OPTIONS[:-1], "micro_batch") if name in given
-        }
+        names = ("batch_size", "micro_batch", "max_steps", "checkpoints", "workers")
+        options = {name: given[name] for name in names if name in given}
         _train_row(items[0], row, parameters, options)
         return
     rows = []
@@ -228,22 +248,25 @@ def plan(
         data_root,
         throughput=throughput if given else None,
     )
-    headings = ("item", "row", "state", "steps", "batch", "images, M", "Multi-Adds, 1e15")
-    columns = (*headings, "memory, GiB", "images/s", "from", "hours")
+    scaled = planned.assign(
+        images=planned["images"] / 1e6,
+        multi_adds=planned["multi_adds"] / 1e15,
+        memory=planned["memory"] / GIBI,
+    )
     print_table(
         f"Profile {profile}: {planned['runs'].sum():,} runs are missing",
-        columns,
-        [_plan_cells(row) for row in planned.to_dict("records")],
+        tuple(PLAN_COLUMNS),
+        [
+            [
+                cell.format(**{str(name): value for name, value in row.items()})
+                for cell in PLAN_COLUMNS.values()
+            ]
+            for row in scaled.to_dict("records")
+        ],
     )
-    names = {
-        "own": "runs of the paper's authors",
-        "search": "the search's samples",
-        "quoted": "runs whose numbers they quoted",
-        "all": "all",
-    }
     sums = [
         (
-            names[str(name)],
+            KINDS[str(name)],
             f"{row['runs']:,.0f}",
             f"{row['images'] / 1e6:,.1f}",
             f"{row['multi_adds'] / 1e18:,.2f}",
@@ -257,24 +280,6 @@ def plan(
             f"Assumed: {ASSUMED_SHARE:.0%} of the figure that the maker of {throughput.device} "
             f"gives, times {devices}. It is not measured; --images-per-second replaces it."
         )
-
-
-def _plan_cells(row: dict[Hashable, Any]) -> tuple[str, ...]:
-    """A run of the plan as the table shows it."""
-    steps = f"{row['steps']:,}"
-    return (
-        row["item"],
-        row["row"] if row["seed"] == 0 else f"{row['row']}, seed {row['seed']}",
-        row["state"],
-        steps if row["runs"] == 1 else f"{row['runs']:,} x {steps}",
-        str(row["batch"]),
-        f"{row['images'] / 1e6:,.1f}",
-        f"{row['multi_adds'] / 1e15:,.1f}",
-        f"{row['memory'] / GIBI:,.1f}",
-        f"{row['images_per_second']:,.0f}",
-        row["throughput"],
-        f"{row['hours']:,.1f}",
-    )
 
 
 def book(

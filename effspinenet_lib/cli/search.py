@@ -12,6 +12,7 @@ import typer
 from effspinenet_lib.cli.console import ResultsDir, pass_down, print_table
 from effspinenet_lib.cli.data import Workers
 from effspinenet_lib.cli.train import BatchSize, MicroBatch
+from effspinenet_lib.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,17 +63,10 @@ def _runner(
 ) -> Iterator[Runner]:
     from functools import partial
 
-    from effspinenet_lib.errors import UnknownName, UserError
-    from effspinenet_lib.experiments.launcher import ENGINES, open_pool, run_many
+    from effspinenet_lib.experiments.launcher import open_pool, run_many
     from effspinenet_lib.experiments.reproduction import resolve_devices
-    from effspinenet_lib.training.device import ACCELERATORS, AUTO, CPU
+    from effspinenet_lib.training.device import AUTO, CPU
 
-    for kind, name, known in (
-        ("engine", engine, ENGINES),
-        ("accelerator", accelerator, ACCELERATORS),
-    ):
-        if name not in known:
-            raise UnknownName(kind, name, known)
     device, count = resolve_devices(engine, accelerator, processes or AUTO)
     with open_pool(engine, count, device, workers, settings.timeout) as pool:
         whole = settings.micro_batch is None and settings.recipe.scaled_from_batch is None
