@@ -191,14 +191,7 @@ def _studies() -> dict[str, tuple[Trial, ...]]:
     full = get_recipe("proxy_detection").steps
     return {
         "anchors": _over("anchor_size", 1.5, 1.0),
-        "norms": _over("norm_freeze_steps", 0, 300),
-        "norms and anchors": (
-            Trial(
-                "norm_freeze_steps 300, anchor_size 1.5",
-                changes={"norm_freeze_steps": 300, "anchor_size": 1.5},
-            ),
-        ),
-        "rate": _over("learning_rate", 0.016, 0.03, 0.008),
+        "rate": _over("learning_rate", 0.03, 0.06, 0.016),
         "precision": (
             Trial("the reference", PRECISION_SEEDS, base={}),
             Trial(
