@@ -18,6 +18,11 @@ class UserError(Exception):
 
     exit_code = 2
 
+    @property
+    def details(self) -> list[str]:
+        """Lines that are printed before the message."""
+        return []
+
 
 class UnknownName(UserError):  # noqa: N818 - it says what happened
     """A name that is not in a list of known names; the message lists the near ones."""

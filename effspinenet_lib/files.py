@@ -102,7 +102,7 @@ def read_json(
         DataError: the file cannot be read or is not JSON; names the file, the line and the column.
     """
     try:
-        with open(path, encoding="utf-8") as handle:
+        with open(path, encoding="utf-8-sig") as handle:
             return json.load(handle, object_hook=hook)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error

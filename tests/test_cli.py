@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, and that errors are one line."""
 
+import csv
 import json
 import os
 import re
@@ -420,8 +421,8 @@ def test_weights_are_not_evaluated_on_other_categories(run, weights, scenes, tmp
     path = folder / "annotations" / "instances_val.json"
     path.write_text(path.read_text().replace("plain disc", "full moon"))
     result = run("evaluate", "--weights", weights, "--data", folder)
-    assert "trained on other categories" in result.error
-    assert "full moon, plain disc" in result.error
+    assert f"has objects of other categories than the weights {weights}" in result.error
+    assert "'full moon'" in result.error
     assert result.code == 3
 
 
@@ -450,6 +451,45 @@ def test_detect_names_a_picture_that_cannot_be_decoded(run, weights, scenes, tmp
     assert result.code == 3
 
 
+def test_detect_takes_folders_and_writes_what_it_found(run, weights, scenes, tmp_path):
+    shutil.copytree(scenes / "val", tmp_path / "pictures")
+    paths = (tmp_path / "pictures", scenes / "val" / "000000.png")
+    options = ("--output", tmp_path / "found", "--threshold", 0)
+    files = ("--json", tmp_path / "found.json", "--csv", tmp_path / "found.csv")
+    result = run("detect", *paths, "--weights", weights, *options, *files)
+    assert result.code == 0, result.error
+    drawn = len(list((tmp_path / "pictures").iterdir())) + 1
+    assert len(list((tmp_path / "found").glob("*.png"))) == drawn
+    records = json.loads((tmp_path / "found.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "found.csv").read_text().splitlines()))
+    assert [row["class"] for row in rows] == [record["class"] for record in records]
+    assert len({record["image"] for record in records}) == drawn
+
+
+def test_a_finished_run_says_when_it_was_trained(run, scenes, weights):
+    options = ("--output", weights.parent.parent, "--steps", 2, *TINY)
+    result = run("train", "--data", scenes, *options)
+    assert re.search(r"already finished on \d{4}-.*not trained again \(--force\)", result.out)
+
+
+def test_train_refuses_what_check_refuses_with_all_faults(run, scenes, tmp_path):
+    folder = tmp_path / "bad"
+    shutil.copytree(scenes, folder)
+    path = folder / "annotations" / "instances_train.json"
+    truth = json.loads(path.read_text())
+    for record in truth["annotations"][:2]:
+        record["bbox"] = None
+    path.write_text(json.dumps(truth))
+    result = run("train", "--data", folder, "--output", tmp_path / "runs", "--steps", 2, *TINY)
+    assert result.code == 3
+    (report,) = (tmp_path / "runs").glob("*/faults.csv")
+    problems = [row["problem"] for row in csv.DictReader(report.read_text().splitlines())]
+    assert len(problems) == 2
+    assert f"{problems[0]} (2 faults; all in {report})" in result.err
+    checked = run("data", "check", folder, "--report", tmp_path / "report.csv")
+    assert all(f"problem: train: {problem}" in checked.err for problem in problems)
+
+
 class FixedDetector(torch.nn.Module):
     """Finds one box, at the same place of the input in every image."""
 
@@ -457,7 +497,8 @@ class FixedDetector(torch.nn.Module):
         super().__init__()
         self.box, self.seen = torch.tensor([box]), None
 
-    def forward(self, images):
+    def forward(self, images, extents):
+        assert extents == [(32, 64)]
         self.seen = images
         return [{"boxes": self.box, "scores": torch.ones(1), "labels": torch.zeros(1).long()}]
 

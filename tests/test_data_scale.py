@@ -29,8 +29,8 @@ from effspinenet_lib.data import (
     training_loader,
 )
 from effspinenet_lib.data import coco as coco_layout
-from effspinenet_lib.data.coco import HeldOutSplit
 from effspinenet_lib.data.loader import worker_errors
+from effspinenet_lib.data.splits import HeldOutSplit
 from effspinenet_lib.errors import DataError, UserError
 
 NAMES = [f"{number:012d}.jpg" for number in (9, 25, 30, 34, 36, 42, 49, 61, 64, 71)]
@@ -85,9 +85,9 @@ def test_cached_annotations_are_those_of_the_file(
 ) -> None:
     """Whole and in parts; the annotation file is read once for boxes and once for masks."""
     folder, read = coco_folder(tmp_path / "data"), []
-    original = coco_layout._read
+    original = coco_layout.read_json
     monkeypatch.setattr(
-        coco_layout, "_read", lambda *args, **kw: (read.append(1), original(*args, **kw))[1]
+        coco_layout, "read_json", lambda *args: (read.append(1), original(*args))[1]
     )
     for split, limit in (("train2017", None), ("train2017-held-3", None), ("train2017-rest-3", 2)):
         monkeypatch.setattr(folders, "LEAST_CACHED_BYTES", 0)

@@ -113,7 +113,8 @@ class Oracle(nn.Module):
         self.dataset, self.task, self.seen = dataset, task, 0
         self.frozen = nn.BatchNorm2d(3).eval()
 
-    def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
+    def forward(self, images: Tensor, extents: Any = None) -> list[dict[str, Tensor]]:
+        assert (extents is not None) == (self.task in ("detection", "instances"))
         assert not self.training
         assert not torch.is_grad_enabled()
         assert images.shape[1:] == (3, SIDE, SIDE)

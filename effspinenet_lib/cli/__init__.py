@@ -82,6 +82,8 @@ def main() -> None:
     try:
         app(prog_name="effspinenet")
     except UserError as error:
+        for line in error.details:
+            print(line, file=sys.stderr)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except SystemExit as stop:

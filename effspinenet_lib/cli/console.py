@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,6 +155,41 @@ def option_name(parameter: str) -> str:
 # Pictures
 
 
+@lru_cache
+def font_for(text: str) -> str:
+    """A font file that has the letters of a text: Matplotlib's own, or one of the machine's.
+
+    Where no font has all of them, the one that has most.
+    """
+    from matplotlib import font_manager, get_data_path
+    from matplotlib.ft2font import FT2Font
+
+    wanted = {ord(letter) for letter in text if not letter.isspace()}
+    own = os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    best, most = own, -1
+    for path in (own, *sorted(font.fname for font in font_manager.fontManager.ttflist)):
+        if "LastResort" in path:  # draws boxes for letters
+            continue
+        try:
+            has = len(wanted & FT2Font(path).get_charmap().keys())
+        except (OSError, RuntimeError, ValueError):
+            continue
+        if has > most:
+            best, most = path, has
+        if has == len(wanted):
+            return path
+    return best
+
+
+def readable(name: str, label: int) -> str:
+    """A class's name as it is drawn: its number where no font has its letters."""
+    from matplotlib.ft2font import FT2Font
+
+    letters = {ord(letter) for letter in name if not letter.isspace()}
+    has = letters <= FT2Font(font_for(name)).get_charmap().keys()
+    return name if has else f"class {label}"
+
+
 def draw(
     image: NDArray[np.uint8],
     boxes: Tensor,
@@ -174,7 +210,6 @@ def draw(
         uint8 [3, zoom × H, zoom × W].
     """
     import torch
-    from matplotlib import get_data_path
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     from effspinenet_lib.report.style import FAMILY_COLOURS
@@ -196,7 +231,7 @@ def draw(
         list(names),
         colours,
         width=max(LEAST_LINE, round(LINE_SHARE * side)),
-        font=os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"),
+        font=font_for("".join(names)),
         font_size=max(LEAST_TEXT, round(TEXT_SHARE * side)),
         fill_labels=True,
     )

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from effspinenet_lib.cli.console import FAILED_CHECK, draw, print_table, save_picture, sheet
+from effspinenet_lib.cli.console import (
+    FAILED_CHECK,
+    draw,
+    print_table,
+    readable,
+    save_picture,
+    sheet,
+)
 from effspinenet_lib.errors import UnknownName, UserError
+from effspinenet_lib.files import ensure_folder
 
 if TYPE_CHECKING:
     from effspinenet_lib.data import DataConfig, Dataset
-    from effspinenet_lib.data.check import Row
+    from effspinenet_lib.data.records import Fault
 
 SHAPESCENES = "shapescenes"
+CHECKS = Path("runs") / "checks"
 DATA_HELP = (
-    "A folder in COCO, VOC or ImageNet layout, or `shapescenes` for the embedded data set, which "
-    "is made once and kept in `$EFFSPINENET_CACHE` (default `~/.cache/effspinenet`)."
+    "A folder in COCO, VOC, YOLO or class-folder layout, or `shapescenes` for the embedded data "
+    "set, which is made once and kept in `$EFFSPINENET_CACHE` (default `~/.cache/effspinenet`)."
 )
 
 Data = Annotated[str, typer.Option(metavar="DIR|shapescenes", help=DATA_HELP)]
@@ -120,7 +128,12 @@ def fetch(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="In COCO, VOC or ImageNet layout.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="In a layout that `train` takes.")],
+    task: Annotated[
+        str, typer.Option(help="`detection`, `instances`, `classification` or `segmentation`.")
+    ] = "detection",
+    train_split: Annotated[str, typer.Option(help="Split of the data to train on.")] = "train",
+    eval_split: EvalSplit = "val",
     pictures: Annotated[bool, typer.Option(help="Also decode every picture.")] = True,
     expect: Annotated[
         str | None,
@@ -128,47 +141,85 @@ def check(
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write counts and problems to a .json or .csv file."),
+        typer.Option(
+            metavar="FILE",
+            help="Write counts and problems to a .json or .csv file. "
+            f"[default: one in {CHECKS}, if there are problems]",
+        ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Decoding processes. [default: one a core]")
+        int | None, typer.Option(min=1, help="Decoding threads. [default: one a core]")
     ] = None,
 ) -> None:
-    """Count what each split of a data set holds and name what is wrong with it.
+    """Count what each split of a data set holds and name all that is wrong with it.
 
-    The exit code is 1 if a split cannot be used as it is.
+    `train` refuses the same. The exit code is 1 if there are problems.
 
     For example:
 
     - `effspinenet data check my_pictures`
+    - `effspinenet data check my_pictures --task instances`
     - `effspinenet data check coco --expect coco --report coco.csv`
     """
-    from effspinenet_lib.data import detect_format
-    from effspinenet_lib.data.check import REPORT_SUFFIXES, check_folder, write_report
+    from effspinenet_lib.data import DataConfig, detect_format
+    from effspinenet_lib.data.check import (
+        REPORT_SUFFIXES,
+        check_parts,
+        count_rows,
+        fault_rows,
+        mask_faults,
+        write_report,
+    )
+    from effspinenet_lib.data.config import only_task, split_names
     from effspinenet_lib.data.fetch import KNOWN_SETS
+    from effspinenet_lib.data.records import Fault, fault_lines
+    from effspinenet_lib.models.zoo import TASKS
 
+    if task not in TASKS:
+        raise UnknownName("task", task, TASKS)
     if expect is not None and expect not in KNOWN_SETS:
         raise UnknownName("data set to expect", expect, KNOWN_SETS)
     if report is not None and report.suffix not in REPORT_SUFFIXES:
         raise UnknownName("report format", report.suffix, REPORT_SUFFIXES)
     known = KNOWN_SETS[expect] if expect else None
-    layout = known.format if known else detect_format(folder)
-    typer.echo(f"{folder}: {layout.upper()} layout")
-    rows: list[Row] = []
-    parts = check_folder(folder, layout, known, pictures, workers or os.cpu_count() or 1)
-    for split, dataset, found in parts:
+    layout = known.format if known else detect_format(folder, task)
+    task = only_task(layout) or task
+    typer.echo(f"{folder}: {layout.upper()} layout, checked for {task}")
+    config = DataConfig(layout, str(folder), train_split, eval_split)
+    expected = {part.split: part for part in known.parts} if known else {}
+    wanted = [(name, None) for name in expected or split_names(config)]
+    datasets, faults = check_parts(config, wanted, task, pictures=pictures, workers=workers)
+    rows = []
+    for (name, _), dataset in zip(wanted, datasets, strict=True):
         if dataset is not None:
-            _print_counts(split, dataset)
-        rows += found
+            _print_counts(name, dataset)
+            rows += count_rows(name, dataset, expected.get(name))
+    unexpected = [Fault(row.problem, part=row.part) for row in rows if row.problem]
+    rows += fault_rows(faults)
+    if task == "detection":
+        names = [name for name, _ in wanted]
+        _print_unusable_masks(mask_faults(dict(zip(names, datasets, strict=True))))
+    if faults and report is None:
+        report = CHECKS / f"{folder.resolve().name}.csv"
     if report is not None:
-        write_report(report, folder, rows)
+        ensure_folder(report.parent)
+        write_report(report, str(folder), rows)
         typer.echo(f"Wrote {report}")
-    problems = [f"{row.part}: {row.problem}" for row in rows if row.problem]
-    for problem in problems:
-        typer.echo(f"problem: {problem}", err=True)
-    if problems:
+    for line in fault_lines([*unexpected, *faults]):
+        typer.echo(line, err=True)
+    if count := len(unexpected) + len(faults):
+        typer.echo(f"{count} problem{'s' if count > 1 else ''}")
         raise typer.Exit(FAILED_CHECK)
     typer.echo("Every split can be used.")
+
+
+def _print_unusable_masks(faults: list[Fault]) -> None:
+    from effspinenet_lib.data.records import fault_lines
+
+    for line in fault_lines(faults):
+        typer.echo(line.replace("problem: ", "for --task instances: ", 1), err=True)
+    if faults:
+        typer.echo(f"{len(faults)} masks cannot be used; detection does not need them.", err=True)
 
 
 def _open(config: DataConfig) -> Dataset:
@@ -254,7 +305,7 @@ def contact_sheet(
     for index in range(min(count, len(dataset))):
         sample = dataset.load(index)
         labels = sample.labels.tolist()
-        texts = [names[label] for label in labels]
+        texts = [readable(names[label], label) for label in labels]
         pictures.append(draw(sample.image, torch.from_numpy(sample.boxes), labels, texts))
     save_picture(sheet(pictures, columns), output)
     typer.echo(f"Wrote {output}: {len(pictures)} images of {dataset.name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ from effspinenet_lib.cli.console import (
     parse_settings,
     print_metrics,
     print_table,
+    readable,
     save_picture,
 )
 from effspinenet_lib.cli.data import (
@@ -31,13 +32,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from effspinenet_lib.data import Dataset
     from effspinenet_lib.training.recipes import Recipe
     from effspinenet_lib.training.run import RunResult
 
 EVALUATIONS = Path("runs") / "evaluations"
+SIDES = ("left", "top", "right", "bottom")  # of a box
 HASH_DIGITS = 12  # as of a run's hash
-UNUSED = "unused "  # beginning of the name of a class that no data set has
 
 # Options of everything that trains one model.
 Images = Annotated[
@@ -123,6 +123,12 @@ def train(
         typer.Option(metavar="KEY=VALUE", help="A setting of the model, as for `cost`."),
     ] = None,
     initial_weights: InitialWeights = None,
+    skip_bad_images: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad-images", help="Leave out images that are missing or cannot be decoded."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Train a finished run again.")] = False,
 ) -> None:
     """Train a model, evaluate it, keep its weights.
@@ -174,6 +180,7 @@ def train(
         checkpoints=checkpoints or KEPT,
         micro_batch=micro_batch,
         runs_csv=output / "runs.csv",
+        skip_bad_images=skip_bad_images,
     )
     print_run(f"{model} on {data}, {task}", task, result)
 
@@ -211,6 +218,8 @@ def print_run(title: str, task: str, result: RunResult) -> None:
         f"{result.steps} steps, {record['images']} images, {record['wall_seconds']:.0f} s, "
         f"{record['images_per_second']:.1f} images/s in training"
     )
+    if result.trained_before:
+        typer.echo(f"already finished on {record['date']}; not trained again (--force)")
     typer.echo(f"Run:     {result.folder}")
     typer.echo(f"Weights: {result.folder / 'model.safetensors'}")
 
@@ -249,8 +258,9 @@ def evaluate(
     - `effspinenet evaluate --model mobile_spinenet_49 --weights mobile.safetensors --data coco
       --workers 2`
     """
-    from effspinenet_lib.data import open_dataset
+    from effspinenet_lib.data import Category
     from effspinenet_lib.data.augment import FITTED
+    from effspinenet_lib.data.check import open_checked
     from effspinenet_lib.files import ensure_folder, write_json
     from effspinenet_lib.results import upsert
     from effspinenet_lib.training.checkpoint import create_from_weights
@@ -266,8 +276,10 @@ def evaluate(
         raise CheckpointError(f"{weights}: is of model {facts['model']}, not of {model}")
     task, size = facts["task"], image_size or facts["image_size"]
     source = data_config(data, eval_split=eval_split, images=images, image_size=size, task=task)
-    dataset = open_dataset(source, "eval", task)
-    ids = _category_ids(weights, facts["categories"], dataset)
+    part = (source.split_of("eval"), source.images_of("eval"))
+    (dataset,) = open_checked(source, [part], task)
+    classes = [Category(c["id"], c["name"]) for c in facts["categories"]]
+    dataset.relabel(classes, f"the weights {weights}")
     digest = sha256(weights.read_bytes()).hexdigest()[:HASH_DIGITS]
     name = sha256(f"{digest} {describe_data(dataset)['digest']} {size}".encode()).hexdigest()
     folder = ensure_folder(output or EVALUATIONS / name[:HASH_DIGITS])
@@ -282,7 +294,6 @@ def evaluate(
             workers,
             accelerator=accelerator,
             preprocessing=facts.get("preprocessing", FITTED),
-            category_ids=ids,
         )
     if not accelerator.is_main_process:
         return
@@ -310,70 +321,132 @@ def evaluate(
     typer.echo(f"Record:      {record}")
 
 
-def _category_ids(
-    weights: Path, categories: list[Mapping[str, Any]], dataset: Dataset
-) -> list[int | None]:
-    """The data's category of each label of the weights; None for a class that no data has.
-
-    Raises:
-        DataError: the labels of the weights mean something else than those of the data.
-    """
-    known = [c["name"] for c in categories if not c["name"].startswith(UNUSED)]
-    found = [category.name for category in dataset.categories]
-    if known != found:
-        differing = sorted(set(known) ^ set(found)) or ["their order"]
-        raise DataError(
-            f"{weights} was trained on other categories than {dataset.name} has: "
-            f"{', '.join(differing[:5])}; evaluate on data with the same list"
-        )
-    ids = {category.name: category.id for category in dataset.categories}
-    return [ids.get(category["name"]) for category in categories]
-
-
 def detect(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture to look at.")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE|DIR...", help="Pictures, or folders of them.")
+    ],
     weights: Weights,
-    output: Annotated[Path, typer.Option(metavar="OUT.png", help="The picture with boxes.")] = Path(
-        "detections.png"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.png|DIR",
+            help="The picture with boxes, or for several a folder. "
+            "[default: detections.png or detections/]",
+        ),
+    ] = None,
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Boxes with a lower score are left out.")
     ] = 0.3,
     image_size: TrainedSize = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write what was found as JSON.")
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write what was found as CSV.")
+    ] = None,
 ) -> None:
-    """Find objects in a picture; draw their boxes, and masks if the model gives them; list them.
+    """Find objects in pictures; draw their boxes, and masks if the model gives them; list them.
 
-    Example: `effspinenet detect street.jpg --weights model.safetensors --output found.png`
+    For example:
+
+    - `effspinenet detect street.jpg --weights model.safetensors --output found.png`
+    - `effspinenet detect my_pictures/test --weights model.safetensors --output found --csv
+      found.csv`
     """
-    import numpy as np
-    from PIL import Image, ImageOps
+    import pandas as pd
+    from tqdm.auto import tqdm
 
     from effspinenet_lib.data.augment import FITTED
+    from effspinenet_lib.data.pictures import read_picture
+    from effspinenet_lib.files import atomic_write, ensure_folder, write_json
     from effspinenet_lib.training.checkpoint import create_from_weights
+    from effspinenet_lib.training.export import inference_copy
 
     model, facts = create_from_weights(weights)
     if facts["task"] not in ("detection", "instances"):
         raise UserError(f"{weights}: is a model for {facts['task']}; detect needs one that detects")
-    try:
-        with Image.open(image) as opened:
-            pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except FileNotFoundError as error:
-        raise DataError(f"{image}: no such file") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{image}: cannot be decoded ({error}); save the picture again") from error
+    folded = inference_copy(model)
     size, preprocessing = image_size or facts["image_size"], facts.get("preprocessing", FITTED)
-    found = detections(model, pixels, size, preprocessing)
-    found = {name: values[found["scores"] >= threshold] for name, values in found.items()}
-    labels, scores = found["labels"].tolist(), found["scores"].tolist()
-    names = [facts["categories"][label]["name"] for label in labels]
-    texts = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
-    save_picture(draw(pixels, found["boxes"], labels, texts, found.get("masks")), output)
-    rows = [
-        (name, f"{score:.2f}", *(f"{value:.0f}" for value in box))
-        for name, score, box in zip(names, scores, found["boxes"].tolist(), strict=True)
-    ]
-    print_table(str(image), ("class", "score", "left", "top", "right", "bottom"), rows)
-    typer.echo(f"{len(rows)} objects with a score of at least {threshold}; wrote {output}")
+    several = len(images) > 1 or images[0].is_dir()
+    files = pictures_in(images)
+    places = [output or Path("detections.png")]
+    if several:
+        places = [(output or Path("detections")) / name for _, name in files]
+    found_records: list[dict[str, Any]] = []
+    for (path, _), place in zip(
+        tqdm(files, desc="detect", unit="image", disable=None if several else True),
+        places,
+        strict=True,
+    ):
+        pixels = read_picture(path)
+        found = detections(folded, pixels, size, preprocessing)
+        found = {name: values[found["scores"] >= threshold] for name, values in found.items()}
+        labels, scores = found["labels"].tolist(), found["scores"].tolist()
+        names = [facts["categories"][label]["name"] for label in labels]
+        texts = [
+            f"{readable(name, label)} {score:.2f}"
+            for name, label, score in zip(names, labels, scores, strict=True)
+        ]
+        save_picture(draw(pixels, found["boxes"], labels, texts, found.get("masks")), place)
+        records = [
+            {
+                "image": str(path),
+                "class": name,
+                "score": score,
+                **dict(zip(SIDES, box, strict=True)),
+            }
+            for name, score, box in zip(names, scores, found["boxes"].tolist(), strict=True)
+        ]
+        found_records += records
+        if not several:
+            rows = [
+                (r["class"], f"{r['score']:.2f}", *(f"{r[side]:.0f}" for side in SIDES))
+                for r in records
+            ]
+            print_table(str(path), ("class", "score", *SIDES), rows)
+    if json_file is not None:
+        ensure_folder(json_file.parent)
+        write_json(json_file, found_records)
+        typer.echo(f"Wrote {json_file}")
+    if csv_file is not None:
+        ensure_folder(csv_file.parent)
+        table = pd.DataFrame(found_records, columns=["image", "class", "score", *SIDES])
+        with atomic_write(csv_file) as handle:
+            table.to_csv(handle, index=False, lineterminator="\n")
+        typer.echo(f"Wrote {csv_file}")
+    where = places[0].parent if several else places[0]
+    count = f" in {len(files)} pictures" if several else ""
+    typer.echo(
+        f"{len(found_records)} objects with a score of at least {threshold}{count}; wrote {where}"
+    )
+
+
+def pictures_in(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """The pictures given, and those in folders given; each with a name of its own for its drawing.
+
+    Raises:
+        DataError: a path does not exist, or there is no picture.
+    """
+    from effspinenet_lib.data.pictures import is_picture, visible
+
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += [path / name for name in visible(path) if is_picture(name)]
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f"{path}: no such file")
+    if not files:
+        raise DataError(f"{paths[0]}: has no pictures")
+    named: dict[str, Path] = {}
+    for path in files:
+        name, number = f"{path.stem}.png", 1
+        while name in named:
+            number += 1
+            name = f"{path.stem} {number}.png"
+        named[name] = path
+    return [(path, name) for name, path in named.items()]
 
 
 def detections(
@@ -393,14 +466,19 @@ def detections(
     """
     import torch
 
-    from effspinenet_lib.data.augment import fit_image
+    from effspinenet_lib.data.augment import FITTED, fit_image, scaled_size
     from effspinenet_lib.training.evaluate import paste_masks, to_original
 
     height, width = picture.shape[:2]
     image, scales = fit_image(picture, image_size, preprocessing)
     with torch.inference_mode():
         device = next(model.parameters(), image).device
-        found: dict[str, Tensor] = model(image[None].to(device))[0]
+        batch = image[None].to(device)
+        if preprocessing == FITTED:  # what is left of the input is padding
+            extent = scaled_size(height, width, scales[0])
+            found: dict[str, Tensor] = model(batch, extents=[extent])[0]
+        else:
+            found = model(batch)[0]
     boxes = to_original(found["boxes"], scales, (height, width))
     result = {"boxes": boxes, "scores": found["scores"].cpu(), "labels": found["labels"].cpu()}
     if "masks" in found:

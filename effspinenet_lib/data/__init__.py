@@ -1,4 +1,4 @@
-"""Data: ShapeScenes, COCO, VOC and ImageNet folders, augmentation and loaders.
+"""Data: ShapeScenes, COCO, VOC, YOLO and ImageNet folders, augmentation and loaders.
 
 What needs torch is loaded when it is first used.
 """
@@ -16,7 +16,6 @@ from effspinenet_lib.data.dataset import (
     ObjectCrops,
     Sample,
     classes_of,
-    require_same_categories,
 )
 from effspinenet_lib.data.shapescenes import ShapeScenes
 
@@ -46,7 +45,6 @@ __all__ = [
     "evaluation_loader",
     "export_coco",
     "open_dataset",
-    "require_same_categories",
     "training_loader",
 ]
 

@@ -1,23 +1,165 @@
-"""Looks a data folder over: what it holds, what it should hold, what cannot be read."""
+"""The check of data that `data check`, `train` and `evaluate` share, and its report."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
-from effspinenet_lib.data.config import LAYOUTS, DataConfig, only_task, open_dataset
-from effspinenet_lib.data.dataset import Dataset, InvalidData
-from effspinenet_lib.data.fetch import ExpectedPart, KnownSet
+from effspinenet_lib.data.config import DataConfig, crops_for, open_part
+from effspinenet_lib.data.dataset import Dataset
+from effspinenet_lib.data.fetch import ExpectedPart
+from effspinenet_lib.data.folders import FolderDataset, bad_pictures
+from effspinenet_lib.data.records import DataWarning, Fault, InvalidData
 from effspinenet_lib.errors import DataError
 from effspinenet_lib.files import atomic_write, write_json
 
 REPORT_SUFFIXES = (".json", ".csv")
+Wanted = tuple[str, "int | None"]  # the name of a part, and how many images (None: all)
+
+
+def check_parts(
+    config: DataConfig,
+    wanted: Sequence[Wanted],
+    task: str,
+    skip_bad: bool = False,
+    pictures: bool = True,
+    workers: int | None = None,
+) -> tuple[list[Dataset | None], list[Fault]]:
+    """Open parts of the data and find everything that is wrong with them.
+
+    Records, masks where the task needs them, every picture, and the parts against the first:
+    their labels index into its categories afterwards, matched by name. Warns of what is no fault.
+
+    Args:
+        config: format, folder and seed.
+        wanted: the parts; the one to train on first.
+        task: what the data is for.
+        skip_bad: leave out pictures that are missing or cannot be decoded; the data set's
+            `record` names them.
+        pictures: decode every picture.
+        workers: threads that decode; None: one a core.
+
+    Returns:
+        The data sets, None for those that cannot be opened, and the faults.
+
+    Raises:
+        UserError: the data does not serve the task, or the cache cannot be written.
+    """
+    opened: dict[Wanted, Dataset | None] = {}
+    faults: list[Fault] = []
+    for part in wanted:
+        if part not in opened:
+            opened[part], found = _open(config, part, task, skip_bad, pictures, workers)
+            faults += [replace(fault, part=part[0]) for fault in found]
+    first = opened[wanted[0]]
+    for (name, _), other in list(opened.items())[1:]:
+        if first is not None and other is not None:
+            try:
+                _compare(first, other)
+                other.relabel(first.categories, first.name)
+            except InvalidData as error:
+                faults += [replace(fault, part=name) for fault in error.faults]
+    datasets = [opened[part] for part in wanted]
+    crops = [None if dataset is None else crops_for(dataset, task) for dataset in datasets]
+    return crops, list(dict.fromkeys(faults))
+
+
+def open_checked(
+    config: DataConfig, wanted: Sequence[Wanted], task: str, skip_bad: bool = False
+) -> list[Dataset]:
+    """The data sets of `check_parts`.
+
+    Raises:
+        InvalidData: they have faults.
+    """
+    datasets, faults = check_parts(config, wanted, task, skip_bad)
+    if faults:
+        raise InvalidData(faults)
+    return [dataset for dataset in datasets if dataset is not None]
+
+
+def _open(
+    config: DataConfig,
+    part: Wanted,
+    task: str,
+    skip_bad: bool,
+    pictures: bool,
+    workers: int | None,
+) -> tuple[Dataset | None, list[Fault]]:
+    faults: list[Fault] = []
+    dataset = None
+    try:
+        dataset = open_part(config, *part, task, skip_bad)
+        if pictures and isinstance(dataset, FolderDataset):
+            bad = bad_pictures(dataset, task, workers or os.cpu_count() or 1)
+            if bad and skip_bad:
+                _leave_out(dataset, bad)
+            else:
+                faults += bad.values()
+        dataset.prepare(task)
+    except InvalidData as error:
+        faults += error.faults
+    except DataError as error:
+        faults.append(Fault(str(error)))
+    return dataset, faults
+
+
+def _leave_out(dataset: FolderDataset, bad: dict[int, Fault]) -> None:
+    keep = np.ones(len(dataset), np.bool_)
+    keep[list(bad)] = False
+    if not keep.any():
+        raise InvalidData(list(bad.values()))
+    skipped = [*dataset.record.get("skipped", []), *(fault.file for fault in bad.values())]
+    dataset.record["skipped"] = sorted(skipped)
+    dataset.select(keep)
+
+
+def _compare(first: Dataset, other: Dataset) -> None:
+    """Warn of what looks wrong between two parts."""
+    if first.image_folder is not None and first.image_folder == other.image_folder:
+        both = set(first.annotations.file_names.tolist()) & set(
+            other.annotations.file_names.tolist()
+        )
+        if both:
+            _warn(other, f"{len(both)} of its images are in {first.name} too (first: {min(both)})")
+    counts = [
+        dict(
+            zip(
+                (category.name for category in data.categories),
+                np.bincount(data.annotations.labels, minlength=len(data.categories)).tolist(),
+                strict=True,
+            )
+        )
+        for data in (first, other)
+    ]
+    untrained = [name for name, count in counts[1].items() if count and counts[0].get(name) == 0]
+    if untrained:
+        _warn(other, f"has objects of {', '.join(untrained)}, of which {first.name} has none")
+
+
+def _warn(dataset: Dataset, text: str) -> None:
+    warnings.warn(f"{dataset.name}: {text}", DataWarning, stacklevel=2)
+
+
+def mask_faults(datasets: Mapping[str, Dataset | None]) -> list[Fault]:
+    """What is wrong with the masks of parts that have some, which detection does not need."""
+    faults: list[Fault] = []
+    for part, dataset in datasets.items():
+        try:
+            if dataset is not None:
+                dataset.prepare("instances")
+        except InvalidData as error:
+            wrong = [fault for fault in error.faults if "its segmentation" in fault.text]
+            faults += [replace(fault, part=part) for fault in wrong]
+        except DataError:
+            continue
+    return faults
 
 
 @dataclass(frozen=True)
@@ -42,70 +184,25 @@ class Row:
     problem: str = ""
 
 
-def check_folder(
-    folder: Path, layout: str, known: KnownSet | None, pictures: bool, workers: int
-) -> Iterator[tuple[str, Dataset | None, list[Row]]]:
-    """Check every split of a data folder, one after the other.
-
-    Args:
-        folder: the data folder.
-        layout: of `DataConfig.format`.
-        known: the data set that it should be; None: its own splits are counted.
-        pictures: decode every image, and every label map.
-        workers: threads that decode.
-
-    Yields:
-        The split, its data set (None where it cannot be opened), and the rows.
-    """
-    expected = {part.split: part for part in known.parts} if known else {}
-    task = only_task(layout) or "detection"
-    for split in expected or LAYOUTS[layout].splits(folder):
-        dataset = None
-        try:
-            dataset = open_dataset(DataConfig(layout, str(folder), split), "train", task)
-            rows = _counts(split, dataset, expected.get(split))
-            if pictures:
-                rows += _unreadable(split, dataset, task, workers)
-        except InvalidData as error:
-            rows = [Row(split, error.kind, file, problem=fault) for file, fault in error.faults]
-        except DataError as error:
-            rows = [Row(split, "invalid", problem=str(error))]
-        yield split, dataset, rows
-
-
-def _counts(split: str, dataset: Dataset, expected: ExpectedPart | None) -> list[Row]:
-    boxes = len(dataset.annotations.boxes) + len(dataset.dropped)
+def count_rows(part: str, dataset: Dataset, expected: ExpectedPart | None) -> list[Row]:
+    """The rows of a part's counts, beside what is expected of it."""
+    boxes = len(dataset.annotations.boxes) + dataset.record.get("dropped_boxes", 0)
     found = {"images": len(dataset), "annotations": boxes, "classes": len(dataset.categories)}
     rows = []
     for what, number in found.items():
         wanted = getattr(expected, what, None)
         wrong = wanted not in (None, number)
         problem = f"{number} {what}, {wanted} are expected" if wrong else ""
-        rows.append(Row(split, what, found=number, expected=wanted, problem=problem))
+        rows.append(Row(part, what, found=number, expected=wanted, problem=problem))
     return rows
 
 
-def _unreadable(split: str, dataset: Dataset, task: str, workers: int) -> list[Row]:
-    """A row for each image or label map that cannot be decoded (Pillow decodes without the GIL)."""
-
-    def problem(index: int) -> str:
-        try:
-            dataset.load(index, task)
-        except DataError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(workers) as pool:
-        problems = pool.map(problem, range(len(dataset)))
-        bar = tqdm(problems, dataset.name, len(dataset), unit="image", disable=None)
-        return [
-            Row(split, "unreadable", dataset.annotations.file_name(index), problem=text)
-            for index, text in enumerate(bar)
-            if text
-        ]
+def fault_rows(faults: Sequence[Fault]) -> list[Row]:
+    """A row for each fault."""
+    return [Row(f.part, f.kind, f.file, problem=f.text) for f in faults]
 
 
-def write_report(path: str | os.PathLike[str], folder: Path, rows: Sequence[Row]) -> None:
+def write_report(path: str | os.PathLike[str], folder: str, rows: Sequence[Row]) -> None:
     """Write the rows with the folder's name (a name in .json) or as a table.
 
     Raises:
@@ -113,7 +210,7 @@ def write_report(path: str | os.PathLike[str], folder: Path, rows: Sequence[Row]
     """
     records = [asdict(row) for row in rows]
     if Path(path).suffix == ".json":
-        write_json(path, {"folder": str(folder), "rows": records})
+        write_json(path, {"folder": folder, "rows": records})
         return
     table = pd.DataFrame(records).astype({"found": "Int64", "expected": "Int64"})
     with atomic_write(path, "wb") as handle:

@@ -1,187 +1,122 @@
-"""Folders in COCO's layout: `annotations/instances_<split>.json` and a folder of images."""
+"""Folders in COCO's layout, and the single COCO files that labelling tools export."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from effspinenet_lib.data.dataset import Annotations, Category, RunLengths, Truth
-from effspinenet_lib.data.folders import FolderDataset, cached_arrays, check_records, need
-from effspinenet_lib.errors import DataError, UserError
+from effspinenet_lib.data.folders import Layout, as_whole, folder_with, open_records
+from effspinenet_lib.data.pictures import visible
+from effspinenet_lib.data.records import Fault, Named, Records, Truth, need
+from effspinenet_lib.data.splits import WHOLE, YEAR, Part, part_in
+from effspinenet_lib.errors import DataError
 from effspinenet_lib.files import read_json
 
 PREFIX = "instances_"
-YEAR = "2017"  # COCO 2017's splits are known as train and val, its files carry the year
+ROBOFLOW = "_annotations.coco.json"
 TABLES = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
-class HeldOutSplit(NamedTuple):
-    """One side of a split cut in two, by a rule that anyone can repeat.
+def parts(root: Path) -> dict[str, Path]:
+    """The annotation file of each part.
 
-    Of the split's file names (the last part of a path, such as `000000000009.jpg`) those with the
-    lowest SHA-256 are held out; the rest is trained on. So neither the order of the annotation
-    file nor a random generator decides it.
-
-    Attributes:
-        split: the name of the whole.
-        side: "held" or "rest".
-        size: images held out.
+    `annotations/instances_<part>.json` (where there are any, other files there, of captions or
+    keypoints, are no parts), `annotations/<part>.json`, `<part>/*.json`, or files of the folder
+    itself.
     """
-
-    split: str
-    side: str
-    size: int
-
-    @property
-    def name(self) -> str:
-        """The name as `DataConfig` takes it: `train2017-held-7392`."""
-        return f"{self.split}-{self.side}-{self.size}"
-
-    @classmethod
-    def parse(cls, name: str) -> HeldOutSplit | None:
-        """What a split's name stands for; None for the name of a whole split."""
-        match = re.fullmatch(r"(.+)-(held|rest)-([1-9][0-9]*)", name)
-        return cls(match[1], match[2], int(match[3])) if match else None
-
-    def select(self, names: Sequence[str]) -> NDArray[np.bool_]:
-        """Which of a split's images belong to this side, bool [N].
-
-        Images of the same name in different folders are told apart by their whole path.
-
-        Raises:
-            UserError: the split has no more images than are to be held out.
-        """
-        if self.size >= len(names):
-            raise UserError(
-                f"{self.split} has {len(names)} images, too few to hold {self.size} out"
-            )
-        files = [os.fsencode(PurePosixPath(name).name) for name in names]
-        digests = [hashlib.sha256(file).digest() for file in files]
-        order = sorted(range(len(names)), key=lambda index: (digests[index], names[index]))
-        held = np.zeros(len(names), np.bool_)
-        held[order[: self.size]] = True
-        return held if self.side == "held" else ~held
-
-
-class CocoFolder(FolderDataset):
-    """A split of a folder in COCO's layout.
-
-    "train" also finds `instances_train2017.json`. Images are looked for in `<split>/`,
-    `<split>2017/`, the same below `images/`, `images/` itself and the folder itself.
-    Segmentations are read where a task needs masks. `train-held-100` and `train-rest-100` are the
-    two sides of a split (`HeldOutSplit`).
-    """
-
-    layout = "COCO folder (annotations/instances_<split>.json, <split>/)"
-
-    def __init__(self, root: str | os.PathLike[str], split: str, images: int | None = None) -> None:
-        """Open the split; `images` limits it to the first so many images in id order.
-
-        Raises:
-            DataError: the annotation file is invalid or images are missing; names the records.
-            UserError: the cache cannot be written, or all images would be held out.
-        """
-        part = HeldOutSplit.parse(split)
-        whole = part.split if part else split
-        self.path = _annotation_file(Path(root), whole)
-        arrays = cached_arrays(self.path, "boxes", self._read_boxes)
-        categories, dropped = arrays.pop("categories"), arrays.pop("dropped")
-        annotations = Annotations(**arrays)
-        names = annotations.file_names.tolist()
-        keep = part.select(names) if part else np.ones(len(names), np.bool_)
-        if images is not None:
-            keep[np.flatnonzero(keep)[images:]] = False
-        annotations, self._rows = annotations.select(keep)
-        kept = set(annotations.image_ids.tolist())
-        super().__init__(
-            f"{Path(root).name} {split}",
-            [Category(int(n), str(name)) for n, name in categories],
-            annotations,
-            _image_folder(Path(root), whole, annotations.file_name(0), self.path),
-            self.path,
-            [str(name) for number, name in dropped if int(number) in kept],
-        )
-
-    @classmethod
-    def splits(cls, folder: Path) -> list[str]:
-        """The names of the splits, sorted.
-
-        Where there are `instances_*.json`, other files (captions, keypoints) are not splits.
-        """
-        stems = [path.stem for path in (folder / "annotations").glob("*.json")]
-        instances = [stem.removeprefix(PREFIX) for stem in stems if stem.startswith(PREFIX)]
-        return sorted(instances or stems)
-
-    def ground_truth(self) -> Truth:
-        """The annotations as a COCO dictionary, read from the file again."""
-        truth, _ = _read(self.path)
-        kept = set(self.annotations.image_ids.tolist())
-        truth["images"] = [image for image in truth["images"] if image["id"] in kept]
-        truth["annotations"] = [r for r in truth["annotations"] if r["image_id"] in kept]
-        return truth
-
-    def _read_boxes(self) -> dict[str, NDArray[Any]]:
-        truth, dropped = _read(self.path, masks=False)
-        categories = [(str(entry["id"]), entry["name"]) for entry in truth["categories"]]
-        arrays = vars(Annotations.from_coco(truth))
-        return {**arrays, "categories": np.array(categories), "dropped": dropped}
-
-    def _read_masks(self) -> RunLengths:
-        def read() -> dict[str, NDArray[Any]]:
-            return vars(RunLengths.from_coco(_read(self.path)[0], self.origin))
-
-        return RunLengths(**cached_arrays(self.path, "masks", read)).select(self._rows)
-
-
-def _annotation_file(root: Path, split: str) -> Path:
     folder = root / "annotations"
-    for name in (f"{PREFIX}{split}", f"{PREFIX}{split}{YEAR}", split, f"{split}{YEAR}"):
-        path = folder / f"{name}.json"
-        if path.is_file():
-            return path
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
-    found = ", ".join(CocoFolder.splits(root)) or "none"
-    raise DataError(f"{folder}: has no {PREFIX}{split}.json; splits found: {found}")
+    files = {name[:-5]: folder / name for name in visible(folder) if name.endswith(".json")}
+    instances = {stem: path for stem, path in files.items() if stem.startswith(PREFIX)}
+    found = {stem.removeprefix(PREFIX): path for stem, path in (instances or files).items()}
+    if not found:
+        for name in visible(root):
+            inside = root / name
+            jsons = [inside / file for file in visible(inside) if file.endswith(".json")]
+            # Roboflow's file first, if there are others
+            jsons.sort(key=lambda path: path.name != ROBOFLOW)
+            path = next((path for path in jsons if _is_coco(path)), None)
+            if path is not None:
+                found[name] = path
+    if not found:
+        stems = [name[:-5] for name in visible(root) if name.endswith(".json")]
+        coco = {stem: root / f"{stem}.json" for stem in stems if _is_coco(root / f"{stem}.json")}
+        found = {part_in(stem) or stem: path for stem, path in coco.items()}
+        if len(found) < len(coco):
+            found = coco
+    return as_whole(found, lambda name: part_in(name) is not None)
 
 
-def _image_folder(root: Path, split: str, first_image: str, source: Path) -> Path:
-    """The folder that has the first image; the first one that exists if none has."""
-    names = dict.fromkeys((split, source.stem.removeprefix(PREFIX), f"{split}{YEAR}"))
-    folders = [parent / name for parent in (root, root / "images") for name in names]
-    folders += [root / "images", root]
-    for folder in folders:
-        if os.path.isfile(folder / first_image):
-            return folder
-    return next(folder for folder in folders if folder.is_dir())
+def _is_coco(path: Path) -> bool:
+    """Whether a JSON file names COCO's tables; reads no more than it must."""
+    if path.name == ROBOFLOW:
+        return True
+    try:
+        with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ) as text:
+            return text.find(b'"images"') >= 0 and text.find(b'"annotations"') >= 0
+    except (OSError, ValueError):  # an empty file cannot be mapped
+        return False
 
 
-def _read(path: Path, masks: bool = True) -> tuple[Truth, NDArray[np.str_]]:
-    """The checked content of an annotation file, and what was degenerate in it.
+def read(root: Path, part: Part, masks: bool) -> Records:
+    """The records of an annotation file.
 
     Without masks, which are nearly all of such a file, it takes a quarter of the memory.
     """
+    path = part.place
 
     def without_masks(record: Truth) -> Truth:
         record.pop("segmentation", None)
         return record
 
     content = read_json(path, None if masks else without_masks)
+    faults: list[Fault] = []
 
-    def named(table: str, kind: str) -> Iterator[tuple[str, Any]]:
-        for number, record in enumerate(content[table], start=1):
-            known = isinstance(record, dict) and "id" in record
-            yield f"{path}: {kind} {record['id'] if known else f'number {number}'}", record
-
-    for table in TABLES:
-        if not isinstance(need(content, table, str(path)), list):
+    def named(table: str) -> Iterator[Named]:
+        rows = need(content, table, str(path))
+        if not isinstance(rows, list):
             raise DataError(f"{path}: {table} must be a list")
-    truth, dropped = check_records(path, *(named(*table) for table in TABLES.items()))
-    return {"info": {"description": path.name}, **truth}, dropped
+        for number, record in enumerate(rows, start=1):
+            known = isinstance(record, dict) and record.get("id") is not None
+            name = f"{record['id']!s:.40}" if known else f"number {number}"
+            yield f"{path}: {TABLES[table]} {name}", record
+
+    tables: dict[str, list[Named]] = {}
+    for table in TABLES:
+        try:
+            tables[table] = list(named(table))
+        except DataError as error:
+            tables[table] = []
+            faults.append(Fault(str(error)))
+    names = [_file_name(record) for _, record in tables["images"][:5]]
+    records = Records(path, _image_folder(root, part, names), faults=faults)
+    for table, rows in tables.items():
+        setattr(records, table, rows)
+    return records
+
+
+def _file_name(record: Any) -> str:
+    name = record.get("file_name") if isinstance(record, dict) else None
+    return name if isinstance(name, str) and "\0" not in name else ""
+
+
+def _image_folder(root: Path, part: Part, names: list[str]) -> Path:
+    """The folder that has the first images."""
+    stem, whole = part.place.stem.removeprefix(PREFIX), part.key or "default"
+    subfolders = dict.fromkeys((whole, stem, f"{whole}{YEAR}"))
+    folders = [parent / name for parent in (root, root / "images") for name in subfolders]
+    inside = part.place.parent
+    if inside not in (root, root / "annotations"):
+        folders = [inside, inside / "images", inside / "data", *folders]
+    folders += [root / "images", root / "data", root]
+    return folder_with(folders, [name for name in names if name], root)
+
+
+COCO = Layout(
+    "COCO folder (annotations/instances_<part>.json and <part>/; <part>/_annotations.coco.json; "
+    "or one COCO file and images/)",
+    parts,
+    lambda *arguments: open_records(read, *arguments),
+)
+__all__ = ["COCO", "WHOLE"]

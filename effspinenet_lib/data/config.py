@@ -8,25 +8,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from effspinenet_lib.data.coco import CocoFolder
+from effspinenet_lib.data.coco import COCO
 from effspinenet_lib.data.dataset import Dataset, ObjectCrops
-from effspinenet_lib.data.imagenet import ImageNetFolder
+from effspinenet_lib.data.folders import Layout
+from effspinenet_lib.data.imagenet import IMAGENET
+from effspinenet_lib.data.pictures import is_picture, visible
 from effspinenet_lib.data.shapescenes import (
     MAX_IMAGE_SIZE,
     ShapeScenes,
     export_split,
     generator_key,
 )
-from effspinenet_lib.data.voc import VocFolder, VocSegmentationFolder
+from effspinenet_lib.data.splits import find_part, names_alike, part_names
+from effspinenet_lib.data.voc import VOC, VOC_SEGMENTATION
+from effspinenet_lib.data.yolo import YOLO
 from effspinenet_lib.errors import DataError, UnknownName, UserError
 
 # Every folder layout, in the order in which `detect_format` tries them.
-Layout = type[CocoFolder] | type[VocSegmentationFolder] | type[VocFolder] | type[ImageNetFolder]
 LAYOUTS: Mapping[str, Layout] = {
-    "coco": CocoFolder,
-    "voc_segmentation": VocSegmentationFolder,
-    "voc": VocFolder,
-    "imagenet": ImageNetFolder,
+    "coco": COCO,
+    "voc_segmentation": VOC_SEGMENTATION,
+    "voc": VOC,
+    "yolo": YOLO,
+    "imagenet": IMAGENET,
 }
 SHAPESCENES = "shapescenes"
 FORMATS = (SHAPESCENES, *LAYOUTS)
@@ -45,16 +49,17 @@ class DataConfig:
     """The data of a run.
 
     Attributes:
-        format: "shapescenes", or for a folder "coco", "voc", "voc_segmentation" (label maps) or
-            "imagenet" (a folder a class).
+        format: "shapescenes", or for a folder "coco", "voc", "voc_segmentation" (label maps),
+            "yolo" or "imagenet" (a folder a class).
         root: the folder; None for ShapeScenes.
-        train_split: name of the split to train on. In COCO's layout `train2017-rest-7392` is
-            train2017 without the 7392 images of `train2017-held-7392` (see `coco.HeldOutSplit`).
+        train_split: name of the split to train on. `train2017-rest-7392` is train2017 without
+            the 7392 images of `train2017-held-7392` (see `splits.HeldOutSplit`). Where a folder
+            is not split, `train` and `val` are made (see `splits.MadeSplit`), and `all` is both.
         eval_split: name of the split to evaluate on.
         train_images: ShapeScenes: how many are made (8,000 if None); folders: use only the first
             so many in id order (ImageNet: spread evenly over the classes).
         eval_images: the same for evaluation (500 if None).
-        seed: ShapeScenes only.
+        seed: of ShapeScenes, and of a split that is made.
         image_size: side of the images in pixels, ShapeScenes only (128 if None).
 
     Raises:
@@ -133,20 +138,90 @@ def detect_format(root: str | os.PathLike[str], task: str = "detection") -> str:
     VOC's folder holds boxes and label maps: `task` decides which are meant.
 
     Raises:
-        DataError: the folder is missing or has no known layout.
+        DataError: the folder is missing or has no known layout; says what was found in it and
+            what would make it usable.
     """
     folder = Path(root)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    found = [name for name, layout in LAYOUTS.items() if layout.splits(folder)]
+    found = [name for name, layout in LAYOUTS.items() if layout.parts(folder)]
     if not found:
-        hints = " nor a ".join(layout.layout for layout in LAYOUTS.values())
-        raise DataError(f"{folder}: neither a {hints}")
+        raise DataError(_not_understood(folder))
     return next((name for name in found if only_task(name) in (None, task)), found[0])
 
 
+def _not_understood(folder: Path) -> str:
+    """What a folder of no known layout holds, and what would make it usable."""
+    names = visible(folder)
+    folders = [name for name in names if (folder / name).is_dir()]
+    for name in folders:
+        for layout in LAYOUTS.values():
+            if layout.parts(folder / name):
+                return (
+                    f"{folder}: has no known layout, but {folder / name} is a {layout.hint}: give "
+                    "that folder"
+                )
+    pictures = sum(is_picture(name) for name in names)
+    holds = [f"{pictures} pictures"] if pictures else []
+    others = [name for name in names if name not in folders and not is_picture(name)]
+    for kind, some in (("folders", folders), ("other files", others)):
+        if some:
+            holds.append(f"the {kind} {', '.join(some[:5])}{', ...' if len(some) > 5 else ''}")
+    ways = " nor a ".join(layout.hint for layout in LAYOUTS.values())
+    inside = [
+        name for name in folders if name.lower() == "labels" or "labels" in visible(folder / name)
+    ]
+    way = (
+        "write a data.yaml with `names`, `train` and `val` for its labels"
+        if inside
+        else "export the annotations in one of these layouts"
+    )
+    return (
+        f"{folder}: holds {'; '.join(holds) or 'nothing'}; this is neither a {ways}. Way out: {way}"
+    )
+
+
+def split_names(config: DataConfig) -> list[str]:
+    """The parts of a folder: those to train and evaluate on, then the others."""
+    assert config.root is not None
+    found = part_names(LAYOUTS[config.format].parts(Path(config.root)))
+    asked = [config.train_split, config.eval_split]
+    known = {other for name in asked for other in names_alike(name)}
+    return list(dict.fromkeys([*asked, *(name for name in found if name not in known)]))
+
+
+def open_part(
+    config: DataConfig, name: str, images: int | None, task: str, skip_bad: bool = False
+) -> Dataset:
+    """Open a part of the data by its name, without cutting objects out for classification.
+
+    Args:
+        config: format, folder and seed.
+        name: of the part.
+        images: how many; None: all of a folder.
+        task: what the data is for.
+        skip_bad: leave missing pictures out.
+
+    Raises:
+        UserError: the format does not serve the task, or the cache cannot be written.
+        DataError: the data is invalid; names files and records.
+    """
+    only = only_task(config.format)
+    if only not in (None, task):
+        raise UserError(f"data in the format {config.format!r} serves {only}, not {task}")
+    if config.format == SHAPESCENES:
+        assert images is not None
+        return ShapeScenes(name, images, config.image_size or SCENE_IMAGE_SIZE, config.seed)
+    assert config.root is not None
+    root, layout = Path(config.root), LAYOUTS[config.format]
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    part = find_part(layout.parts(root), name, config.seed, root)
+    return layout.open(root, part, images, skip_bad)
+
+
 def open_dataset(config: DataConfig, split: Part, task: str = "detection") -> Dataset:
-    """Open the training or the evaluation part of the data.
+    """Open the training or the evaluation part of the data, without decoding its pictures.
 
     For `classification` it is crops of the single objects, except where each image shows one.
 
@@ -154,17 +229,12 @@ def open_dataset(config: DataConfig, split: Part, task: str = "detection") -> Da
         UserError: the format does not serve the task, or the cache cannot be written.
         DataError: an annotation file is invalid; names the file and the record.
     """
-    only = only_task(config.format)
-    if only not in (None, task):
-        raise UserError(f"data in the format {config.format!r} serves {only}, not {task}")
-    name, images = config.split_of(split), config.images_of(split)
-    dataset: Dataset
-    if config.format == SHAPESCENES:
-        assert images is not None
-        dataset = ShapeScenes(name, images, config.image_size or SCENE_IMAGE_SIZE, config.seed)
-    else:
-        assert config.root is not None
-        dataset = LAYOUTS[config.format](config.root, name, images)
+    dataset = open_part(config, config.split_of(split), config.images_of(split), task)
+    return crops_for(dataset, task)
+
+
+def crops_for(dataset: Dataset, task: str) -> Dataset:
+    """The objects of a data set as images of their own, where the task classifies them."""
     return ObjectCrops(dataset) if task == "classification" and not dataset.photographs else dataset
 
 

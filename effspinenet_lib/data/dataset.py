@@ -6,17 +6,21 @@ workers share the pages, since no reference counts in them are ever written to.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from effspinenet_lib.data.records import Fault, InvalidData, Truth, collect, finite
 from effspinenet_lib.errors import DataError
 
 # COCO's area limits, in original pixels: small below the first, large above the second.
@@ -24,44 +28,10 @@ SIZE_LIMITS = (32**2, 96**2)
 SIZE_NAMES = ("small", "medium", "large")
 # Semantic labels: 0 is the background, then the categories in order; this one is ignored.
 SEMANTIC_IGNORE = 255
+LEAST_POLYGON = 6  # numbers: three corners
 CROP_CONTEXT = 1.25  # side of an object crop over the long side of the object (our choice)
 
-Truth = dict[str, Any]  # a COCO dictionary: images, annotations, categories
-
-
-class InvalidData(DataError):  # noqa: N818 - it says what is wrong
-    """Faults of a data folder; the message gives the first and how many there are.
-
-    Attributes:
-        faults: the file that each is about ("" where it is in the message), and its message.
-        kind: "missing" for image files, else "invalid".
-    """
-
-    def __init__(self, faults: Sequence[tuple[str, str]], kind: str = "invalid") -> None:
-        super().__init__(faults, kind)
-        self.faults, self.kind = faults, kind
-
-    def __str__(self) -> str:
-        first, count = self.faults[0][1], len(self.faults)
-        more = f" ({count} faults; `effspinenet data check` lists them)"
-        return first + (more if count > 1 else "")
-
-
-def collect_faults(check: Callable[..., Any], records: Iterable[Any]) -> list[Any]:
-    """`check` of every record.
-
-    Raises:
-        InvalidData: `check` raised `DataError` for some; holds all of them.
-    """
-    good, faults = [], []
-    for record in records:
-        try:
-            good.append(check(record))
-        except DataError as error:
-            faults.append(("", str(error)))
-    if faults:
-        raise InvalidData(faults)
-    return good
+ABSENT = -1  # the id of a category that a data set does not have (`Dataset.relabel`)
 
 
 @dataclass(frozen=True)
@@ -109,20 +79,20 @@ class Annotations:
         file_names: str [N], or bytes [N] (as the file system has them), a quarter of the size.
         sizes: int64 [N, 2], height and width; 0 where they are unknown before the file is read.
         starts: int64 [N + 1].
-        boxes: float32 [B, 4], x1 y1 x2 y2 in pixels, within the image.
+        boxes: float64 [B, 4], x1 y1 x2 y2 in pixels, within the image.
         labels: int64 [B].
         iscrowd: bool [B].
-        area: float32 [B].
+        area: float64 [B].
     """
 
     image_ids: NDArray[np.int64]
     file_names: NDArray[np.str_] | NDArray[np.bytes_]
     sizes: NDArray[np.int64]
     starts: NDArray[np.int64]
-    boxes: NDArray[np.float32]
+    boxes: NDArray[np.float64]
     labels: NDArray[np.int64]
     iscrowd: NDArray[np.bool_]
-    area: NDArray[np.float32]
+    area: NDArray[np.float64]
 
     @classmethod
     def from_coco(cls, truth: Mapping[str, Any]) -> Annotations:
@@ -142,10 +112,10 @@ class Annotations:
             file_names=np.array([image["file_name"] for image in images], np.str_),
             sizes=sizes,
             starts=np.cumsum([0, *counts], dtype=np.int64),
-            boxes=boxes.astype(np.float32)[order],
+            boxes=boxes[order],
             labels=np.array([label[r["category_id"]] for r in records], np.int64)[order],
-            iscrowd=np.array([r["iscrowd"] for r in records], np.bool_)[order],
-            area=np.array([r["area"] for r in records], np.float32)[order],
+            iscrowd=np.array([r.get("iscrowd", 0) for r in records], np.bool_)[order],
+            area=np.array([r["area"] for r in records], np.float64)[order],
         )
 
     @classmethod
@@ -155,10 +125,10 @@ class Annotations:
         """Images with one box each (`labels`, `boxes`, `area`), or without any."""
         count = len(ids) if boxes else 0
         columns = {
-            "boxes": np.zeros((count, 4), np.float32),
+            "boxes": np.zeros((count, 4), np.float64),
             "labels": np.zeros(count, np.int64),
             "iscrowd": np.zeros(count, np.bool_),
-            "area": np.zeros(count, np.float32),
+            "area": np.zeros(count, np.float64),
             **boxes,
         }
         return cls(ids, names, sizes, np.minimum(np.arange(len(ids) + 1), count), **columns)
@@ -196,8 +166,10 @@ class RunLengths:
     starts: NDArray[np.int64]
 
     @classmethod
-    def from_coco(cls, truth: Mapping[str, Any], origin: str) -> RunLengths:
+    def from_coco(cls, truth: Mapping[str, Any]) -> RunLengths:
         """Encode the `segmentation` of every annotation of a COCO dictionary.
+
+        An annotation's `where` names it in messages.
 
         Raises:
             InvalidData: segmentations are missing or invalid; names each annotation.
@@ -207,10 +179,12 @@ class RunLengths:
 
         def encode(record: Mapping[str, Any]) -> bytes:
             image = truth["images"][order[record["image_id"]]]
-            where = f"{origin}: annotation {record['id']}"
+            where = str(record.get("where", f"annotation {record.get('id')}"))
             return _encode(record.get("segmentation"), image["height"], image["width"], where)
 
-        encoded = collect_faults(encode, records)
+        encoded, faults = collect(encode, records)
+        if faults:
+            raise InvalidData(faults)
         counts = np.frombuffer(b"".join(encoded), np.uint8)
         return cls(counts, np.cumsum([0, *map(len, encoded)], dtype=np.int64))
 
@@ -220,12 +194,15 @@ class RunLengths:
         starts = np.cumsum([0, *lengths[rows]], dtype=np.int64)
         return RunLengths(self.counts[np.repeat(rows, lengths)], starts)
 
+    def of(self, row: int) -> bytes:
+        """The run lengths of one annotation."""
+        return self.counts[self.starts[row] : self.starts[row + 1]].tobytes()
+
     def decode(self, rows: slice, height: int, width: int) -> NDArray[np.bool_]:
         """The masks of rows of the annotations, [M, height, width]."""
         masks = np.zeros((rows.stop - rows.start, height, width), np.bool_)
         for mask, row in zip(masks, range(rows.start, rows.stop), strict=True):
-            counts = self.counts[self.starts[row] : self.starts[row + 1]].tobytes()
-            mask[:] = coco_mask.decode({"size": [height, width], "counts": counts})
+            mask[:] = coco_mask.decode({"size": [height, width], "counts": self.of(row)})
         return masks
 
 
@@ -236,30 +213,55 @@ def encode_mask(mask: NDArray[np.bool_]) -> str:
 
 
 def _encode(shape: Any, height: int, width: int, where: str) -> bytes:
-    """The compressed run lengths of a segmentation: polygons, run lengths, compressed or not."""
+    """The compressed run lengths of a segmentation: polygons, run lengths, compressed or not.
+
+    Raises:
+        DataError: there is none, or pycocotools would refuse it or take it for something else.
+    """
     if not shape or (isinstance(shape, dict) and not shape.get("counts")):
         raise DataError(f"{where}: has no segmentation, which this task needs")
+    if isinstance(shape, list):
+        for polygon in shape:
+            if not isinstance(polygon, list):
+                raise DataError(
+                    f"{where}: its segmentation is a list of {type(polygon).__name__}; a list of "
+                    "polygons [[x1, y1, x2, y2, x3, y3, ...], ...] is needed"
+                )
+            if (
+                len(polygon) < LEAST_POLYGON
+                or len(polygon) % 2
+                or not finite(polygon, len(polygon))
+            ):
+                raise DataError(
+                    f"{where}: its segmentation has a polygon of {len(polygon)} values; 6 or more "
+                    "finite numbers are needed, two a corner"
+                )
+    elif not isinstance(shape, dict):
+        raise DataError(
+            f"{where}: its segmentation is {shape!r:.40}; polygons or run lengths are needed"
+        )
+    elif shape.get("size") != [height, width]:
+        raise DataError(
+            f"{where}: its segmentation is of the size {shape.get('size')!r:.40}, the image has "
+            f"{height} rows and {width} columns"
+        )
     try:
-        if isinstance(shape, dict) and isinstance(shape["counts"], str | bytes):
+        if isinstance(shape, dict) and isinstance(shape["counts"], str):
             encoded = shape
-            coco_mask.area(encoded)
+            coco_mask.decode(encoded)
         else:
+            if isinstance(shape, dict) and sum(shape["counts"]) != height * width:
+                raise ValueError(f"its counts do not sum to {height * width} pixels")
             parts = coco_mask.frPyObjects(shape, height, width)
             encoded = coco_mask.merge(parts) if isinstance(shape, list) else parts
     except Exception as error:  # pycocotools raises bare ones too
         raise DataError(f"{where}: its segmentation is invalid ({error})") from error
-    rows, columns = encoded["size"]
-    if (rows, columns) != (height, width):
-        raise DataError(
-            f"{where}: its segmentation is of {columns} x {rows} pixels, the image of "
-            f"{width} x {height}"
-        )
     counts = encoded["counts"]
     return counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
 
 
 def paint_semantic(
-    masks: NDArray[np.bool_], labels: NDArray[np.int64], areas: NDArray[np.float32]
+    masks: NDArray[np.bool_], labels: NDArray[np.int64], areas: NDArray[Any]
 ) -> NDArray[np.uint8]:
     """Semantic labels uint8 [H, W] of instance masks [M, H, W]: 0, then the categories from 1.
 
@@ -278,26 +280,21 @@ class Dataset(ABC):
         name: the data set and split, for messages and results.
         categories: the classes; `Sample.labels` index into them.
         annotations: the boxes as arrays.
-        origin: where the annotations come from, for messages about one of them.
+        image_folder: where the image files are; None where images are made.
         photographs: True where an image shows one object anywhere in it, and is cropped for the
             network rather than fitted into its input.
-        dropped: the annotations that are left out because they are degenerate, by name.
+        record: what a run records of how the data came about: a split that was made, bad images
+            that were left out.
     """
 
     photographs: ClassVar[bool] = False
-    dropped: tuple[str, ...] = ()
+    image_folder: Path | None = None
 
-    def __init__(
-        self,
-        name: str,
-        categories: Sequence[Category],
-        annotations: Annotations,
-        origin: object = None,
-    ) -> None:
+    def __init__(self, name: str, categories: Sequence[Category], annotations: Annotations) -> None:
         self.name = name
         self.categories = tuple(categories)
         self.annotations = annotations
-        self.origin = str(origin or name)
+        self.record: dict[str, Any] = {}
         self._run_lengths: RunLengths | None = None
 
     @abstractmethod
@@ -308,12 +305,87 @@ class Dataset(ABC):
             DataError: the file is missing or cannot be decoded.
         """
 
-    def ground_truth(self) -> Truth:
-        """The annotations as a COCO dictionary, with the original ids; only where there are boxes.
+    def ground_truth(self, masks: bool = False) -> Truth:
+        """The annotations as a COCO dictionary; boxes as they are trained on, within the images.
 
-        Boxes are as annotated; segmentations are included where the data has them.
+        With `masks` each has its `segmentation`, compressed run lengths.
         """
-        raise NotImplementedError(f"{self.name} has no boxes")
+        table = self.annotations
+        owners = np.repeat(np.arange(len(self)), np.diff(table.starts)).tolist()
+        ids, sizes = table.image_ids.tolist(), table.sizes.tolist()
+        boxes = np.concatenate([table.boxes[:, :2], table.boxes[:, 2:] - table.boxes[:, :2]], 1)
+        columns = (owners, boxes.tolist(), table.labels.tolist(), table.area.tolist(),
+                   table.iscrowd.tolist())  # fmt: skip
+        annotations: list[Truth] = [
+            {
+                "id": number,
+                "image_id": ids[owner],
+                "category_id": self.categories[label].id,
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(crowd),
+            }
+            for number, (owner, box, label, area, crowd) in enumerate(
+                zip(*columns, strict=True), start=1
+            )
+        ]
+        if masks:
+            self.prepare("instances")
+            assert self._run_lengths is not None
+            for row, owner in enumerate(owners):
+                counts = self._run_lengths.of(row).decode("ascii")
+                annotations[row]["segmentation"] = {"size": sizes[owner], "counts": counts}
+        images = [
+            {"id": ids[n], "file_name": table.file_name(n), "height": h, "width": w}
+            for n, (h, w) in enumerate(sizes)
+        ]
+        categories = [{"id": c.id, "name": c.name} for c in self.categories if c.id != ABSENT]
+        return {
+            "info": {"description": self.name},
+            "images": images,
+            "annotations": annotations,
+            "categories": categories,
+        }
+
+    def select(self, keep: NDArray[np.bool_]) -> None:
+        """Keep the images where `keep` [N] is true."""
+        self.annotations, rows = self.annotations.select(keep)
+        if self._run_lengths is not None:
+            self._run_lengths = self._run_lengths.select(rows)
+
+    def relabel(self, categories: Sequence[Category], whose: str) -> None:
+        """Let labels index into the categories of other data or of weights, matched by name.
+
+        Those of one name are told apart by their order. Categories that this data set lacks get
+        the id `ABSENT`; those that have no objects in it are left out.
+
+        Raises:
+            InvalidData: objects are of categories that are not among `categories`.
+        """
+        if [c.name for c in categories] == [c.name for c in self.categories]:
+            return
+        places = {key: place for place, key in enumerate(_numbered(categories))}
+        found = dict(zip(_numbered(self.categories), self.categories, strict=True))
+        new = np.array([places.get(key, -1) for key in found], np.int64)
+        counts = np.bincount(self.annotations.labels, minlength=len(new))
+        unknown = [
+            f"{counts[place]} of {category.name!r}"
+            for place, category in enumerate(self.categories)
+            if new[place] < 0 and counts[place]
+        ]
+        if unknown:
+            raise InvalidData(
+                [
+                    Fault(
+                        f"{self.name}: has objects of other categories than {whose}: "
+                        f"{', '.join(unknown)}; rename or remove them, or add them to {whose}"
+                    )
+                ]
+            )
+        self.annotations = replace(self.annotations, labels=new[self.annotations.labels])
+        self.categories = tuple(
+            found.get(key, Category(ABSENT, key[0])) for key in _numbered(categories)
+        )
 
     def __len__(self) -> int:
         return len(self.annotations.image_ids)
@@ -332,24 +404,18 @@ class Dataset(ABC):
             self._run_lengths = self._read_masks()
 
     def _read_masks(self) -> RunLengths:
-        return RunLengths.from_coco(self.ground_truth(), self.origin)
+        raise DataError(f"{self.name} has no masks")
 
     def masks(self, index: int) -> NDArray[np.bool_]:
         """The masks of the boxes of image `index`, [M, H, W].
 
         Raises:
-            DataError: the data set has none, or one does not fill the image.
+            DataError: the data set has none.
         """
         self.prepare("instances")
         assert self._run_lengths is not None
         height, width = self.annotations.sizes[index].tolist()
-        try:
-            return self._run_lengths.decode(self.annotations.rows(index), height, width)
-        except ValueError as error:
-            name = self.annotations.file_name(index)
-            raise DataError(
-                f"{self.origin}: {name}: a segmentation is invalid ({error})"
-            ) from error
+        return self._run_lengths.decode(self.annotations.rows(index), height, width)
 
     def semantic(self, index: int) -> NDArray[np.uint8]:
         """The semantic labels of image `index`, [H, W]; see `Sample.semantic`.
@@ -365,15 +431,24 @@ class Dataset(ABC):
         table, rows = self.annotations, self.annotations.rows(index)
         return Sample(
             image=self.load_image(index),
-            boxes=table.boxes[rows].copy(),
+            boxes=table.boxes[rows].astype(np.float32),
             labels=table.labels[rows].copy(),
             iscrowd=table.iscrowd[rows].copy(),
-            area=table.area[rows].copy(),
+            area=table.area[rows].astype(np.float32),
             image_id=self.image_id(index),
             file_name=table.file_name(index),
             masks=self.masks(index) if task == "instances" else None,
             semantic=self.semantic(index) if task == "segmentation" else None,
         )
+
+    def files_digest(self) -> str:
+        """A digest of names, sizes and times of the image files; "" where there are none."""
+        return ""
+
+    def masks_digest(self) -> str:
+        """A digest of the masks; "" where none have been read."""
+        masks = self._run_lengths
+        return "" if masks is None else hashlib.sha256(masks.counts.tobytes()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """Counts: images, empty images, objects, crowds, and objects by class and COCO size."""
@@ -382,6 +457,10 @@ class Dataset(ABC):
         sizes = np.searchsorted(SIZE_LIMITS, table.area[objects])
         counts = np.zeros((len(self.categories), len(SIZE_NAMES)), np.int64)
         np.add.at(counts, (table.labels[objects], sizes), 1)
+        names = Counter(category.name for category in self.categories)
+        unique = [
+            c.name if names[c.name] == 1 else f"{c.name} (id {c.id})" for c in self.categories
+        ]
         return {
             "name": self.name,
             "images": len(self),
@@ -390,9 +469,10 @@ class Dataset(ABC):
             "crowds": int(table.iscrowd.sum()),
             "sizes": dict(zip(SIZE_NAMES, counts.sum(axis=0).tolist(), strict=True)),
             "classes": {
-                category.name: dict(zip(SIZE_NAMES, row, strict=True))
-                for category, row in zip(self.categories, counts.tolist(), strict=True)
+                name: dict(zip(SIZE_NAMES, row, strict=True))
+                for name, row in zip(unique, counts.tolist(), strict=True)
             },
+            **self.record,
         }
 
 
@@ -407,7 +487,7 @@ class ObjectCrops(Dataset):
     def __init__(self, whole: Dataset) -> None:
         table = whole.annotations
         rows = np.flatnonzero(~table.iscrowd)
-        boxes = table.boxes[rows]
+        boxes = table.boxes[rows].astype(np.float32)
         long_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0)
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         self._whole = whole
@@ -420,11 +500,16 @@ class ObjectCrops(Dataset):
             np.arange(1, len(rows) + 1),
             np.array(names, np.str_),
             np.stack([self._sides, self._sides], axis=1),
-            boxes=(boxes - np.tile(self._corners, 2)).astype(np.float32),
+            boxes=boxes - np.tile(self._corners, 2),
             labels=table.labels[rows],
             area=table.area[rows],
         )
         super().__init__(f"objects of {whole.name}", whole.categories, annotations)
+        self.record = whole.record
+
+    def files_digest(self) -> str:
+        """That of the data set whose objects these are."""
+        return self._whole.files_digest()
 
     def load_image(self, index: int) -> NDArray[np.uint8]:
         """Crop `index` as uint8 [C, C, 3], RGB."""
@@ -441,16 +526,12 @@ def classes_of(dataset: Dataset, task: str) -> int:
     return len(dataset.categories) + (task == "segmentation")
 
 
-def require_same_categories(first: Dataset, second: Dataset) -> None:
-    """Check that labels mean the same in two data sets.
-
-    Raises:
-        DataError: the category lists differ; names the first difference.
-    """
-    for one, two in zip_longest(first.categories, second.categories):
-        if one != two:
-            here, there = (f"id {c.id} {c.name!r}" if c else "none" for c in (one, two))
-            raise DataError(
-                f"{first.name} and {second.name} do not list the same categories in the same "
-                f"order ({here} against {there}); give both the same list"
-            )
+def _numbered(categories: Sequence[Category]) -> list[tuple[str, int]]:
+    """The name of each category, and how many of the name come before it."""
+    seen: defaultdict[str, int] = defaultdict(int)
+    numbered = []
+    for category in categories:
+        name = unicodedata.normalize("NFC", category.name)
+        numbered.append((name, seen[name]))
+        seen[name] += 1
+    return numbered

@@ -1,235 +1,306 @@
-"""What data folders share: checked records, image files on disk, a cache of what files hold.
-
-Every layout turns its files into the records of a COCO dictionary, which `check_records` checks
-for all of them and with all their faults at once.
-"""
+"""Pictures in folders: a data set of one part of a folder, and the cache of what files hold."""
 
 from __future__ import annotations
 
 import hashlib
-import math
+import logging
 import os
 import warnings
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path, PureWindowsPath
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from tqdm.auto import tqdm
 
-from effspinenet_lib.data.dataset import (
-    Annotations,
-    Category,
-    Dataset,
+from effspinenet_lib.data.dataset import Annotations, Category, Dataset, RunLengths
+from effspinenet_lib.data.pictures import find_files, read_picture
+from effspinenet_lib.data.records import (
+    MISSING,
+    UNREADABLE,
+    DataWarning,
+    Fault,
     InvalidData,
-    Truth,
-    collect_faults,
+    Records,
+    check_records,
+    relative_name,
+    repeated,
 )
+from effspinenet_lib.data.splits import WHOLE, MadeSplit, Part
 from effspinenet_lib.errors import DataError
-from effspinenet_lib.files import CACHE_VARIABLE, atomic_write, cache_folder, ensure_folder, locked
+from effspinenet_lib.files import (
+    CACHE_VARIABLE,
+    atomic_write,
+    cache_folder,
+    ensure_folder,
+    locked,
+    read_json,
+    write_json,
+)
 
-# A box whose part inside the image is thinner than this many pixels is degenerate (our choice;
-# the thinnest real boxes of COCO are about a pixel).
-SMALLEST_SIDE = 0.01
+logger = logging.getLogger(__name__)
 # Smaller annotation files are read each time, in less than a second (our choice).
 LEAST_CACHED_BYTES = 4 * 2**20
-CACHE_VERSION = 3  # raise it when what is cached, or how it is read from its source, changes
+# Raise them when what is cached, or how it is read from its source, changes.
+CACHE_VERSION, PICTURES_VERSION = 4, 1
 _HASHED_BYTES = 1 << 20
 
-Named = Iterable[tuple[str, Any]]  # records, each with the words that name it in messages
 
+class Layout(NamedTuple):
+    """A layout of data folders.
 
-class DataWarning(UserWarning):
-    """Records of a data file that are left out."""
-
-
-def check_records(
-    source: Path, images: Named, annotations: Named, categories: Named
-) -> tuple[Truth, NDArray[np.str_]]:
-    """Check the records of a COCO dictionary, whatever layout they were read from.
-
-    Returns:
-        The dictionary, images and categories in the order of their ids, degenerate boxes left
-        out; and these boxes, an image id and a name each, str [D, 2].
-
-    Raises:
-        InvalidData: records are invalid; holds every fault.
+    Attributes:
+        hint: what such a folder holds, for messages.
+        parts: the file or folder of each part of a folder, by name; `WHOLE` for one that is not
+            split; {} where the folder does not have this layout.
+        open: opens a part: its folder, the part and how many images (None: all); raises
+            `InvalidData`, unless only pictures are bad and the last argument says to leave
+            these out.
+        only_task: the task that the layout serves, if it serves one alone.
     """
-    classes = _by_id(source, "categories", categories, _category)
-    pictures = _by_id(source, "images", images, _image)
-    kept, dropped = [], []
 
-    def check(named: tuple[str, Any]) -> None:
-        where, record = named[0], _annotation(*named, pictures, classes)
-        image = pictures[record["image_id"]]
-        if is_degenerate(record["bbox"], image["width"], image["height"]):
-            name = where.removeprefix(str(source)).lstrip(":/ ")
-            dropped.append((str(image["id"]), f"{name}, {image['file_name']}"))
-        else:
-            kept.append(record)
-
-    collect_faults(check, annotations)
-    ids = {record["id"] for record in kept if isinstance(record["id"], int) and record["id"] > 0}
-    if len(ids) < len(kept):  # the COCO evaluation takes the id 0 for "unmatched"
-        for number, record in enumerate(kept, start=1):
-            record["id"] = number
-    tables = {
-        "images": [*pictures.values()],
-        "annotations": kept,
-        "categories": [*classes.values()],
-    }
-    return tables, np.array(dropped, np.str_).reshape(-1, 2)
+    hint: str
+    parts: Callable[[Path], dict[str, Path]]
+    open: Callable[[Path, Part, int | None, bool], FolderDataset]
+    only_task: str | None = None
 
 
-def _by_id(
-    source: Path, table: str, records: Named, check: Callable[[str, Any], Truth]
-) -> dict[int, Truth]:
-    """The checked records of a table by their ids, in order."""
-    found: dict[int, Truth] = {}
+class FolderDataset(Dataset):
+    """Image files in a folder; names are relative to it."""
 
-    def add(named: tuple[str, Any]) -> None:
-        record = check(*named)
-        if found.setdefault(record["id"], record) is not record:
-            raise DataError(f"{named[0]}: the id occurs twice")
+    image_folder: Path
 
-    collect_faults(add, records)
-    if not found:
-        raise DataError(f"{source}: lists no {table}")
-    return dict(sorted(found.items()))
+    def __init__(
+        self,
+        name: str,
+        categories: Sequence[Category],
+        annotations: Annotations,
+        folder: Path,
+        part: Part,
+        masks: _MaskReader | None = None,
+    ) -> None:
+        """A part of a data set; says it where its split is made. `masks` reads those of all."""
+        super().__init__(name, categories, annotations)
+        self.image_folder, self._masks = folder, masks
+        self._digest = ""
+        if isinstance(part.cut, MadeSplit):
+            self.record["split"] = part.cut.describe()
+            rule = ", ".join(f"{key} {value}" for key, value in self.record["split"].items())
+            logger.info(
+                "%s: no split was found, so one is made (%s): %d images", name, rule, len(self)
+            )
+
+    def path(self, index: int) -> Path:
+        """The file of image `index`."""
+        return self.image_folder / self.annotations.file_name(index)
+
+    def load_image(self, index: int) -> NDArray[np.uint8]:
+        """Image `index` as uint8 [H, W, 3], RGB.
+
+        Raises:
+            DataError: the file is missing, truncated or of another size than annotated.
+        """
+        height, width = self.annotations.sizes[index].tolist()
+        return read_picture(self.path(index), (height, width) if height else None)
+
+    def select(self, keep: NDArray[np.bool_]) -> None:
+        """Keep the images where `keep` [N] is true."""
+        if self._masks is not None:
+            self._masks = self._masks.narrowed(np.repeat(keep, np.diff(self.annotations.starts)))
+        super().select(keep)
+        self._digest = ""
+
+    def check_file(self, index: int, task: str) -> None:
+        """Decode image `index`, and what `task` reads of files with it.
+
+        Raises:
+            DataError: they cannot be used.
+        """
+        del task
+        self.load_image(index)
+
+    def files_of(self, index: int) -> list[Path]:
+        """The files that image `index` is read from."""
+        return [self.path(index)]
+
+    def files_digest(self) -> str:
+        """A digest of names, sizes and times of the image files."""
+        if not self._digest:
+            digest = hashlib.sha256()
+            for index in range(len(self)):
+                for path in self.files_of(index):
+                    digest.update(os.fsencode(path.relative_to(self.image_folder.parent)))
+                    try:
+                        status = path.stat()
+                        digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+                    except OSError:
+                        digest.update(b" missing\n")
+            self._digest = digest.hexdigest()
+        return self._digest
+
+    def _read_masks(self) -> RunLengths:
+        return self._masks() if self._masks is not None else super()._read_masks()
 
 
-def need(record: Any, key: str, where: str) -> Any:
-    """`record[key]`.
+def bad_pictures(dataset: FolderDataset, task: str, workers: int) -> dict[int, Fault]:
+    """The images that cannot be decoded, by index.
 
-    Raises:
-        DataError: `record` is not an object or lacks the key; `where` names it.
+    What was found is kept in the cache for as long as the files' names, sizes and times are the
+    same, so that a set is decoded once.
+
+    Args:
+        dataset: whose images to decode.
+        task: what to read of files besides.
+        workers: threads (Pillow decodes without Python's lock).
     """
-    if not isinstance(record, Mapping):
-        raise DataError(f"{where}: must be an object, not {type(record).__name__}")
-    if key not in record:
-        raise DataError(f"{where}: lacks the key {key!r}")
-    return record[key]
-
-
-def finite(values: Any, count: int) -> bool:
-    """True for a list of `count` finite numbers."""
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    words = (
+        dataset.image_folder,
+        dataset.files_digest(),
+        dataset.annotations.sizes.tobytes(),
+        task,
     )
+    key = hashlib.sha256(repr((*words, PICTURES_VERSION)).encode()).hexdigest()
+    stamp = cache_folder() / "pictures" / f"{key}.json"
+
+    def problem(index: int) -> str:
+        try:
+            dataset.check_file(index, task)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    with cache_lock(stamp):
+        if not stamp.exists():
+            with ThreadPoolExecutor(workers) as pool:
+                problems = pool.map(problem, range(len(dataset)))
+                bar = tqdm(
+                    problems, f"check {dataset.name}", len(dataset), unit="image", disable=None
+                )
+                write_json(stamp, {str(n): text for n, text in enumerate(bar) if text})
+    return {
+        int(index): Fault(text, dataset.annotations.file_name(int(index)), UNREADABLE)
+        for index, text in read_json(stamp).items()
+    }
 
 
-def relative_name(name: Any, where: str) -> str:
-    """Check that a file name stays inside the folder that it is relative to.
-
-    Raises:
-        DataError: it is absolute or leaves the folder with "..".
-    """
-    if not isinstance(name, str) or not name.strip():
-        raise DataError(f"{where}: the file name {name!r} is not a name")
-    path = PureWindowsPath(name)  # knows both slashes
-    if path.anchor or ".." in path.parts:
-        raise DataError(f"{where}: the file name {name!r} leads out of the data folder")
-    return name
+# Layouts of boxes
 
 
-def _integer(record: Any, key: str, where: str) -> int:
-    value = need(record, key, where)
-    if not isinstance(value, int):
-        raise DataError(f"{where}: {key} is {value!r:.40}; an integer is needed")
-    return value
+def open_records(
+    read: Callable[[Path, Part, bool], Records],
+    root: Path,
+    part: Part,
+    images: int | None,
+    skip_bad: bool,
+) -> FolderDataset:
+    """Open a part whose files `read` turns into records: root, part, and whether with masks.
 
-
-def _category(where: str, record: Any) -> Truth:
-    return {"id": _integer(record, "id", where), "name": str(need(record, "name", where))}
-
-
-def _image(where: str, record: Any) -> Truth:
-    sides = {side: _integer(record, side, where) for side in ("width", "height")}
-    for side, value in sides.items():
-        if value < 1:
-            raise DataError(f"{where}: {side} is {value}; it must be 1 or more")
-    name = relative_name(need(record, "file_name", where), where)
-    return {"id": _integer(record, "id", where), "file_name": name, **sides}
-
-
-def _annotation(
-    where: str, record: Any, images: Mapping[int, Truth], categories: Mapping[int, Truth]
-) -> Truth:
-    annotation = {}
-    for table, known in (("image", images), ("category", categories)):
-        number = annotation[f"{table}_id"] = _integer(record, f"{table}_id", where)
-        if number not in known:
-            raise DataError(f"{where}: {table} {number} is not listed")
-    bbox = need(record, "bbox", where)
-    if not finite(bbox, 4):
-        raise DataError(f"{where}: bbox is {bbox!r:.80}; four finite numbers are needed")
-    area = record.get("area", bbox[2] * bbox[3])
-    if not finite([area], 1):
-        raise DataError(f"{where}: area is {area!r:.40}; a finite number is needed")
-    crowd = record.get("iscrowd", 0)
-    if crowd not in (0, 1):
-        raise DataError(f"{where}: iscrowd is {crowd!r:.40}; it must be 0 or 1")
-    rest = {"id": record.get("id"), "bbox": bbox, "area": area, "iscrowd": int(crowd)}
-    if record.get("segmentation"):
-        rest["segmentation"] = record["segmentation"]
-    return {**annotation, **rest}
-
-
-def is_degenerate(bbox: Sequence[float], width: int, height: int) -> bool:
-    """True if less than `SMALLEST_SIDE` of a box (x, y, width, height) is inside the image."""
-    x, y, box_width, box_height = bbox
-    across = min(max(x + box_width, 0.0), width) - min(max(x, 0.0), width)
-    down = min(max(y + box_height, 0.0), height) - min(max(y, 0.0), height)
-    return min(box_width, box_height) <= 0 or min(across, down) < SMALLEST_SIDE
-
-
-def split_list(path: Path) -> list[str]:
-    """The names in a list of images, each once, sorted.
+    Warns once of each kind of thing that is left out or changed.
 
     Raises:
-        DataError: the list is missing or empty, or a name leaves the folder.
+        InvalidData: annotations are invalid or pictures are missing; holds every fault.
     """
-    if not path.is_file():
-        found = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt")))
-        raise DataError(f"{path}: no such split; splits found: {found or 'none'}")
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    names = {relative_name(line.split()[0], str(path)) for line in lines if line.strip()}
-    if not names:
-        raise DataError(f"{path}: lists no images")
-    return sorted(names)
+    arrays = cached_arrays(part.place, "boxes", lambda: _boxes(read, root, part))
+    faults, bad = arrays.pop("faults", []), arrays.pop("unreadable", [])
+    found = {key: arrays.pop(key) for key in ("categories", "dropped", "outside", "notes")}
+    folder = Path(os.fsdecode(arrays.pop("folder").tobytes()))
+    annotations = Annotations(**arrays)
+    names = annotations.file_names.tolist()
+    keep = part.select(names)
+    if images is not None:
+        keep[np.flatnonzero(keep)[images:]] = False
+    files = find_files(names, folder)
+    bad += [
+        Fault(f"{part.place}: names the image {name:.200}, not found in {folder}", name, MISSING)
+        for name, file, kept in zip(names, files, keep, strict=True)
+        if kept and file is None
+    ]
+    if faults or (bad and not skip_bad):
+        raise InvalidData(faults + ([] if skip_bad else bad))
+    keep &= np.array([file is not None for file in files], np.bool_)
+    if not keep.any():
+        raise InvalidData([Fault(f"{part.place}: none of its images can be used"), *bad])
+    present = np.array([file or "" for file in files], np.str_)
+    annotations, rows = Annotations(**{**vars(annotations), "file_names": present}).select(keep)
+    categories = [Category(int(number), str(name)) for number, name in found["categories"]]
+    kept_ids = set(annotations.image_ids.tolist())
+    notes = [str(note) for note in found["notes"]]
+    record = {}
+    for key, what in (("dropped", "dropped {} degenerate"), ("outside", "clipped to the image {}")):
+        marks = [str(name) for number, name in found[key] if int(number) in kept_ids]
+        if marks:
+            boxes = "boxes" if len(marks) > 1 else "box"
+            notes.append(f"{what.format(len(marks))} {boxes} (first: {marks[0]})")
+            record[f"{key}_boxes"] = len(marks)
+    for name in repeated(category.name for category in categories):
+        ids = ", ".join(str(c.id) for c in categories if c.name == name)
+        notes.append(f"the categories {ids} are all named {name!r}; each counts for itself")
+    if twice := repeated(annotations.file_names.tolist()):
+        notes.append(f"{len(twice)} images are listed more than once (first: {twice[0]})")
+    if not len(annotations.boxes):
+        notes.append(f"none of the {len(annotations.image_ids)} images has a box")
+    for note in notes:
+        warnings.warn(f"{part.place}: {note}", DataWarning, stacklevel=4)
+    dataset = FolderDataset(
+        f"{root.name} {part.name}",
+        categories,
+        annotations,
+        folder,
+        part,
+        _MaskReader(read, root, part, rows),
+    )
+    dataset.record |= record
+    if bad:
+        dataset.record["skipped"] = sorted(fault.file for fault in bad)
+    return dataset
 
 
-@contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image file for the block, in which Pillow's errors become one line.
+def _boxes(read: Callable[[Path, Part, bool], Records], root: Path, part: Part) -> dict[str, Any]:
+    records = read(root, part, False)
+    checked = check_records(records)
+    if not checked.truth["images"] or not checked.truth["categories"]:
+        raise InvalidData(
+            checked.faults + checked.unreadable or [Fault(f"{records.source}: lists no images")]
+        )
+    truth = checked.truth
+    arrays: dict[str, Any] = {
+        **vars(Annotations.from_coco(truth)),
+        "categories": np.array([(str(c["id"]), c["name"]) for c in truth["categories"]], np.str_),
+        "folder": np.frombuffer(os.fsencode(records.folder), np.uint8),
+        "notes": np.array(records.notes, np.str_),
+    }
+    for key in ("dropped", "outside"):
+        marks = [(str(number), name) for number, name in getattr(checked, key)]
+        arrays[key] = np.array(marks, np.str_).reshape(-1, 2)
+    # what depends on more than the annotation file is not kept
+    if checked.faults or checked.sized:
+        arrays |= {"faults": checked.faults, "unreadable": checked.unreadable}
+    return arrays
 
-    Raises:
-        DataError: the file is missing, truncated or not an image.
-    """
-    try:
-        with Image.open(path) as picture:
-            yield picture
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image") from error
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path}: is not an image that can be decoded") from error
-    # Pillow's decoders raise these for damaged files.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: the image cannot be decoded ({error})") from error
 
+class _MaskReader(NamedTuple):
+    """Reads the masks of a part again; a class, so that a spawned worker can be sent one."""
 
-def decode_image(path: Path) -> NDArray[np.uint8]:
-    """Decode an image to uint8 [H, W, 3], RGB; errors as in `open_image`.
+    read: Callable[[Path, Part, bool], Records]
+    root: Path
+    part: Part
+    rows: NDArray[np.bool_]
 
-    EXIF rotation is not applied: the boxes of COCO and VOC are given in stored pixels.
-    """
-    with open_image(path) as picture:
-        return np.array(picture.convert("RGB"))
+    def narrowed(self, keep: NDArray[np.bool_]) -> _MaskReader:
+        """Of the annotations that it reads, those where `keep` is true."""
+        rows = self.rows.copy()
+        rows[rows] = keep
+        return self._replace(rows=rows)
+
+    def __call__(self) -> RunLengths:
+        def masks() -> dict[str, Any]:
+            checked = check_records(self.read(self.root, self.part, True))
+            return vars(RunLengths.from_coco(checked.truth))
+
+        return RunLengths(**cached_arrays(self.part.place, "masks", masks)).select(self.rows)
 
 
 @contextmanager
@@ -245,19 +316,18 @@ def cache_lock(path: Path) -> Iterator[None]:
         yield
 
 
-def cached_arrays(
-    source: Path, kind: str, read: Callable[[], dict[str, NDArray[Any]]]
-) -> dict[str, NDArray[Any]]:
+def cached_arrays(source: Path, kind: str, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The arrays that `read` makes of an annotation file; kept in the cache if it is large.
 
-    The name in the cache is the SHA-256 of the file and `kind`, which says which arrays they are.
+    The name in the cache is the SHA-256 of the file's path and content, and `kind`, which says
+    which arrays they are. What is no array is not kept, nor anything with it.
 
     Raises:
         UserError: the cache cannot be written.
     """
-    if source.stat().st_size < LEAST_CACHED_BYTES:
+    if not source.is_file() or source.stat().st_size < LEAST_CACHED_BYTES:
         return read()
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(os.fsencode(source.resolve()))
     with open(source, "rb") as handle:
         while piece := handle.read(_HASHED_BYTES):
             digest.update(piece)
@@ -267,73 +337,64 @@ def cached_arrays(
         with cache_lock(path):
             if not path.exists():
                 arrays = read()
+                if not all(isinstance(value, np.ndarray) for value in arrays.values()):
+                    return arrays
                 with atomic_write(path, "wb") as handle:
                     np.savez(handle, allow_pickle=False, **arrays)
     with np.load(path, allow_pickle=False) as stored:
         return dict(stored)
 
 
-class FolderDataset(Dataset):
-    """Image files in a folder of one layout, with the annotations that a subclass reads.
+# What readers of several layouts use
 
-    Attributes:
-        layout: what such a folder holds, for messages.
-        only_task: the task that the layout serves, if it serves one alone.
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, stripped; names that are not UTF-8 are escaped.
+
+    Raises:
+        DataError: the file cannot be read.
     """
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
-    layout: ClassVar[str]
-    only_task: ClassVar[str | None] = None
 
-    def __init__(
-        self,
-        name: str,
-        categories: Sequence[Category],
-        annotations: Annotations,
-        image_folder: Path,
-        source: Path | None = None,
-        dropped: Sequence[str] = (),
-    ) -> None:
-        """Warn once of degenerate boxes that were dropped; check that images exist.
+def split_list(path: Path) -> list[str]:
+    """The names in a list of images, each once, sorted.
 
-        File names are relative to `image_folder`; `source` is the file that names them, None
-        where they were found in the folder.
+    Raises:
+        DataError: the list is missing or empty, or a name leaves the folder.
+    """
+    if not path.is_file():
+        found = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt")))
+        raise DataError(f"{path}: no such split; splits found: {found or 'none'}")
+    names = {relative_name(line, str(path)) for line in read_lines(path)}
+    if not names:
+        raise DataError(f"{path}: lists no images")
+    return sorted(names)
 
-        Raises:
-            InvalidData: image files are missing.
-        """
-        super().__init__(name, categories, annotations, source or image_folder)
-        self.image_folder = image_folder
-        self.dropped = tuple(dropped)
-        if dropped:
-            count = f"{len(dropped)} degenerate box{'es' if len(dropped) > 1 else ''}"
-            text = f"{source}: dropped {count} (first: {dropped[0]})"
-            warnings.warn(text, DataWarning, stacklevel=4)
-        if source is not None:
-            # Listing the folder once is much faster than asking for each of 100,000 files.
-            present = set(os.listdir(image_folder)) if image_folder.is_dir() else set()
-            missing = [
-                (file, f"{source}: names the image {file:.200}, not found in {image_folder}")
-                for file in annotations.file_names.tolist()
-                if file not in present and not os.path.isfile(image_folder / file)
-            ]
-            if missing:
-                raise InvalidData(missing, "missing")
 
-    @classmethod
-    @abstractmethod
-    def splits(cls, folder: Path) -> list[str]:
-        """The names of the splits, sorted; none if the folder does not have this layout."""
+def folder_with(folders: Sequence[Path], names: Sequence[str], root: Path) -> Path:
+    """The first of `folders` that has one of the first few names; else any under `root`.
 
-    def load_image(self, index: int) -> NDArray[np.uint8]:
-        """Image `index` as uint8 [H, W, 3], RGB.
+    Where none has, the first of `folders` that exists.
+    """
+    few = list(names[:5])
+    for folder in folders:
+        if folder.is_dir() and any(file is not None for file in find_files(few, folder)):
+            return folder
+    last = {name.replace("\\", "/").rpartition("/")[2] for name in few}
+    for place, below, files in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if last & set(files) and not any("/" in name.replace("\\", "/") for name in few):
+            return Path(place)
+    return next((folder for folder in folders if folder.is_dir()), root)
 
-        Raises:
-            DataError: the file is missing, truncated or of another size than annotated.
-        """
-        path = self.image_folder / self.annotations.file_name(index)
-        pixels = decode_image(path)
-        height, width = self.annotations.sizes[index].tolist()
-        if height and pixels.shape != (height, width, 3):
-            found = f"{pixels.shape[1]} x {pixels.shape[0]}"
-            raise DataError(f"{path}: is {found} pixels, its annotations say {width} x {height}")
-        return pixels
+
+def as_whole(parts: Mapping[str, Path], known: Callable[[str], bool]) -> dict[str, Path]:
+    """`parts`, or `WHOLE` where they are one whose name is not that of a part."""
+    if len(parts) == 1 and not known(next(iter(parts))):
+        return {WHOLE: next(iter(parts.values()))}
+    return dict(parts)

@@ -1,4 +1,4 @@
-"""Folders in ImageNet's layout: `<split>/<class>/*.JPEG`, one folder a class."""
+"""Class folders: ImageNet's layout `<part>/<class>/*.JPEG`, or `<class>/*` without parts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effspinenet_lib.data.dataset import Annotations, Category
-from effspinenet_lib.data.folders import FolderDataset
-from effspinenet_lib.errors import DataError
+from effspinenet_lib.data.folders import FolderDataset, Layout
+from effspinenet_lib.data.pictures import PICTURE_SUFFIXES, is_picture, visible
+from effspinenet_lib.data.records import Fault, InvalidData
+from effspinenet_lib.data.splits import WHOLE, Part, part_in
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+# Folders of these names belong to other layouts and are no classes.
+NO_CLASSES = {"images", "labels", "annotations", "annots", "masks", "jpegimages", "imagesets"}
 
 
-class ImageNetFolder(FolderDataset):
-    """A split of a folder in ImageNet's layout, for classification.
+class ClassFolders(FolderDataset):
+    """A part of a folder of classes, for classification.
 
     The classes are the names of the class folders, sorted, with ids from 1; images have ids from
     1 in the order of class and name. Each image has one box, which only carries its label: it is
@@ -24,59 +27,94 @@ class ImageNetFolder(FolderDataset):
     take longer than many a run).
     """
 
-    layout = "ImageNet folder (train/<class>/*.JPEG, val/<class>/*.JPEG)"
-    only_task = "classification"
     photographs = True
 
-    def __init__(self, root: str | os.PathLike[str], split: str, images: int | None = None) -> None:
-        """Open the split.
+    def __init__(self, root: Path, part: Part, images: int | None, skip_bad: bool) -> None:
+        """Open the part.
 
         `images` limits it to so many: the first of each class, then the second of each, and so on.
 
         Raises:
-            DataError: the split or its classes are missing, or a class has no images.
+            InvalidData: classes have no images.
         """
-        folder = Path(root) / split
-        if not folder.is_dir():
-            found = ", ".join(_folders(folder.parent)) or "none"
-            raise DataError(f"{folder}: no such split; splits found: {found}")
-        classes = _folders(folder)
-        if not classes:
-            raise DataError(f"{folder}: has no folders of classes; <class>/*.JPEG are expected")
+        del skip_bad  # images were found in the folder, and are not opened here
+        folder = part.place
+        classes = subfolders(folder)
         names = [_image_names(folder, name) for name in classes]
+        empty = [name for name, files in zip(classes, names, strict=True) if not len(files)]
+        if empty:
+            suffixes = ", ".join(PICTURE_SUFFIXES)
+            raise InvalidData(
+                [Fault(f"{folder / n}: the class has no images ({suffixes})") for n in empty]
+            )
         counts = [len(files) for files in names]
         labels = np.repeat(np.arange(len(names)), counts)
-        ranks = np.concatenate([np.arange(count) for count in counts])
-        kept = np.sort(np.lexsort((labels, ranks))[:images])
-        sizes = np.zeros((len(kept), 2), np.int64)
-        annotations = Annotations.of_images(
-            kept + 1, np.concatenate(names)[kept], sizes, labels=labels[kept]
+        files = np.concatenate(names)
+        rows = np.flatnonzero(
+            part.select(_decoded(files), labels) if part.cut else np.ones(len(files))
         )
-        categories = [Category(number, name) for number, name in enumerate(classes, start=1)]
-        super().__init__(f"{Path(root).name} {split}", categories, annotations, folder)
+        ranks = np.concatenate([np.arange(count) for count in counts])[rows]
+        rows = rows[np.sort(np.lexsort((labels[rows], ranks))[:images])]
+        super().__init__(
+            f"{root.name} {part.name}",
+            [Category(number, name) for number, name in enumerate(classes, start=1)],
+            Annotations.of_images(
+                rows + 1, files[rows], np.zeros((len(rows), 2), np.int64), labels=labels[rows]
+            ),
+            folder,
+            part,
+        )
 
-    @classmethod
-    def splits(cls, folder: Path) -> list[str]:
-        """The names of the folders with classes, sorted; none without one that is called train."""
-        names = [name for name in _folders(folder) if _folders(folder / name)]
-        return names if "train" in names else []
+
+def _decoded(names: NDArray[np.bytes_]) -> list[str]:
+    return [os.fsdecode(name) for name in names.tolist()]
 
 
-def _folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
+def subfolders(folder: Path) -> list[str]:
+    """The folders in a folder, sorted, without hidden ones."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    except OSError:
         return []
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
 def _image_names(folder: Path, name: str) -> NDArray[np.bytes_]:
     """The images of a class, sorted, relative to `folder`: bytes [N], a fraction of Python's."""
     with os.scandir(folder / name) as entries:
-        files = sorted(
-            os.fsencode(f"{name}/{entry.name}")
-            for entry in entries
-            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
+        return np.array(
+            sorted(os.fsencode(f"{name}/{e.name}") for e in entries if is_picture(e.name))
         )
-    if not files:
-        raise DataError(f"{folder / name}: the class has no images ({', '.join(IMAGE_SUFFIXES)})")
-    return np.array(files)
+
+
+def parts(root: Path) -> dict[str, Path]:
+    """The folder of each part, or the folder itself if it holds two classes or more."""
+    found = {
+        name: root / name
+        for name in subfolders(root)
+        if part_in(name) == name.lower() and _are_classes(subfolders(root / name))
+    }
+    if found:
+        return found
+    classes = subfolders(root)
+    loose = [name for name in visible(root) if name.endswith((".json", ".xml", ".yaml"))]
+    if len(classes) < 2 or not _are_classes(classes) or loose:
+        return {}
+    return {WHOLE: root} if all(_has_pictures(root / name) for name in classes) else {}
+
+
+def _are_classes(names: list[str]) -> bool:
+    return bool(names) and not any(name.lower() in NO_CLASSES for name in names)
+
+
+def _has_pictures(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(is_picture(entry.name) for entry in entries)
+
+
+IMAGENET = Layout(
+    "folder of class folders (train/<class>/*.JPEG, val/<class>/*.JPEG; or <class>/*)",
+    parts,
+    ClassFolders,
+    "classification",
+)

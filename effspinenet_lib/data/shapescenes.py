@@ -30,7 +30,7 @@ from effspinenet_lib.data.dataset import (
     Annotations,
     Category,
     Dataset,
-    Truth,
+    RunLengths,
     encode_mask,
 )
 from effspinenet_lib.data.folders import cache_lock
@@ -380,7 +380,9 @@ class ShapeScenes(Dataset):
                 if not all(path.exists() for path in files):
                     self._make(images)
         super().__init__(
-            f"ShapeScenes {split}", CATEGORIES, Annotations.from_coco(self.ground_truth())
+            f"ShapeScenes {split}",
+            CATEGORIES,
+            Annotations.from_coco(read_json(self.folder / "annotations.json")),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -431,9 +433,8 @@ class ShapeScenes(Dataset):
         """Scene `index` drawn again, with masks and semantic labels; objects as in `load`."""
         return render_scene(DEFAULT_SETTINGS, self.seed, self.split, index, self.image_size)
 
-    def ground_truth(self) -> Truth:
-        """The annotations as a COCO dictionary; masks are compressed run lengths."""
-        return dict(read_json(self.folder / "annotations.json"))
+    def _read_masks(self) -> RunLengths:
+        return RunLengths.from_coco(read_json(self.folder / "annotations.json"))
 
 
 def _progress(title: str, indices: Iterable[int]) -> Iterable[int]:

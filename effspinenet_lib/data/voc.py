@@ -1,8 +1,10 @@
-"""Folders in PASCAL VOC's layout: boxes (`VocFolder`) and label maps (`VocSegmentationFolder`)."""
+"""PASCAL VOC's layouts: boxes in XML files, and label maps."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,28 +12,46 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from effspinenet_lib.data.dataset import (
-    SEMANTIC_IGNORE,
-    Annotations,
-    Category,
-    Truth,
-    collect_faults,
-)
+from effspinenet_lib.data.dataset import SEMANTIC_IGNORE, Annotations, Category
 from effspinenet_lib.data.folders import (
     FolderDataset,
-    check_records,
-    finite,
-    open_image,
+    Layout,
+    as_whole,
+    folder_with,
+    open_records,
+    read_lines,
     split_list,
 )
+from effspinenet_lib.data.pictures import (
+    alike,
+    find_files,
+    is_picture,
+    picture_size,
+    read_labels,
+    visible,
+)
+from effspinenet_lib.data.records import (
+    MISSING,
+    UNREADABLE,
+    Fault,
+    InvalidData,
+    Named,
+    Records,
+    Truth,
+    collect,
+    finite,
+    relative_name,
+)
+from effspinenet_lib.data.splits import WHOLE, Part, part_in
 from effspinenet_lib.errors import DataError
 
-IMAGES = "JPEGImages"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+ANNOTATIONS, IMAGES = "Annotations", "JPEGImages"
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 BOX_LISTS, LABEL_LISTS = Path("ImageSets") / "Main", Path("ImageSets") / "Segmentation"
 # Where an image has label maps in both, VOC's own is used: it marks the objects' edges as void.
 LABELS, AUGMENTED_LABELS = "SegmentationClass", "SegmentationClassAug"
+# What a list of a class has behind each name: whether the image has the class.
+FLAG = re.compile(r"\s+(-1|0|1)$")
 # VOC 2012's classes in the order of its label maps (its development kit, VOCinit.m).
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -40,78 +60,123 @@ VOC_CLASSES = (
 )  # fmt: skip
 
 
-class VocFolder(FolderDataset):
-    """A split of a folder in VOC's layout: Annotations/*.xml, ImageSets/Main/<split>.txt.
+def parts(root: Path) -> dict[str, Path]:
+    """The list of each part, or the folder of its XML files.
+
+    `ImageSets/Main/<part>.txt` beside `Annotations/`; else folders of XML files: `<part>/`, a
+    single one of any name, or the folder itself.
+    """
+    if xml_files(root / ANNOTATIONS):
+        lists = _lists(root / BOX_LISTS)
+        return as_whole(lists or {WHOLE: root / ANNOTATIONS}, lambda name: name != "default")
+    folders = {name: root / name for name in visible(root)}
+    found = {name: folder for name, folder in folders.items() if xml_files(folder)}
+    for name, folder in folders.items():
+        for inside in (ANNOTATIONS, "annotations"):
+            if name not in found and xml_files(folder / inside) and part_in(name):
+                found[name] = folder / inside
+    if not found and xml_files(root):
+        found = {WHOLE: root}
+    return as_whole(found, lambda name: part_in(name) is not None)
+
+
+def xml_files(folder: Path) -> list[Path]:
+    """The XML files in a folder, sorted."""
+    return [folder / name for name in visible(folder) if name.lower().endswith(".xml")]
+
+
+def _lists(folder: Path) -> dict[str, Path]:
+    """The lists of images; those of a class, `<class>_<part>.txt` with flags, are none."""
+    lists = {name[:-4]: folder / name for name in visible(folder) if name.endswith(".txt")}
+    return {
+        name: path
+        for name, path in lists.items()
+        if not any(name.endswith(f"_{other}") for other in lists)
+        or not all(FLAG.search(line) for line in read_lines(path))
+    }
+
+
+def read(root: Path, part: Part, masks: bool) -> Records:
+    """The records of a part.
 
     Coordinates in the files are 1-based and name the first and the last pixel of a box. Here a
     box begins at xmin - 1 and ends at xmax, so that its width is xmax - xmin + 1 pixels.
 
-    The classes are all names that occur in any annotation file of the folder, sorted, with ids
-    from 1, so that the splits agree. Images have ids from 1 in the order of their names. Objects
-    marked difficult count as crowds: ignored in training, neither right nor wrong in evaluation.
+    The classes are all names that occur in any XML file of the folder, sorted, with ids from 1.
+    Images have ids from 1 in the order of their names. Objects marked difficult count as crowds:
+    ignored in training, neither right nor wrong in evaluation.
     """
+    del masks  # there are none
+    listed = part.place.is_file()
+    folder = root / ANNOTATIONS if listed else part.place
+    files = {path.stem: path for path in xml_files(folder)}
+    faults: list[Fault] = []
+    wanted = list(files)
+    if listed:
+        wanted, faults = _listed(part.place, files, folder)
+    numbers = {stem: number for number, stem in enumerate(wanted, start=1)}
+    places = [root / IMAGES, folder, folder.parent / "images", root / "images", root / "Images"]
+    pictures_in = _picture_folder(places, wanted)
+    pictures: dict[str, str] = {}
+    for name in visible(pictures_in):
+        if is_picture(name):
+            pictures.setdefault(alike(name.rpartition(".")[0]), name)
+    records = Records(part.place if listed else folder, pictures_in, faults=faults)
+    objects: list[Named] = []
+    classes: set[str] = set()
 
-    layout = "VOC folder (Annotations/*.xml, ImageSets/Main/<split>.txt, JPEGImages/)"
-
-    def __init__(self, root: str | os.PathLike[str], split: str, images: int | None = None) -> None:
-        """Open the split; `images` limits it to the first so many in the order of names.
-
-        Raises:
-            DataError: files are missing or invalid; names the files and the objects.
-        """
-        self.root, self._limit = Path(root), images
-        self._list = self.root / BOX_LISTS / f"{split}.txt"
-        truth, dropped = self._read()
-        super().__init__(
-            f"{self.root.name} {split}",
-            [Category(entry["id"], entry["name"]) for entry in truth["categories"]],
-            Annotations.from_coco(truth),
-            self.root / IMAGES,
-            self._list,
-            [str(name) for _, name in dropped],
-        )
-
-    @classmethod
-    def splits(cls, folder: Path) -> list[str]:
-        """The names of the lists, sorted; none without annotations."""
-        found = (folder / "Annotations").is_dir()
-        return sorted(path.stem for path in (folder / BOX_LISTS).glob("*.txt")) if found else []
-
-    def ground_truth(self) -> Truth:
-        """The annotations as a COCO dictionary, read from the files again."""
-        return self._read()[0]
-
-    def _read(self) -> tuple[Truth, NDArray[np.str_]]:
-        folder, names = self.root / "Annotations", split_list(self._list)[: self._limit]
-        for stem in names:
-            if not os.path.isfile(folder / f"{stem}.xml"):
-                raise DataError(f"{self._list}: names {stem:.200}, but {folder} has no XML of it")
-        numbers = {stem: number for number, stem in enumerate(names, start=1)}
-        present = set(os.listdir(self.root / IMAGES)) if (self.root / IMAGES).is_dir() else set()
-        images: list[tuple[str, Truth]] = []
-        objects: list[tuple[str, Truth]] = []
-        classes: set[str] = set()
-
-        def read(path: Path) -> None:
-            tree = parse_xml(path)
-            found = [
-                (where := f"{path}: object {number}", _object(where, element))
+    def add(path: Path) -> None:
+        tree = parse_xml(path)
+        found, wrong = collect(
+            lambda pair: (pair[0], _object(*pair)),
+            [
+                (f"{path}: object {number}", element)
                 for number, element in enumerate(tree.findall("object"), start=1)
-            ]
-            classes.update(record["name"] for _, record in found)
-            if image_id := numbers.get(path.stem):
-                images.append((str(path), _image(tree, path.stem, image_id, present)))
-                objects.extend((where, {**one, "image_id": image_id}) for where, one in found)
+            ],
+        )
+        faults.extend(wrong)
+        classes.update(record["name"] for _, record in found)
+        if image_id := numbers.get(path.stem):
+            records.images.append((str(path), _image(tree, path.stem, image_id, pictures)))
+            objects.extend((where, {**one, "image_id": image_id}) for where, one in found)
 
-        collect_faults(read, sorted(folder.glob("*.xml")))
-        if not classes:
-            raise DataError(f"{folder}: no annotation file has an object")
-        ids = {name: number for number, name in enumerate(sorted(classes), start=1)}
-        for _, record in objects:
-            record["category_id"] = ids[record.pop("name")]
-        categories = [("", {"id": number, "name": name}) for name, number in ids.items()]
-        truth, dropped = check_records(folder, images, objects, categories)
-        return {"info": {"description": self.root.name}, **truth}, dropped
+    faults += collect(add, files.values())[1]
+    if not classes and not faults:
+        faults.append(Fault(f"{folder}: no annotation file has an object"))
+    ids = {name: number for number, name in enumerate(sorted(classes), start=1)}
+    records.annotations = [
+        (where, {**record, "category_id": ids[record["name"]]}) for where, record in objects
+    ]
+    records.categories = [("", {"id": number, "name": name}) for name, number in ids.items()]
+    return records
+
+
+def _listed(path: Path, files: dict[str, Path], folder: Path) -> tuple[list[str], list[Fault]]:
+    """The stems of the XML files that a list names, sorted, and a fault for each without one."""
+
+    def stem(line: str) -> str:
+        name = relative_name(line, str(path))
+        for one in (name, FLAG.sub("", name)):
+            last = one.rpartition("/")[2]
+            for found in (one, last, os.path.splitext(last)[0] if is_picture(last) else last):
+                if found in files:
+                    return found
+        raise DataError(f"{path}: names {FLAG.sub('', name):.200}, but {folder} has no XML of it")
+
+    lines = read_lines(path)
+    if not lines:
+        return [], [Fault(f"{path}: lists no images")]
+    stems, faults = collect(stem, lines)
+    return sorted(set(stems)), faults
+
+
+def _picture_folder(folders: Sequence[Path], stems: Sequence[str]) -> Path:
+    """The first folder that has a picture of one of the first stems; else the first there is."""
+    few = {alike(stem) for stem in stems[:5]}
+    for folder in folders:
+        if any(is_picture(n) and alike(n.rpartition(".")[0]) in few for n in visible(folder)):
+            return folder
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def parse_xml(path: Path) -> ElementTree.Element:
@@ -135,13 +200,14 @@ def _number(element: ElementTree.Element, name: str) -> Any:
         return text
 
 
-def _image(tree: ElementTree.Element, stem: str, image_id: int, present: set[str]) -> Truth:
-    names = [stem + suffix for suffix in IMAGE_SUFFIXES if stem + suffix in present]
+def _image(tree: ElementTree.Element, stem: str, image_id: int, pictures: dict[str, str]) -> Truth:
+    named = (tree.findtext("filename") or "").strip().replace("\\", "/").rpartition("/")[2]
     sides = {side: _number(tree, f"size/{side}") for side in ("width", "height")}
     return {
         "id": image_id,
-        "file_name": names[0] if names else (tree.findtext("filename") or "").strip(),
-        **{k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in sides.items()},
+        "file_name": pictures.get(alike(stem)) or named or f"{stem}.jpg",
+        # some tools write 0 or nothing where they do not know
+        **{side: value or None for side, value in sides.items()},
     }
 
 
@@ -166,61 +232,89 @@ def _object(where: str, element: ElementTree.Element) -> Truth:
     }
 
 
-class VocSegmentationFolder(FolderDataset):
-    """A split of a folder in VOC 2012's segmentation layout.
+VOC = Layout(
+    "VOC folder (Annotations/*.xml and JPEGImages/, with lists ImageSets/Main/<part>.txt or "
+    "without; or pictures and *.xml side by side, in <part>/ or not)",
+    parts,
+    lambda *arguments: open_records(read, *arguments),
+)
 
-    `ImageSets/Segmentation/<split>.txt` lists the images of `JPEGImages/`; `SegmentationClass/`
+
+class LabelMaps(FolderDataset):
+    """A part of a folder in VOC 2012's segmentation layout.
+
+    `ImageSets/Segmentation/<part>.txt` lists the images of `JPEGImages/`; `SegmentationClass/`
     holds VOC's label maps and `SegmentationClassAug/` those of the images that only SBD labels
     (`effspinenet data fetch voc` makes both), as PNG. A pixel is 0 for the background, a class
     from 1 to 20, or 255 where it is ignored. Images have ids from 1 in the order of their names.
     There are no boxes.
     """
 
-    layout = "VOC folder of label maps (ImageSets/Segmentation/<split>.txt, SegmentationClass/)"
-    only_task = "segmentation"
-
-    def __init__(self, root: str | os.PathLike[str], split: str, images: int | None = None) -> None:
-        """Open the split; `images` limits it to the first so many in the order of names.
+    def __init__(self, root: Path, part: Part, images: int | None, skip_bad: bool) -> None:
+        """Open the part; `images` limits it to the first so many in the order of names.
 
         Raises:
-            DataError: a list, images or label maps are missing; names the files.
+            InvalidData: a list, images or label maps are missing; names the files.
         """
-        self.root = Path(root)
-        path = self.root / LABEL_LISTS / f"{split}.txt"
-        names = split_list(path)[:images]
-        self._labels = np.array(
-            collect_faults(lambda name: self._label_map(name, path), names), np.str_
-        )
-        sizes = []
-        for file in self._labels.tolist():
-            with open_image(self.root / file) as picture:  # reads the header alone
-                sizes.append((picture.height, picture.width))
+        self.root = root
+        names = split_list(part.place)
+        names = [name for name, kept in zip(names, part.select(names), strict=True) if kept]
+        names = names[:images]
+        pictures = find_files([f"{name}.jpg" for name in names], root / IMAGES)
+        rows: list[tuple[int, str, str, tuple[int, int]]] = []
+        bad: list[Fault] = []
+        for number, (name, picture) in enumerate(zip(names, pictures, strict=True), start=1):
+            labels = self._label_map(name)
+            if picture is None:
+                text = f"names the image {name:.200}.jpg, not found in {root / IMAGES}"
+                bad.append(Fault(f"{part.place}: {text}", f"{name}.jpg", MISSING))
+            elif labels is None:
+                text = f"names {name:.200}, but neither {LABELS} nor {AUGMENTED_LABELS} has its PNG"
+                bad.append(Fault(f"{part.place}: {text}", f"{name}.png", MISSING))
+            else:
+                try:
+                    rows.append((number, picture, labels, picture_size(root / labels)))
+                except DataError as error:
+                    bad.append(Fault(str(error), f"{name}.png", UNREADABLE))
+        if bad and (not skip_bad or not rows):
+            raise InvalidData(bad)
+        self._labels = np.array([labels for _, _, labels, _ in rows], np.str_)
         super().__init__(
-            f"{self.root.name} {split}",
+            f"{root.name} {part.name}",
             [Category(number, name) for number, name in enumerate(VOC_CLASSES, start=1)],
             Annotations.of_images(
-                np.arange(1, len(names) + 1), np.char.add(names, ".jpg"), np.array(sizes)
+                np.array([number for number, *_ in rows], np.int64),
+                np.array([picture for _, picture, *_ in rows], np.str_),
+                np.array([size for *_, size in rows], np.int64).reshape(-1, 2),
             ),
-            self.root / IMAGES,
-            path,
+            root / IMAGES,
+            part,
         )
+        if bad:
+            self.record["skipped"] = sorted(fault.file for fault in bad)
 
-    @classmethod
-    def splits(cls, folder: Path) -> list[str]:
-        """The names of the lists, sorted."""
-        return sorted(path.stem for path in (folder / LABEL_LISTS).glob("*.txt"))
-
-    def _label_map(self, name: str, source: Path) -> str:
+    def _label_map(self, name: str) -> str | None:
         """The label map of an image, relative to the root."""
-        for folder in (LABELS, AUGMENTED_LABELS):
-            if os.path.isfile(self.root / folder / f"{name}.png"):
-                return f"{folder}/{name}.png"
-        folders = f"neither {LABELS} nor {AUGMENTED_LABELS}"
-        raise DataError(f"{source}: names {name:.200}, but {folders} has its PNG")
+        files = (f"{folder}/{name}.png" for folder in (LABELS, AUGMENTED_LABELS))
+        return next((file for file in files if os.path.isfile(self.root / file)), None)
 
     def prepare(self, task: str) -> None:
         """Nothing is read ahead: a label map is read with its image."""
         del task
+
+    def select(self, keep: NDArray[np.bool_]) -> None:
+        """Keep the images where `keep` [N] is true."""
+        self._labels = self._labels[keep]
+        super().select(keep)
+
+    def check_file(self, index: int, task: str) -> None:
+        """Decode image `index` and its label map."""
+        super().check_file(index, task)
+        self.semantic(index)
+
+    def files_of(self, index: int) -> list[Path]:
+        """The image and its label map."""
+        return [self.path(index), self.root / str(self._labels[index])]
 
     def semantic(self, index: int) -> NDArray[np.uint8]:
         """The label map of image `index`, uint8 [H, W].
@@ -229,12 +323,24 @@ class VocSegmentationFolder(FolderDataset):
             DataError: the file cannot be decoded or has values that are not classes; names it.
         """
         path = self.root / str(self._labels[index])
-        with open_image(path) as picture:
-            labels = np.array(picture)
-        if labels.ndim != 2 or labels.dtype != np.uint8:
-            raise DataError(f"{path}: a label map has one value a pixel (a palette, or grey)")
+        labels = read_labels(path)
         wrong = labels[(labels > len(self.categories)) & (labels != SEMANTIC_IGNORE)]
         if wrong.size:
             known = f"0 to {len(self.categories)} and {SEMANTIC_IGNORE}"
             raise DataError(f"{path}: has the label {wrong[0]}; {known} are known")
         return labels
+
+
+def label_lists(root: Path) -> dict[str, Path]:
+    """The list of each part of a folder of label maps."""
+    folder = root / LABEL_LISTS
+    return {name[:-4]: folder / name for name in visible(folder) if name.endswith(".txt")}
+
+
+VOC_SEGMENTATION = Layout(
+    "VOC folder of label maps (ImageSets/Segmentation/<part>.txt, SegmentationClass/)",
+    label_lists,
+    LabelMaps,
+    "segmentation",
+)
+__all__ = ["VOC", "VOC_SEGMENTATION", "folder_with"]

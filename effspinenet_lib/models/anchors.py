@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effspinenet_lib.models.base import Target, crowds
+from effspinenet_lib.models.base import Extents, Target, crowds
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
 
 BOX_CODE = 4  # numbers of a box code
@@ -81,6 +81,16 @@ def _level_anchors(stride: int, height: int, width: int, settings: AnchorSetting
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     centres = torch.stack([x, y], -1).reshape(-1, 1, 2)
     return torch.cat([centres - half, centres + half], -1).reshape(-1, 4)
+
+
+def inside(anchors: Tensor, extents: Extents) -> Tensor:
+    """Which of the anchors [A, 4] have their middle in each image rather than its padding, [N, A].
+
+    `extents` are the height and width of the images within their inputs.
+    """
+    x, y = ((anchors[:, :2] + anchors[:, 2:]) / 2).T
+    heights, widths = torch.tensor(list(extents), device=anchors.device).T[:, :, None]
+    return (x < widths) & (y < heights)
 
 
 def match_anchors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ TOO_FEW_VALUES = "more than 1 value per channel"
 Target = dict[str, Tensor]
 
 
+Extents = Sequence[tuple[int, int]]  # height and width of images within their inputs
+
+
 class TaskModel(nn.Module, ABC):
     """A network with a task: losses in training, predictions in evaluation.
 
@@ -23,7 +27,10 @@ class TaskModel(nn.Module, ABC):
     """
 
     def forward(
-        self, images: Tensor, targets: list[Target] | None = None
+        self,
+        images: Tensor,
+        targets: list[Target] | None = None,
+        extents: Extents | None = None,
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Compute losses in training, predictions in evaluation.
 
@@ -36,6 +43,9 @@ class TaskModel(nn.Module, ABC):
                 Classification: `label` int64 []. Semantic segmentation: `semantic` int64 [H, W],
                 255 where it does not count. Other keys are ignored. Targets made for torchvision's
                 detectors, whose labels count from 1, fit a model of one class more.
+            extents: for detection and instances in evaluation, the height and width that each
+                image has at the top left of its input; the rest is padding, in which nothing is
+                found. None: the whole input.
 
         Returns:
             In training scalar losses by name; their sum is minimised. In evaluation one
@@ -50,7 +60,7 @@ class TaskModel(nn.Module, ABC):
             TrainingError: outputs in evaluation that are not finite.
         """
         if not self.training:
-            return self.predict(images)
+            return self.predict(images, extents)
         if targets is None:
             raise ValueError("targets are needed in training")
         try:
@@ -69,7 +79,7 @@ class TaskModel(nn.Module, ABC):
         """What `forward` returns in training."""
 
     @abstractmethod
-    def predict(self, images: Tensor) -> list[dict[str, Tensor]]:
+    def predict(self, images: Tensor, extents: Extents | None = None) -> list[dict[str, Tensor]]:
         """What `forward` returns in evaluation."""
 
     @abstractmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effspinenet_lib.data.dataset import SEMANTIC_IGNORE
-from effspinenet_lib.models.base import Target, TaskModel, check_finite
+from effspinenet_lib.models.base import Extents, Target, TaskModel, check_finite
 from effspinenet_lib.models.layers import conv_norm, initialise, separable_block, upsample
 from effspinenet_lib.models.specs import CLASSIFICATION_DIM
 
@@ -36,8 +36,9 @@ class LogitsModel(TaskModel):
         """The loss `cross_entropy`."""
         return {"cross_entropy": self.loss(self.network(images).float(), targets)}
 
-    def predict(self, images: Tensor) -> list[dict[str, Tensor]]:
+    def predict(self, images: Tensor, extents: Extents | None = None) -> list[dict[str, Tensor]]:
         """The predictions of finite logits."""
+        del extents
         logits = self.network(images).float()
         check_finite(logits)
         return self.predictions(logits, (images.shape[-2], images.shape[-1]))

@@ -32,7 +32,7 @@ from effspinenet_lib.models.anchors import (
     make_anchors,
     match_anchors,
 )
-from effspinenet_lib.models.base import Target, TaskModel, check_finite, crowds
+from effspinenet_lib.models.base import Extents, Target, TaskModel, check_finite, crowds
 from effspinenet_lib.models.layers import (
     NORM_EPSILON,
     NORM_MOMENTUM,
@@ -345,12 +345,12 @@ class RegionBranches(RoIHeads):
         return {"classification": classification, "box": box, "mask": mask}
 
     def detections(
-        self, features: dict[str, Tensor], proposals: list[Tensor], size: tuple[int, int]
+        self, features: dict[str, Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
         """Decode each image's proposals [.., 4]; the masks come from the boxes detected."""
         logits, codes = self.boxes(features, proposals)
         check_finite(logits, codes)
-        found = self.postprocess_detections(logits, codes, proposals, [size] * len(proposals))
+        found = self.postprocess_detections(logits, codes, proposals, sizes)
         boxes, _, labels = found
         masks = maskrcnn_inference(self.masks(features, boxes), labels)
         return [
@@ -424,11 +424,13 @@ class MaskRCNN(TaskModel):
             **self.regions.losses(features, proposals, shifted),
         }
 
-    def predict(self, images: Tensor) -> list[dict[str, Tensor]]:
+    def predict(self, images: Tensor, extents: Extents | None = None) -> list[dict[str, Tensor]]:
         """Detections with masks."""
-        features = self.features(images)
-        proposals, _ = self.proposals(_listed(images), features, None)
-        return self.regions.detections(features, proposals, (images.shape[-2], images.shape[-1]))
+        features, listed = self.features(images), _listed(images)
+        if extents is not None:
+            listed = ImageList(images, list(extents))
+        proposals, _ = self.proposals(listed, features, None)
+        return self.regions.detections(features, proposals, listed.image_sizes)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """The backbone's outputs at the dimension of the branches, by level."""

@@ -21,10 +21,11 @@ from effspinenet_lib.models.anchors import (
     assign_anchors,
     decode_boxes,
     encode_boxes,
+    inside,
     make_anchors,
     match_anchors,
 )
-from effspinenet_lib.models.base import Target, TaskModel, check_finite, crowds
+from effspinenet_lib.models.base import Extents, Target, TaskModel, check_finite, crowds
 from effspinenet_lib.models.layers import (
     PyramidBackbone,
     SeparableConv,
@@ -140,14 +141,18 @@ class OneStageDetector(TaskModel):
             "box": self.box_loss(found, wanted) / divisor,
         }
 
-    def predict(self, images: Tensor) -> list[dict[str, Tensor]]:
+    def predict(self, images: Tensor, extents: Extents | None = None) -> list[dict[str, Tensor]]:
         """The detections of finite logits."""
         logits, codes, anchors = self.network(images)
         check_finite(logits)
-        size = (images.shape[-2], images.shape[-1])
+        scores = self.scores(logits.float())
+        if extents is None:
+            extents = [(images.shape[-2], images.shape[-1])] * len(images)
+        else:
+            scores = scores * inside(anchors, extents)[..., None]
         return [
-            self.detections(scores, code, anchors, size)
-            for scores, code in zip(self.scores(logits.float()), codes.float(), strict=True)
+            self.detections(score, code, anchors, size)
+            for score, code, size in zip(scores, codes.float(), extents, strict=True)
         ]
 
     def detections(
@@ -163,8 +168,8 @@ class OneStageDetector(TaskModel):
         values, labels, anchor = best(scores, settings.candidates, settings.score_threshold)
         boxes = decode_boxes(codes[anchor], anchors[anchor], settings.box_scale)
         boxes = clip_boxes_to_image(boxes, size)
-        inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        values, labels, boxes = values[inside], labels[inside], boxes[inside]
+        extended = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        values, labels, boxes = values[extended], labels[extended], boxes[extended]
         kept = batched_nms(boxes.double(), values.double(), labels, settings.nms_iou)
         kept = kept.sort().values[: settings.detections]  # equal scores in their order
         return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}

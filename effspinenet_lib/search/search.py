@@ -23,9 +23,9 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from effspinenet_lib.data import DataConfig
-from effspinenet_lib.data.coco import HeldOutSplit
 from effspinenet_lib.data.config import UNKNOWN_ROOT
 from effspinenet_lib.data.shapescenes import CATEGORIES
+from effspinenet_lib.data.splits import HeldOutSplit
 from effspinenet_lib.errors import CheckpointError, TrainingError, UnknownName, UserError
 from effspinenet_lib.experiments.launcher import Outcome
 from effspinenet_lib.experiments.plan import SEARCH_TRIALS

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from effspinenet_lib.data import DataConfig, Dataset
 from effspinenet_lib.errors import CheckpointError
 from effspinenet_lib.models.zoo import check_model, known_options, resolve_model
@@ -117,8 +119,18 @@ def file_digest(path: str) -> str:
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """The counts of a data set and a digest of its annotations, which identifies it."""
+    """The counts of a data set and digests that identify it.
+
+    Returns:
+        `digest` is of categories and annotations, `masks` of the masks where the task has read
+        them, `files` of the names, sizes and times of image files where there are any.
+    """
     digest = hashlib.sha256(repr(dataset.categories).encode())
     for item in fields(dataset.annotations):
-        digest.update(getattr(dataset.annotations, item.name).tobytes())
-    return {**dataset.describe(), "digest": digest.hexdigest()}
+        values = getattr(dataset.annotations, item.name)
+        digest.update(
+            np.float32(values).tobytes() if values.dtype.kind == "f" else values.tobytes()
+        )
+    more = {"masks": dataset.masks_digest(), "files": dataset.files_digest()}
+    digests = {name: value for name, value in more.items() if value}
+    return {**dataset.describe(), "digest": digest.hexdigest(), **digests}

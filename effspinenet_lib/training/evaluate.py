@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from effspinenet_lib.data import Dataset, classes_of, evaluation_loader
+from effspinenet_lib.data import Batch, Dataset, classes_of, evaluation_loader
 from effspinenet_lib.data.augment import FITTED, RELEASED, scaled_size
-from effspinenet_lib.data.dataset import SEMANTIC_IGNORE
+from effspinenet_lib.data.dataset import ABSENT, SEMANTIC_IGNORE
 from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.training.export import inference_copy
@@ -104,7 +104,9 @@ def evaluate(
         return Evaluation(dict.fromkeys(TASK_METRICS[task], math.nan), [])
     if task == "segmentation":
         dataset.prepare(task)
-    ids = category_ids or [category.id for category in dataset.categories]
+    known = [None if c.id == ABSENT else c.id for c in dataset.categories]
+    ids = category_ids or known
+    padded = task in ("detection", "instances") and preprocessing == FITTED
     rank, processes = 0, 1
     if accelerator is not None:
         rank, processes = accelerator.process_index, accelerator.num_processes
@@ -122,7 +124,8 @@ def evaluate(
     counts = torch.zeros((), dtype=torch.int64)
     with torch.inference_mode(), bar:
         for batch in batches:
-            outputs = model(batch.images.to(device))
+            images = batch.images.to(device)
+            outputs = model(images, extents=extents_of(batch)) if padded else model(images)
             for output, scales in zip(outputs, batch.scales.tolist(), strict=True):
                 image = _Image(dataset, index, scales, preprocessing != RELEASED, ids)
                 records, counted = _READ[task](output, image)
@@ -297,6 +300,14 @@ def _middles(start: float, end: float, side: int) -> tuple[tuple[int, int], Tens
 # --- Metrics -------------------------------------------------------------------------------------
 
 
+def extents_of(batch: Batch) -> list[tuple[int, int]]:
+    """Height and width of the images within their fitted inputs."""
+    return [
+        scaled_size(height, width, scale)
+        for (height, width), (scale, _) in zip(batch.sizes, batch.scales.tolist(), strict=True)
+    ]
+
+
 def _measure(
     task: str, dataset: Dataset, predictions: list[Record], counts: Tensor
 ) -> dict[str, float]:
@@ -305,7 +316,7 @@ def _measure(
         return accuracy(counts)
     if task == "segmentation":
         return mean_iou(counts)
-    truth = dataset.ground_truth()
+    truth = dataset.ground_truth(masks=task == "instances")
     boxes = coco_metrics(truth, predictions)
     if task == "detection":
         return boxes

@@ -7,6 +7,7 @@ then model.safetensors, predictions.json, metrics.json and, last of all, run.jso
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -14,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ from effspinenet_lib.data import (
     Augmentation,
     Dataset,
     classes_of,
-    open_dataset,
-    require_same_categories,
     training_loader,
 )
 from effspinenet_lib.data.augment import MAX_OBJECTS, MEAN, STD
+from effspinenet_lib.data.check import check_parts, fault_rows, write_report
 from effspinenet_lib.data.loader import worker_errors
+from effspinenet_lib.data.records import InvalidData
 from effspinenet_lib.errors import DataError, Preempted, UserError
 from effspinenet_lib.files import ensure_folder, read_json, write_json
 from effspinenet_lib.models import weights, zoo
@@ -51,12 +52,14 @@ from effspinenet_lib.training.recipes import EVALUATION_BATCH
 
 __all__ = ["LOG", "REQUEST", "RunConfig", "RunResult", "read_result", "train_run"]
 
+logger = logging.getLogger(__name__)
 CHECKPOINT_SECONDS = 60.0  # our choice: what a kill can cost at most
 FINISHED, PARTIAL = "finished", "partial"
 OWN_DATA = "own"  # in the place of a profile
 CONFIG, DATA, RECORD, METRICS = "config.json", "data.json", "run.json", "metrics.json"
 PREDICTIONS, WEIGHTS, LOCK = "predictions.json", "model.safetensors", "run.lock"
 # Written by whoever starts a run in a process of its own; a forced run keeps them.
+FAULTS = "faults.csv"
 REQUEST, LOG = "request.json", "worker.log"
 
 
@@ -68,11 +71,13 @@ class RunResult:
         folder: of its files.
         metrics: name -> value in percent; NaN where it is not defined.
         record: its row of runs.csv, without the profile: steps, seconds, speed, hardware.
+        trained_before: a call before this one gave it.
     """
 
     folder: Path
     metrics: dict[str, float]
     record: dict[str, Any]
+    trained_before: bool = False
 
     @property
     def key(self) -> str:
@@ -119,6 +124,7 @@ def train_run(
     checkpoints: int = checkpoint.KEPT,
     micro_batch: int | None = None,
     runs_csv: str | os.PathLike[str] | None = None,
+    skip_bad_images: bool = False,
 ) -> RunResult:
     """Train and evaluate a configuration, or resume it, or return what it gave before.
 
@@ -140,6 +146,8 @@ def train_run(
         micro_batch: images that a process computes at once, where its share of the batch needs
             more memory than it has; their gradients are added up. None: the share at once.
         runs_csv: the run's row is added to this file, with the profile "own"; None: to none.
+        skip_bad_images: leave out images that are missing or cannot be decoded; data.json names
+            them.
 
     Raises:
         UserError: a setting is wrong, the folder cannot be written, or another process runs it.
@@ -164,9 +172,11 @@ def train_run(
         if main:
             _clean(folder, force)
         accelerator.wait_for_everyone()
-        train, held_out = _open_data(config, folder, main)
+        train, held_out = _open_data(config, folder, main, skip_bad_images)
         result = read_result(folder)
-        if result is None or result.steps < target:
+        if result is not None and result.steps >= target:
+            result = replace(result, trained_before=True)
+        else:
             state = build_or_resume(config, folder, train, accelerator, parts)
             static = accelerator.device.type in device.STATIC_SHAPES
             batches = training_loader(
@@ -234,23 +244,44 @@ def train_run(
 # --- The parts of a run --------------------------------------------------------------------------
 
 
-def _open_data(config: RunConfig, folder: Path, main: bool) -> tuple[Dataset, Dataset]:
+def _open_data(
+    config: RunConfig, folder: Path, main: bool, skip_bad: bool
+) -> tuple[Dataset, Dataset]:
     """What to train and to evaluate on; refused where the folder holds a run on other data.
 
     The path of the data is no part of a run's key, so its content is compared.
     """
-    train = open_dataset(config.data, "train", config.task)
-    held_out = open_dataset(config.data, "eval", config.task)
-    require_same_categories(train, held_out)
+    data = config.data
+    wanted = [
+        (data.train_split, data.images_of("train")),
+        (data.eval_split, data.images_of("eval")),
+    ]
+    datasets, faults = check_parts(data, wanted, config.task, skip_bad)
+    if faults:
+        if main:
+            write_report(folder / FAULTS, str(data.root), fault_rows(faults))
+        raise InvalidData(faults, str(folder / FAULTS))
+    train, held_out = datasets
+    assert train is not None
+    assert held_out is not None
     found = {"train": describe_data(train), "eval": describe_data(held_out)}
     path = folder / DATA
     for part, known in (read_json(path) if path.exists() else {}).items():
-        if found[part]["digest"] != known["digest"]:
+        differing = [
+            what
+            for what, name in (("annotations", "digest"), ("masks", "masks"), ("images", "files"))
+            if name in known and found[part].get(name) != known[name]
+        ]
+        if differing:
             raise DataError(
-                f"{folder}: holds a run on other data than {train.name} is now; choose "
-                "another output folder, or start over with force"
+                f"{folder}: holds a run on other data than {train.name} is now (other "
+                f"{' and '.join(differing)}); choose another output folder, or start over with "
+                "force"
             )
     if main:
+        for part, facts in found.items():
+            if skipped := facts.get("skipped"):
+                logger.warning("%s: left out %d bad images: %s", part, len(skipped), skipped[:5])
         write_json(folder / CONFIG, config.to_dict())
         write_json(path, found)
     return train, held_out
