@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from effspinenet_lib.data import Annotations, Category, Dataset, ObjectCrops
+from effspinenet_lib.data.dataset import RunLengths
 from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.training.evaluate import (
     MASK_METRICS,
@@ -65,7 +66,10 @@ class Ellipses(Dataset):
     def load_image(self, index: int) -> np.ndarray:
         return np.full((*SIZES[index], 3), 128, np.uint8)
 
-    def ground_truth(self) -> dict[str, Any]:
+    def _read_masks(self) -> RunLengths:
+        return RunLengths.from_coco(self.ground_truth())
+
+    def ground_truth(self, masks: bool = False) -> dict[str, Any]:
         annotations = []
         for index in range(len(self)):
             rows = self.annotations.rows(index)
