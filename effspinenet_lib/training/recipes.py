@@ -44,7 +44,7 @@ EVALUATION_BATCH = 16  # our choice; the same for every model
 
 COCO_TRAIN_IMAGES = 118_287  # images of COCO train2017
 # Paper 5.1.1, search details: images of train2017 that no trial trains on, for its reward. The
-# paper does not say which; `data.coco.HeldOutSplit` takes them by a rule that anyone can repeat.
+# paper does not say which; `data.splits.HeldOutSplit` takes them by a rule that anyone can repeat.
 SEARCH_HELD_OUT_IMAGES = 7_392
 PAPER_BATCH = 256  # paper 5.1.1
 PAPER_LEARNING_RATE = 0.28  # paper 5.1.1
