@@ -190,7 +190,7 @@ def test_losses_and_detections_of_regions_against_torchvision(model):
 
     regions.eval().score_thresh = 0.0
     with torch.no_grad():
-        found = regions.detections(features, list(proposals), (SIDE, SIDE))
+        found = regions.detections(features, list(proposals), sizes)
         expected, _ = twin.eval()(features, list(proposals), sizes)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one["boxes"], other["boxes"])
