@@ -27,7 +27,6 @@ from effspinenet_lib.models.cost import Cost, measure_cost
 from effspinenet_lib.results.paper import RESULTS_DIR
 from effspinenet_lib.results.tables import COST_UNITS, write_table
 
-OWN = ("eff_spinenet", "sp_efficientnet")
 CLOSE_PERCENT = 3.0
 BLOCK_3 = 2  # its place in the topology
 
@@ -223,7 +222,7 @@ def count_part(part: Part) -> dict[str, Any]:
     deviations: dict[str, float] = {}
     met = 0
     for cell in printed_cells():
-        if not cell["model"].startswith(OWN):
+        if cell["model"] not in specs.MODELS:
             continue
         name, task = cell["model"], cell["task"]
         changed = part.options or {}

@@ -16,11 +16,7 @@ from effspinenet_lib.errors import UserError
 from effspinenet_lib.models.fpn import BiFPN, BiFPNCell, FeaturePyramid, TimmFeatures
 from effspinenet_lib.models.specs import MODELS, SPINENET_49
 
-NAMES = (
-    *(f"efficientnet_b{i}_fpn" for i in range(3)),
-    *(f"efficientdet_d{i}" for i in range(3)),
-    *("resnet50_fpn", "spinenet_49"),
-)
+NAMES = ("efficientnet_b0_fpn", "efficientdet_d0", "resnet50_fpn", "spinenet_49")
 LEVELS = (3, 4, 5, 6, 7)
 
 
@@ -40,11 +36,11 @@ def effdets(name, side):
     return effdet.EfficientDet(config, pretrained_backbone=False)
 
 
-@pytest.mark.parametrize("scale", ["d0", "d1", "d2"])
-def test_efficientdet_has_the_parameters_of_its_code(scale):
+def test_efficientdet_has_the_parameters_of_its_code():
+    """The largest; the code runs beside the smallest below."""
     with torch.device("meta"):
-        reference = effdets(f"tf_efficientdet_{scale}", 512)
-    ours = on_meta(f"efficientdet_{scale}")
+        reference = effdets("tf_efficientdet_d2", 512)
+    ours = on_meta("efficientdet_d2")
     assert [
         sum(p.numel() for p in part.parameters())
         for part in (ours.backbone, ours.class_head, ours.box_head)
@@ -119,7 +115,7 @@ def test_every_norm_is_this_librarys(name):
     assert {round(layer.momentum, 6) for layer in norms} == {0.01}
 
 
-@pytest.mark.parametrize("size", [(224, 160), (97, 131), (64, 65)])
+@pytest.mark.parametrize("size", [(97, 131), (64, 65)])
 @pytest.mark.parametrize("name", ["efficientnet_b0_fpn", "efficientdet_d0", "spinenet_49"])
 def test_feature_sides_are_ceilings(name, size):
     backbone = on_meta(name).backbone
@@ -302,8 +298,8 @@ def brute_force_cell(cell, pyramid):
     return dict(zip(LEVELS, (out3, out4, out5, out6, out7), strict=True))
 
 
-@pytest.mark.parametrize("dims", [dict.fromkeys(LEVELS, 6), {3: 4, 4: 5, 5: 7, 6: 6, 7: 6}])
-def test_bifpn_cell_against_efficientdets_equations(dims):
+def test_bifpn_cell_against_efficientdets_equations():
+    dims = {3: 4, 4: 5, 5: 7, 6: 6, 7: 6}
     torch.manual_seed(0)
     cell = BiFPNCell(dims, 6, "swish").eval()
     randomise_norms(cell)

@@ -62,8 +62,8 @@ def test_the_count_of_d0_to_the_operation() -> None:
     assert 2 * cost.multi_adds == 4_469_845_696 + 319_271_424  # convolutions, depthwise ones
 
 
-@pytest.mark.parametrize("size", [128, 224])
-def test_multiply_adds_against_torchs_counter(size: int) -> None:
+def test_multiply_adds_against_torchs_counter() -> None:
+    size = 128
     model = create_model("eff_spinenet_m0", num_classes=7).eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -197,9 +197,6 @@ def test_the_differences_are_those_of_the_numbers(costs: pd.DataFrame, column: s
     ("name", "task"),
     [
         ("eff_spinenet_m0", "detection"),
-        ("eff_spinenet_d0", "instances"),
-        ("eff_spinenet_d1", "classification"),
-        ("eff_spinenet_d2", "segmentation"),
         ("efficientdet_d0", "detection"),
         ("mobilenetv3_small_ssdlite", "detection"),
         ("efficientnet_b0", "classification"),

@@ -220,19 +220,6 @@ def test_every_block_endpoint_and_head_gives_the_authors_numbers(name: str) -> N
         assert error < 1e-5, part
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_parameters_are_as_many(name: str) -> None:
-    with (GOLDEN / "spinenetv2_variables.csv").open(newline="") as file:
-        kinds = [row["kind"] for row in csv.DictReader(file)]
-    model = build(name)
-    trainable = sum(
-        tensor.numel()
-        for (tensor, _), kind in zip(tensors(model), kinds, strict=True)
-        if not kind.startswith("moving")
-    )
-    assert sum(p.numel() for p in model.parameters()) == trainable
-
-
 def test_a_training_step_gives_the_authors_numbers() -> None:
     """Batch statistics, in float64; running means as theirs, running variances PyTorch's.
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.models.layers import (
@@ -164,19 +163,6 @@ def test_fusion_is_equation_1() -> None:
     a, b, c = torch.randn(3, 2, 4, 5, 5)
     expected = (0.5 * a + 2.0 * b + 0.0 * c) / (0.5 + 2.0 + 0.0 + 0.001)
     assert torch.allclose(fusion([a, b, c]), expected, atol=1e-6)
-
-
-def test_mbconv_against_its_formula() -> None:
-    torch.manual_seed(0)
-    block = MBConv(8, 8, 3, 1, 6, 0.2, "relu", 0.0).eval()
-    assert block.excite.reduce.out_channels == int(0.2 * 8)
-    features = torch.randn(2, 8, 7, 7)
-    x = F.relu(block.expand[1](F.conv2d(features, block.expand[0].weight)))
-    x = F.conv2d(x, block.depthwise[0].weight, padding=1, groups=48)
-    x = F.relu(block.depthwise[1](x))
-    gate = block.excite.expand(F.silu(block.excite.reduce(x.mean((2, 3), keepdim=True))))
-    x = block.project(x * torch.sigmoid(gate))
-    assert torch.allclose(block(features), x + features, atol=1e-5)
 
 
 def test_mbconv_has_no_residual_where_the_shape_changes() -> None:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from effspinenet_lib.experiments.items import ITEMS
 from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.models.cost import Cost, measure_cost
+from effspinenet_lib.models.specs import MODELS
 from effspinenet_lib.models.zoo import (
     TASKS,
     create_model,
@@ -32,9 +33,9 @@ COST_FOLDER, COST_FILE = "cost", "costs.csv"
 PRINTED_DECIMALS = {"table-07": 2, "table-10": 2}
 OTHER_DECIMALS = 1
 FEWER_DECIMALS = ("mnasnet_a1_ssdlite",)
-# Models that the authors built and counted; the rows of all others are quoted from their papers.
-BY_AUTHORS = (
-    *("eff_spinenet", "sp_efficientnet", "spinenet_49", "resnet50_fpn"),
+# Others' models that the authors built and counted; the remaining rows are quoted from papers.
+COUNTED_BY_AUTHORS = (
+    *("spinenet_49", "resnet50_fpn"),
     *("efficientnet_b0_fpn", "efficientnet_b1_fpn", "efficientnet_b2_fpn"),
 )
 
@@ -85,7 +86,8 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
             counted = cost.authors_count / scale
         as_printed = ""
         if not math.isnan(printed):
-            compared = counted if name.startswith(BY_AUTHORS) else measured
+            by_authors = name in MODELS or name in COUNTED_BY_AUTHORS
+            compared = counted if by_authors else measured
             as_printed = "yes" if rounds_to(compared, printed, cell["item"], name) else "no"
         records.append(
             {

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
+from effspinenet_lib.models.specs import MODELS
 from effspinenet_lib.report.statistics import (
     PAPER,
     PAPER_SCALE,
@@ -50,7 +51,6 @@ METRIC_NAMES = {
 TICKS = {"1": "✓", "0": "–"}  # of columns that are printed as a tick or a dash
 PAPER_SCALE_HEADING = "measured, paper's settings"
 MEASURED = "measured"
-OWN_FAMILIES = ("eff_spinenet", "sp_efficientnet")
 SMALLEST_DIFFERENCE = "smallest difference"  # study of proxy/instrument.csv
 NOT_KEPT = "not kept"  # run folders are not committed
 BROWSER_DIGITS = 6  # the CSVs have all of them
@@ -347,7 +347,7 @@ def cost_differences(costs: pd.DataFrame) -> pd.Series[float]:
     The paper's own models are compared by the authors' count, the others by multiply-adds, as
     their papers count.
     """
-    own = costs["model"].str.startswith(OWN_FAMILIES)
+    own = costs["model"].isin(list(MODELS))
     return costs["authors_difference_percent"].where(own, costs["difference_percent"])
 
 
@@ -356,7 +356,7 @@ def _four(value: float) -> str:
 
 
 def _off(cell: Any) -> str:
-    own = cell.model.startswith(OWN_FAMILIES)
+    own = cell.model in MODELS
     percent = cell.authors_difference_percent if own else cell.difference_percent
     return f"{round(percent, 1) + 0.0:+.1f} %"
 
