@@ -4,7 +4,8 @@ Tables and searches start their runs here. A process that dies takes no other wi
 is resumed from its last checkpoint. A process that is told to stop, or whose parent died, saves
 the state of its run first.
 
-`python -m effspinenet_lib.experiments.launcher REQUEST.json` is one such process. It imports torch
+`python -m effspinenet_lib.experiments.launcher REQUEST.json PARENT` is one such process, PARENT the
+id of the process that started it. It imports torch
 only with the function that it calls, so this module does not.
 """
 
@@ -369,7 +370,13 @@ def _error(code: int, log: Path, timeout: float | None) -> UserError:
 def _start(request: str, log: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     with open(log, "ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "effspinenet_lib.experiments.launcher", request],
+            [
+                sys.executable,
+                "-m",
+                "effspinenet_lib.experiments.launcher",
+                request,
+                str(os.getpid()),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -400,9 +407,8 @@ def _run_on_ray(request: str, log: str, environment: dict[str, str], timeout: fl
         _wait(process)
 
 
-def _stop_with_parent() -> None:
+def _stop_with_parent(parent: int) -> None:
     """Stop this process when the one that started it is gone, so that no run is left behind."""
-    parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -417,9 +423,9 @@ def train(config: dict[str, Any], runs_dir: str, **options: Any) -> None:
     train_run(RunConfig.from_dict(config), runs_dir, progress=False, **options)
 
 
-def main(path: str) -> int:
-    """Run one request, the path of its JSON; returns the exit code."""
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+def main(path: str, parent: str) -> int:
+    """Run one request, the path of its JSON, for a process; returns the exit code."""
+    threading.Thread(target=_stop_with_parent, args=(int(parent),), daemon=True).start()
     request = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
         function = pkgutil.resolve_name(request["function"])
@@ -431,4 +437,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))
