@@ -10,7 +10,7 @@ from typing import Any
 from effspinenet_lib.data.folders import Layout, as_whole, folder_with, open_records
 from effspinenet_lib.data.pictures import visible
 from effspinenet_lib.data.records import Fault, Named, Records, Truth, need
-from effspinenet_lib.data.splits import WHOLE, YEAR, Part, part_in
+from effspinenet_lib.data.splits import YEAR, Part, part_in
 from effspinenet_lib.errors import DataError
 from effspinenet_lib.files import read_json
 
@@ -119,4 +119,3 @@ COCO = Layout(
     parts,
     lambda *arguments: open_records(read, *arguments),
 )
-__all__ = ["COCO", "WHOLE"]

@@ -17,7 +17,6 @@ from effspinenet_lib.data.folders import (
     FolderDataset,
     Layout,
     as_whole,
-    folder_with,
     open_records,
     read_lines,
     split_list,
@@ -343,4 +342,3 @@ VOC_SEGMENTATION = Layout(
     LabelMaps,
     "segmentation",
 )
-__all__ = ["VOC", "VOC_SEGMENTATION", "folder_with"]

@@ -13,7 +13,6 @@ import yaml
 from effspinenet_lib.data.folders import Layout, as_whole, open_records, read_lines
 from effspinenet_lib.data.pictures import alike, is_picture, picture_size, visible
 from effspinenet_lib.data.records import (
-    UNREADABLE,
     Fault,
     Named,
     Records,
@@ -288,4 +287,3 @@ YOLO = Layout(
     parts,
     lambda *arguments: open_records(read, *arguments),
 )
-__all__ = ["UNREADABLE", "YOLO"]
