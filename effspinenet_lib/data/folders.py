@@ -132,7 +132,7 @@ class FolderDataset(Dataset):
             digest = hashlib.sha256()
             for index in range(len(self)):
                 for path in self.files_of(index):
-                    digest.update(os.fsencode(path.relative_to(self.image_folder.parent)))
+                    digest.update(os.fsencode(os.path.relpath(path, self.image_folder)))
                     try:
                         status = path.stat()
                         digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
