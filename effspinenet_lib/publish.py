@@ -44,6 +44,11 @@ KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=CRITICAL"]
 # The command by way of this Python, whatever the PATH; the package cannot be run with -m.
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 PROBLEM = re.compile(r"WARNING|ERROR|\w*Error: \S")
+# Jupyter Book puts live cells from another site on every page, twice, which is an error there.
+THEBE = re.compile(
+    r"\s*<script>const THEBE_JS_URL.*?</script>"
+    r'|\s*<script async="async" src="[^"]*sphinx-thebe\.js[^"]*"></script>'
+)
 COLOUR_CODE = re.compile(r"\x1b\[[0-9;]*m")
 SHOWN_PROBLEMS = 5
 
@@ -89,6 +94,8 @@ def build_book(
         for page in tqdm(pages, unit="page", disable=None if progress else True):
             _execute(page, arguments)
     built = _run_jupyter_book(source, folder)
+    for page in built.rglob("*.html"):
+        page.write_text(THEBE.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
     _copy_files(built / FILES, parameters.results_dir)
     shutil.rmtree(folder / "html", ignore_errors=True)
     shutil.move(built, folder / "html")

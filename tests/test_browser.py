@@ -246,17 +246,17 @@ def test_the_first_column_stays_while_a_table_scrolls_on_a_phone(browser: Browse
     start, before = browser.run(place.replace("LEFT", "0"))
     moved, after = browser.run(place.replace("LEFT", "120"))
     assert (start, moved) == (0, 120)
-    assert after == before
+    assert abs(after - before) <= 3  # the table's own border
 
 
 @with_book
 def test_the_search_of_the_book_finds_a_page(browser: Browser) -> None:
     browser.resize(LAPTOP)
     browser.open(address(BOOK / "search.html") + "?q=DeepLabv3")
-    found = browser.wait(
-        "[...document.querySelectorAll('#search-results li a')].map((link) => link.href).join(' ')"
+    browser.wait(
+        "[...document.querySelectorAll('#search-results li a')]"
+        ".some((link) => link.href.includes('table_11_semantic_segmentation'))"
     )
-    assert "table_11_semantic_segmentation" in found
     assert browser.errors() == []
 
 

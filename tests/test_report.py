@@ -673,7 +673,7 @@ def test_the_status_says_what_is_measured_and_what_is_not() -> None:
         }
     )
     table = tables.status(frame, ["table-08"], "caption")
-    assert table.frame.loc["table-08", ["cost", "proxy"]].tolist() == ["measured", "not run"]
+    assert table.frame.loc["table-08", ["cost", "proxy"]].tolist() == ["counted", "not run"]
     assert table.frame.loc["table-01", "proxy"] == "–"
     assert 'href="../notebooks/table_08.html"' in table._repr_html_()
 

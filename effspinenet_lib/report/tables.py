@@ -50,7 +50,7 @@ METRIC_NAMES = {
 }
 TICKS = {"1": "✓", "0": "–"}  # of columns that are printed as a tick or a dash
 PAPER_SCALE_HEADING = "measured, paper's settings"
-MEASURED = "measured"
+MEASURED, COUNTED = "measured", "counted"
 SMALLEST_DIFFERENCE = "smallest difference"  # study of proxy/instrument.csv
 NOT_KEPT = "not kept"  # run folders are not committed
 BROWSER_DIGITS = 6  # the CSVs have all of them
@@ -373,13 +373,14 @@ def status(frame: pd.DataFrame, trained: Collection[str], caption: str) -> Table
         caption: of the table.
     """
     rows = {}
+    counted = set(read_costs()["item"])
     for item in _rows(frame):
         absent = NOT_RUN if item.item in trained else NOT_PRINTED
         rows[item.item] = {
             "shows": Text(item.title),
             "page": Link("page", f"../notebooks/{item.notebook}.html"),
             "cells": item.paper_values or NOT_PRINTED,
-            "cost": MEASURED if item.cost_rows else absent,
+            "cost": COUNTED if item.item in counted else NOT_PRINTED,
             "proxy": MEASURED if item.proxy_rows else absent,
             "paper's settings": MEASURED if item.paper_scale_rows else absent,
         }
