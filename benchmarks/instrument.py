@@ -192,6 +192,15 @@ def _studies() -> dict[str, tuple[Trial, ...]]:
     return {
         "anchors": _over("anchor_size", 1.5, 1.0),
         "rate": _over("learning_rate", 0.03, 0.06, 0.016),
+        "batch and steps": (
+            Trial(
+                "batch_size 8, steps 2400, learning_rate 0.03",
+                changes={"batch_size": 8, "steps": 2_400, "learning_rate": 0.03},
+            ),
+            Trial(
+                "steps 1600, learning_rate 0.03", changes={"steps": 1_600, "learning_rate": 0.03}
+            ),
+        ),
         "precision": (
             Trial("the reference", PRECISION_SEEDS, base={}),
             Trial(

@@ -130,17 +130,22 @@ def seed_dots(values: Mapping[str, Sequence[float]], label: str, digits: int = 1
     """
     if not any(values.values()):
         return empty_picture(label)
+    import seaborn as sns  # takes seconds to load, and pages without results draw no dots
+
     said = []
+    dots = pd.DataFrame([(value, name) for name, own in values.items() for value in own])
     with drawing():
         figure = new_figure(WIDE, 0.9 + ROW_HEIGHT * len(values))
         axes = figure.add_subplot()
+        colours = {name: family_colour(name) for name in values}
+        looks: dict[str, Any] = {"palette": colours, "size": 9, "alpha": 0.75, "jitter": False}
+        sns.stripplot(dots, x=0, y=1, hue=1, order=values, legend=False, ax=axes, **looks)
         for place, (name, own) in enumerate(values.items()):
             if not own:
                 axes.text(0.5, place, NOT_RUN, transform=axes.get_yaxis_transform(), ha="center")
                 said.append(f"{name}: {NOT_RUN}")
                 continue
             mean = sum(own) / len(own)
-            axes.plot(own, [place] * len(own), "o", color=family_colour(name), alpha=0.75, ms=9)
             reach = [place - MEAN_REACH, place + MEAN_REACH]
             axes.plot([mean] * 2, reach, color=INK, linewidth=2)
             top: dict[str, Any] = {"ha": "center", "va": "bottom", "annotation_clip": False}
@@ -148,7 +153,7 @@ def seed_dots(values: Mapping[str, Sequence[float]], label: str, digits: int = 1
             shown = ", ".join(f"{value:.{digits}f}" for value in own)
             said.append(f"{name}: {shown}, mean {mean:.{digits}f}")
         axes.set_yticks(range(len(values)), list(values))
-        axes.set(ylim=(len(values) - 0.5, -0.5), xlabel=label)
+        axes.set(ylim=(len(values) - 0.5, -0.5), xlabel=label, ylabel="")
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.15)
         return to_picture(figure, f"{label}. {'; '.join(said)}.")
