@@ -162,7 +162,7 @@ def test_splits_and_seeds_differ_and_longer_splits_begin_alike(scenes: ShapeScen
 
 def test_boxes_are_tight_around_disjoint_masks(scenes: ShapeScenes) -> None:
     index = COCO()
-    index.dataset = scenes.ground_truth()
+    index.dataset = scenes.ground_truth(masks=True)
     index.createIndex()
     for number in range(60):
         owned = np.zeros((SIZE, SIZE), int)
