@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from effspinenet_lib.report.statistics import (
     t_quantile,
     variance_share,
 )
+from effspinenet_lib.report.tables import SMALLEST_DIFFERENCE
 from effspinenet_lib.results.paper import RESULTS_DIR
 from effspinenet_lib.results.tables import read_table, upsert
 from effspinenet_lib.search.space import sample_betas
@@ -57,7 +60,7 @@ from effspinenet_lib.training.recipes import EVALUATION_BATCH, get_recipe
 from effspinenet_lib.training.run import PREDICTIONS, WEIGHTS
 
 INSTRUMENT = RESULTS_DIR / "proxy" / "instrument.csv"
-SHEET, SMALLEST = "sheet", "smallest difference"
+SHEET = "sheet"
 RUNS_DIR = Path("runs") / "instrument"
 REFERENCE = "eff_spinenet_m0"
 # 500 images left the sampling of images a larger noise than the seeds'
@@ -187,7 +190,9 @@ def _distributions(steps: int) -> Iterator[Trial]:
         yield Trial(f"{number}: {text}", SEARCH_SEEDS, changes, options={"betas": text}, base={})
 
 
-def _studies() -> dict[str, tuple[Trial, ...]]:
+@cache
+def studies() -> dict[str, tuple[Trial, ...]]:
+    """All studies by name."""
     full = get_recipe("proxy_detection").steps
     return {
         "anchors": _over("anchor_size", 1.5, 1.0),
@@ -217,9 +222,6 @@ def _studies() -> dict[str, tuple[Trial, ...]]:
             for steps in (*SEARCH_STEPS, full)
         },
     }
-
-
-STUDIES = _studies()
 
 
 def train(config: dict[str, Any], runs_dir: str, **options: Any) -> None:
@@ -260,11 +262,11 @@ def run_studies(names: Sequence[str], processes: int, runs_dir: Path = RUNS_DIR)
     """
     trials: dict[str, list[tuple[str, Trial, RunConfig]]] = {}
     for name in names:
-        for trial in STUDIES[name]:
+        for trial in studies()[name]:
             for config in trial.configs():
                 trials.setdefault(config.key, []).append((name, trial, config))
+    os.environ["OMP_NUM_THREADS"] = "1"
     with open_pool(LOCAL, processes, "cpu") as pool:
-        pool.threads = lambda runs: 1  # type: ignore[method-assign]
         configs = [known[0][2] for known in trials.values()]
         for outcome in run_many(configs, runs_dir, pool, function=f"{__spec__.name}:train"):
             for name, trial, config in trials[outcome.config.key]:
@@ -334,7 +336,7 @@ def sheet(runs_dir: Path = RUNS_DIR) -> list[dict[str, Any]]:
         rows.append(_summary(f"AP, half width of an interval, {seeds} seeds", width, "%"))
         ends = (smallest_difference(sd, seeds) for sd in asdict(paired).values())
         seen = _summary(f"{seeds} seeds", Estimate(*ends), "%")
-        rows.append({**seen, "study": SMALLEST, "metric": "AP", "task": "detection"})
+        rows.append({**seen, "study": SMALLEST_DIFFERENCE, "metric": "AP", "task": "detection"})
     minutes = values["the reference", "cpu_minutes"].mean()
     images = runs["steps"].max() * get_recipe("proxy_detection").batch_size
     rows.append(_summary("minutes of CPU a run", minutes, "min"))
@@ -415,11 +417,11 @@ def main() -> None:
     commands.add_parser("list")
     commands.add_parser("sheet")
     run = commands.add_parser("run")
-    run.add_argument("studies", nargs="+", choices=STUDIES)
+    run.add_argument("studies", nargs="+", choices=studies())
     run.add_argument("--processes", type=int, default=1)
     given = parser.parse_args()
     if given.command == "list":
-        for name, trials in STUDIES.items():
+        for name, trials in studies().items():
             for trial in trials:
                 print(f"{name}: {trial.label}, seeds {trial.seeds}, {trial.recipe.steps} steps")
         return

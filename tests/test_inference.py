@@ -9,7 +9,7 @@ from torch import nn
 
 from effspinenet_lib import create_model
 from effspinenet_lib.training.device import synchronise_norms
-from effspinenet_lib.training.export import inference_copy
+from effspinenet_lib.training.export import _decoded_batch, inference_copy
 
 
 def trained(name: str, **options) -> nn.Module:
@@ -69,3 +69,17 @@ def test_copies_of_models_that_several_processes_trained(name, synchronise):
         found = inference_copy(synchronise(model)).network(images)[:2]
     for first, second in zip(expected, found, strict=True):
         torch.testing.assert_close(second, first, rtol=1e-9, atol=1e-9)
+
+
+def test_boxes_outside_the_image_are_detected_neither_here_nor_where_it_is_exported() -> None:
+    """A box whose corner touches the image after clipping has no area, whatever its score."""
+    model = create_model("eff_spinenet_m0", num_classes=3).eval()
+    shift, images = model.box_head.last_conv.bias, torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        nn.init.constant_(model.class_head.last_conv.bias, 2.0)
+        shift.zero_()
+        assert len(model(images)[0]["scores"]) > 0
+        assert (_decoded_batch(model, images)[1] > 0).any()
+        shift[::4] = 100.0  # anchor widths to the right
+        assert len(model(images)[0]["scores"]) == 0
+        assert not _decoded_batch(model, images)[1].any()

@@ -19,8 +19,9 @@ from effspinenet_lib import create_backbone, create_model, list_models
 from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.models import specs
 from effspinenet_lib.models.base import TaskModel
+from effspinenet_lib.models.specs import TASKS
 from effspinenet_lib.models.weights import save_weights
-from effspinenet_lib.models.zoo import TASKS, default_image_size, known_options, model_entry
+from effspinenet_lib.models.zoo import default_image_size, known_options, model_entry
 from effspinenet_lib.training.checkpoint import create_from_weights
 from effspinenet_lib.training.export import export_model
 

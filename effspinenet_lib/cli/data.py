@@ -173,7 +173,7 @@ def check(
     from effspinenet_lib.data.config import only_task, split_names
     from effspinenet_lib.data.fetch import KNOWN_SETS
     from effspinenet_lib.data.records import Fault, fault_lines
-    from effspinenet_lib.models.zoo import TASKS
+    from effspinenet_lib.models.specs import TASKS
 
     if task not in TASKS:
         raise UnknownName("task", task, TASKS)

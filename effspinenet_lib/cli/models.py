@@ -19,7 +19,8 @@ def models() -> None:
 
     `effspinenet cost NAME` counts a model's multi-adds and parameters.
     """
-    from effspinenet_lib.models.zoo import TASKS, list_models, model_entry
+    from effspinenet_lib.models.specs import TASKS
+    from effspinenet_lib.models.zoo import list_models, model_entry
 
     rows = [
         (

@@ -41,7 +41,7 @@ SCENE_EVAL_IMAGES = 500
 SCENE_IMAGE_SIZE = 128
 SCENE_SMALLEST_SIZE = 32
 
-Part = Literal["train", "eval"]
+Role = Literal["train", "eval"]  # of a part of the data, in a run
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,15 @@ class DataConfig:
         """The configuration that `to_dict` gave `values` of; `generator` is this version's."""
         return cls(**{name: value for name, value in values.items() if name != "generator"})
 
-    def split_of(self, part: Part) -> str:
-        """The name of the split that `part` stands for."""
-        return self.train_split if part == "train" else self.eval_split
+    def split_of(self, role: Role) -> str:
+        """The name of the split that a run trains or is evaluated on."""
+        return self.train_split if role == "train" else self.eval_split
 
-    def images_of(self, part: Part) -> int | None:
-        """How many images `part` has; None means all that the folder has."""
-        count = self.train_images if part == "train" else self.eval_images
+    def images_of(self, role: Role) -> int | None:
+        """How many images that split has; None means all that the folder has."""
+        count = self.train_images if role == "train" else self.eval_images
         if count is None and self.format == SHAPESCENES:
-            return SCENE_TRAIN_IMAGES if part == "train" else SCENE_EVAL_IMAGES
+            return SCENE_TRAIN_IMAGES if role == "train" else SCENE_EVAL_IMAGES
         return count
 
 
@@ -220,7 +220,7 @@ def open_part(
     return layout.open(root, part, images, skip_bad)
 
 
-def open_dataset(config: DataConfig, split: Part, task: str = "detection") -> Dataset:
+def open_dataset(config: DataConfig, role: Role, task: str = "detection") -> Dataset:
     """Open the training or the evaluation part of the data, without decoding its pictures.
 
     For `classification` it is crops of the single objects, except where each image shows one.
@@ -229,7 +229,7 @@ def open_dataset(config: DataConfig, split: Part, task: str = "detection") -> Da
         UserError: the format does not serve the task, or the cache cannot be written.
         DataError: an annotation file is invalid; names the file and the record.
     """
-    dataset = open_part(config, config.split_of(split), config.images_of(split), task)
+    dataset = open_part(config, config.split_of(role), config.images_of(role), task)
     return crops_for(dataset, task)
 
 
@@ -250,7 +250,8 @@ def export_coco(config: DataConfig, folder: str | os.PathLike[str]) -> list[Path
     if config.format != SHAPESCENES:
         raise UserError(f"only ShapeScenes can be exported, not {config.format!r}")
     size = config.image_size or SCENE_IMAGE_SIZE
-    splits = {config.split_of(part): config.images_of(part) or 0 for part in ("train", "eval")}
+    roles: tuple[Role, ...] = ("train", "eval")
+    splits = {config.split_of(role): config.images_of(role) or 0 for role in roles}
     return [
         export_split(folder, split, images, size, config.seed) for split, images in splits.items()
     ]

@@ -56,7 +56,7 @@ def parts(root: Path) -> dict[str, Path]:
                 found[name] = root / IMAGES / name
     if not found and (root / LABELS).is_dir():
         found = {WHOLE: root / IMAGES}
-    if not found and path.name in FILES and _lines_beside(root):
+    if not found and path.name in FILES and any(map(is_picture, visible(root))):
         found = {WHOLE: root}
     return as_whole(found, lambda name: part_in(name) is not None)
 
@@ -64,21 +64,16 @@ def parts(root: Path) -> dict[str, Path]:
 def names_file(root: Path) -> Path | None:
     """The file that lists the classes."""
     present = visible(root)
-    other = [name for name in present if name.endswith((".yaml", ".yml")) and name not in FILES]
-    known = [name for name in FILES if name in present]
-    for name in known:
-        return root / name
-    for name in other:
+    known = next((name for name in FILES if name in present), None)
+    if known is not None:
+        return root / known
+    for name in (name for name in present if name.endswith((".yaml", ".yml"))):
         try:
             if "names" in _settings(root / name):
                 return root / name
         except DataError:
             continue
     return next((root / name for name in NAME_LISTS if name in present), None)
-
-
-def _lines_beside(root: Path) -> bool:
-    return any(is_picture(name) for name in visible(root))
 
 
 def _settings(path: Path) -> dict[Any, Any]:

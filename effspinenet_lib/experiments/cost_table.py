@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 from effspinenet_lib.experiments.items import ITEMS
 from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.models.cost import Cost, measure_cost
-from effspinenet_lib.models.specs import MODELS
+from effspinenet_lib.models.specs import MODELS, TASKS
 from effspinenet_lib.models.zoo import (
-    TASKS,
     create_model,
     default_image_size,
     list_models,

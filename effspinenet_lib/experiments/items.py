@@ -29,14 +29,12 @@ import pandas as pd
 
 from effspinenet_lib.data import DataConfig
 from effspinenet_lib.errors import UnknownName, UserError
-from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.models.specs import TASKS
+from effspinenet_lib.results import merged_results
 from effspinenet_lib.results.paper import paper_values
 from effspinenet_lib.training.recipes import SCHEDULE_EPOCHS
 
 SMOKE, PROXY, PAPER = "smoke", "proxy", "paper"
-# What makes two measurements the same one.
-SAME = ("item", "row", "metric", "source", "seed")
-TASKS = ("detection", "instances", "classification", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -402,11 +400,7 @@ def item_status(*results_dirs: str | os.PathLike[str]) -> pd.DataFrame:
         Columns `item`, `title`, `notebook`, `paper_values`, `cost_rows`, `proxy_rows`,
         `paper_scale_rows` (numbers of rows).
     """
-    stores = [ResultsStore(Path(f), profile) for f in results_dirs for profile in PROFILES]
-    measured = pd.concat([store.results() for store in stores]).drop_duplicates(
-        ["item", "row", "metric", "source", "seed"]
-    )
-    counts = measured.groupby(["item", "source"]).size()
+    counts = merged_results(results_dirs, PROFILES).groupby(["item", "source"]).size()
     return pd.DataFrame(
         [
             {

@@ -27,7 +27,6 @@ from effspinenet_lib.experiments.items import (
     PAPER,
     PROFILES,
     PROXY,
-    SAME,
     SMOKE,
     Item,
     Profile,
@@ -45,8 +44,9 @@ from effspinenet_lib.experiments.launcher import (
     usable_cores,
 )
 from effspinenet_lib.files import ensure_folder
-from effspinenet_lib.models.zoo import TASKS, default_image_size
-from effspinenet_lib.results import COST_UNITS, CURVE_FILE, ResultsStore
+from effspinenet_lib.models.specs import TASKS
+from effspinenet_lib.models.zoo import default_image_size
+from effspinenet_lib.results import COST_UNITS, CURVE_FILE, ResultsStore, merged_results
 from effspinenet_lib.results.paper import paper_values
 from effspinenet_lib.training.checkpoint import KEPT
 from effspinenet_lib.training.device import ACCELERATORS, AUTO, CPU, present_accelerators
@@ -571,9 +571,9 @@ def read_results(item: Item, parameters: RunParameters) -> ItemResults:
     own = parameters.store
     folders = dict.fromkeys((own.results_dir, default_results_dir()))
     profiles = dict.fromkeys((own.profile, PROXY, PAPER))
-    stores = [ResultsStore(folder, name) for folder in folders for name in profiles]
-    measured = pd.concat([store.results(item.id) for store in stores])
+    measured = merged_results(folders, profiles, item.id)
     measured = measured[measured["source"] != SMOKE]  # its accuracy means nothing
+    measured = measured.reset_index(drop=True)
     runs = own.runs()
     runs = runs[runs["run"].isin(labels)]
     curves = {key: own.runs_folder / key / CURVE_FILE for key in labels}
@@ -581,7 +581,7 @@ def read_results(item: Item, parameters: RunParameters) -> ItemResults:
         item,
         parameters,
         paper_values(item.id) if item.id.startswith("table") else measured.iloc[:0],
-        measured.drop_duplicates(SAME, ignore_index=True),
+        measured,
         labels,
         runs.assign(label=runs["run"].map(labels)),
         {labels[key]: pd.read_csv(path) for key, path in curves.items() if path.is_file()},

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 
 from effspinenet_lib.models.base import Extents, Target, crowds
 from effspinenet_lib.models.specs import OUTPUT_LEVELS
@@ -91,6 +92,12 @@ def inside(anchors: Tensor, extents: Extents) -> Tensor:
     x, y = ((anchors[:, :2] + anchors[:, 2:]) / 2).T
     heights, widths = torch.tensor(list(extents), device=anchors.device).T[:, :, None]
     return (x < widths) & (y < heights)
+
+
+def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Boxes [.., 4] cut at an image (height, width), and which of them keep an area, bool [..]."""
+    boxes = clip_boxes_to_image(boxes, size)
+    return boxes, (boxes[..., 2:] > boxes[..., :2]).all(-1)
 
 
 def match_anchors(

@@ -33,8 +33,8 @@ from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
 from effspinenet_lib.models.layers import MBConv, SeparableConv
 from effspinenet_lib.models.released_specs import COCO_NAMES, RELEASED, SOURCE, ReleasedSpec
 from effspinenet_lib.models.retinanet import RetinaNet
-from effspinenet_lib.models.specs import SpineNetSpec
-from effspinenet_lib.models.zoo import TASKS, create_model
+from effspinenet_lib.models.specs import TASKS, SpineNetSpec
+from effspinenet_lib.models.zoo import create_model
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def convert(
             Model Garden does in evaluation; else the weights of the last step.
 
     Returns:
-        State dict and metadata, as `training.checkpoint.save_weights` takes them.
+        State dict and metadata, as `models.weights.save_weights` takes them.
 
     Raises:
         UnknownName: no detector of this name was released.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import batched_nms
 
 from effspinenet_lib.models.anchors import (
     ANCHOR_SIZE,
@@ -19,6 +19,7 @@ from effspinenet_lib.models.anchors import (
     Assignment,
     BoxScale,
     assign_anchors,
+    clip_boxes,
     decode_boxes,
     encode_boxes,
     inside,
@@ -167,8 +168,7 @@ class OneStageDetector(TaskModel):
         best = best_by_class if settings.candidates_by_class else best_of_all
         values, labels, anchor = best(scores, settings.candidates, settings.score_threshold)
         boxes = decode_boxes(codes[anchor], anchors[anchor], settings.box_scale)
-        boxes = clip_boxes_to_image(boxes, size)
-        extended = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, extended = clip_boxes(boxes, size)
         values, labels, boxes = values[extended], labels[extended], boxes[extended]
         kept = batched_nms(boxes.double(), values.double(), labels, settings.nms_iou)
         kept = kept.sort().values[: settings.detections]  # equal scores in their order

@@ -23,6 +23,20 @@ MINIMUM_IMAGE_SIZE = 64  # our choice: below it P7 would be a fraction of one pi
 SEGMENTATION_SIZE = 512  # section 5.3: the crop size of every model
 CLASSIFICATION_DIM = 256  # section 4.2: the feature dimension of every model
 
+# Detection and instance segmentation: 90 classes, COCO's highest category id. The paper does not
+# say how many; the authors' code has 91 logits, one of them the background.
+COCO_CLASSES = 90
+IMAGENET_CLASSES = 1000
+VOC_CLASSES = 21  # PASCAL VOC's 20 and the background, which segmentation counts as a class
+
+# Task -> classes of the benchmark that the paper uses for it.
+TASKS: dict[str, int] = {
+    "detection": COCO_CLASSES,
+    "instances": COCO_CLASSES,
+    "classification": IMAGENET_CLASSES,
+    "segmentation": VOC_CLASSES,
+}
+
 # The authors' code.
 STEM_DIM = 8  # before the multiplier
 EXPANSION_RATIO = 6  # of every block, block 1 included

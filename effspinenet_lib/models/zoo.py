@@ -54,6 +54,7 @@ from effspinenet_lib.models.specs import (
     SCALES,
     SEGMENTATION_SIZE,
     SPINENET_49,
+    TASKS,
     BackboneSpec,
     ModelSpec,
     Scale,
@@ -65,20 +66,6 @@ from effspinenet_lib.models.specs import (
 )
 from effspinenet_lib.models.ssd import SharedTower, SSDLite
 from effspinenet_lib.models.weights import load_into, load_weights
-
-# Detection and instance segmentation: 90 classes, COCO's highest category id. The paper does not
-# say how many; the authors' code has 91 logits, one of them the background.
-COCO_CLASSES = 90
-IMAGENET_CLASSES = 1000
-VOC_CLASSES = 21  # PASCAL VOC's 20 and the background, which segmentation counts as a class
-
-# Task -> classes of the benchmark that the paper uses for it.
-TASKS: dict[str, int] = {
-    "detection": COCO_CLASSES,
-    "instances": COCO_CLASSES,
-    "classification": IMAGENET_CLASSES,
-    "segmentation": VOC_CLASSES,
-}
 
 DISTRIBUTION_SUFFIX = ".json"
 DISTRIBUTION_FORMAT = "eff-spinenet-distribution-1"

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -30,14 +29,14 @@ from effspinenet_lib.report.statistics import (
     paired_difference,
 )
 from effspinenet_lib.report.style import NOT_RUN, Table, Text
-from effspinenet_lib.results import FOLDERS, ResultsStore, read_table
-from effspinenet_lib.results.paper import NOT_CHECKABLE, RESULTS_DIR, Cell, claims
+from effspinenet_lib.report.tables import AP_METRICS, read_costs
+from effspinenet_lib.results import COST_UNITS, FOLDERS, merged_results
+from effspinenet_lib.results.paper import NOT_CHECKABLE, Cell, claims
 
 EXACT = "exact"
 STATUSES = (EXACT, HOLDS, CONTRADICTED, INCONCLUSIVE, NOT_RUN)
 PRINT, COST, ACCURACY = "print", "cost", "accuracy"
-COST_METRICS = ("multi_adds", "parameters")
-ACCURACY_METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AP_mask", "top1", "top5", "mIOU")
+ACCURACY_METRICS = (*AP_METRICS, "AP_mask", "top1", "top5", "mIOU")
 # Sections that begin so hold a table to its own numbers, which no measurement bears on.
 OF_A_TABLE = ("Table ", "Tables ")
 RELATIONS = {
@@ -79,7 +78,7 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
         kind = PRINT
         if not claim["section"].startswith(OF_A_TABLE):
             kind = ACCURACY if metrics & {*ACCURACY_METRICS} else kind
-            kind = COST if metrics & {*COST_METRICS} and kind == PRINT else kind
+            kind = COST if metrics & {*COST_UNITS} and kind == PRINT else kind
         unit = "" if claim["unit"] == "count" else f" {claim['unit']}"
         status = DECIDED[claim["verdict"]]
         found = "" if status == NOT_RUN else f"{claim['computed']:.4g}{unit} printed"
@@ -120,22 +119,21 @@ class Score:
 
 def counted_costs() -> dict[Cell, float]:
     """The authors' count of every printed cost, by (item, row, metric)."""
-    costs = read_table(RESULTS_DIR / "cost" / "costs.csv", "cost").dropna(subset="printed")
-    values = costs[["item", "row", "metric", "authors_count"]].itertuples(index=False, name=None)
+    values = read_costs()[["item", "row", "metric", "authors_count"]].itertuples(
+        index=False, name=None
+    )
     return {(item, row, metric): float(count) for item, row, metric, count in values}
 
 
 def _measurements(results_dirs: tuple[Dir, ...]) -> dict[str, pd.DataFrame]:
     """Measured rows by source, of the first folder that has the row and seed."""
-    found = {}
-    for profile, source in FOLDERS.items():
-        if source in SOURCE_NAMES:
-            stores = [ResultsStore(Path(folder), profile) for folder in results_dirs]
-            frames = [store.results() for store in stores]
-            rows = pd.concat(frames) if frames else pd.DataFrame(columns=["source"])
-            rows = rows[rows["source"] == source].dropna(subset="value")
-            found[source] = rows.drop_duplicates(["item", "row", "metric", "seed"])
-    return found
+    return {
+        source: merged_results(results_dirs, [profile])
+        .query("source == @source")
+        .dropna(subset="value")
+        for profile, source in FOLDERS.items()
+        if source in SOURCE_NAMES
+    }
 
 
 def _by_measurement(

@@ -145,9 +145,8 @@ def smallest_difference(item: str, task: str, *results_dirs: Dir) -> Table:
         results_dirs: results folders; `proxy/instrument.csv` of the first that has it is read.
     """
     caption = f"Smallest difference that the proxy of {item} could have seen"
-    paths = [Path(folder) / "proxy" / "instrument.csv" for folder in results_dirs]
-    found = [read_table(path, "instrument") for path in paths if path.is_file()]
-    rows = found[0] if found else pd.DataFrame(columns=["study", "task"])
+    found = [rows for rows in map(read_instrument, results_dirs) if len(rows)]
+    rows = found[0] if found else read_instrument(RESULTS_DIR)
     rows = rows[(rows["study"] == SMALLEST_DIFFERENCE) & (rows["task"] == task)]
     if rows.empty:
         return Table(pd.DataFrame(), f"{caption}: not measured yet")
@@ -450,29 +449,6 @@ def speed_ratios(speed: pd.DataFrame, *benchmarks: str) -> Table:
 
 def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
-
-
-def speed_pivot(speed: pd.DataFrame, benchmark: str, caption: str) -> Table:
-    """Figures of a benchmark that are no ratios: a row a thing measured, a column a setting."""
-    found = speed[(speed["benchmark"] == benchmark) & (speed["unit"] != "ratio")]
-    if found.empty:
-        return Table(pd.DataFrame(), f"{caption}: {NOT_RUN}")
-    frame = found.pivot_table("value", "what", "settings", sort=False, aggfunc="first")
-    frame = frame.map(lambda value: "" if math.isnan(value) else f"{value:.0f}")
-    return Table(frame.rename(index=Text).rename_axis(None, axis="columns"), caption)
-
-
-def speed_figures(speed: pd.DataFrame, benchmark: str, caption: str) -> Table:
-    """Figures of a benchmark that are no ratios, one a row with its unit and settings."""
-    found = _rows(speed[(speed["benchmark"] == benchmark) & (speed["unit"] != "ratio")])
-    frame = pd.DataFrame(
-        {
-            "figure": [f"{row.value:.3g} {row.unit}" for row in found],
-            "settings": [Text("" if pd.isna(row.settings) else row.settings) for row in found],
-        },
-        index=pd.Index([Text(row.what) for row in found], dtype=object, name="what"),
-    )
-    return Table(frame, caption if found else f"{caption}: {NOT_RUN}")
 
 
 # The proxy as an instrument

@@ -8,6 +8,7 @@ from effspinenet_lib.results.store import (
     REFERENCE,
     ResultsStore,
     config_hash,
+    merged_results,
     validate,
     write_datapackage,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "ResultsStore",
     "config_hash",
     "current_commit",
+    "merged_results",
     "read_table",
     "today",
     "upsert",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ FOLDERS = {"smoke": "smoke", "proxy": "proxy", "paper": "paper_scale"}
 CURVE_FILE = "curve.csv"  # in a run's folder
 REFERENCE = "reference"  # in the place of a search method: distributions that no method chose
 PACKAGE_FILE = "datapackage.json"
+SAME = ["item", "row", "metric", "source", "seed"]  # what two results of one thing agree in
 HASH_DIGITS = 12  # 48 bits, ample for the few thousand runs of a suite
 
 
@@ -157,6 +159,18 @@ class ResultsStore:
     def _add(self, path: Path, name: str, records: Iterable[Mapping[str, Any]], what: str) -> None:
         if upsert(path, name, records, what) and self.profile != "smoke":
             write_datapackage(self.results_dir)
+
+
+def merged_results(
+    results_dirs: Iterable[str | os.PathLike[str]], profiles: Iterable[str], item: str | None = None
+) -> pd.DataFrame:
+    """Results of profiles in several folders, of one item or all.
+
+    Of rows that differ in nothing of `SAME` the first found counts.
+    """
+    stores = [ResultsStore(Path(folder), name) for folder in results_dirs for name in profiles]
+    rows = pd.concat([store.results(item) for store in stores])
+    return rows.drop_duplicates(SAME, ignore_index=True)
 
 
 def write_datapackage(results_dir: str | Path) -> None:

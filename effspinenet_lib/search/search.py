@@ -31,6 +31,7 @@ from effspinenet_lib.experiments.launcher import Outcome
 from effspinenet_lib.experiments.plan import SEARCH_TRIALS
 from effspinenet_lib.files import atomic_write, ensure_folder
 from effspinenet_lib.models.specs import (
+    COCO_CLASSES,
     EQUAL_BETAS,
     MODELS,
     SCALES,
@@ -38,7 +39,6 @@ from effspinenet_lib.models.specs import (
     betas_text,
     parse_betas,
 )
-from effspinenet_lib.models.zoo import COCO_CLASSES
 from effspinenet_lib.results import REFERENCE, ResultsStore
 from effspinenet_lib.search.controllers import CONTROLLERS, Choices, Controller
 from effspinenet_lib.search.space import BLOCKS, Costs, detector_costs, feature_dims

@@ -19,6 +19,7 @@ from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.models.cost import INITIALISER_OPERATIONS, NORM_OPERATIONS
 from effspinenet_lib.models.layers import PATCH
 from effspinenet_lib.models.specs import (
+    COCO_CLASSES,
     DIM_MULTIPLE,
     EQUAL_BETAS,
     EXPANSION_RATIO,
@@ -33,7 +34,6 @@ from effspinenet_lib.models.specs import (
     betas_text,
     level_side,
 )
-from effspinenet_lib.models.zoo import COCO_CLASSES
 from effspinenet_lib.results import write_table
 
 BLOCKS = len(TOPOLOGY)

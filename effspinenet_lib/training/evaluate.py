@@ -156,6 +156,14 @@ def _gather(value: Any, accelerator: Accelerator) -> list[Any]:
     return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
+def extents_of(batch: Batch) -> list[tuple[int, int]]:
+    """Height and width of the images within their fitted inputs."""
+    return [
+        scaled_size(height, width, scale)
+        for (height, width), (scale, _) in zip(batch.sizes, batch.scales.tolist(), strict=True)
+    ]
+
+
 # --- One image -----------------------------------------------------------------------------------
 
 
@@ -298,14 +306,6 @@ def _middles(start: float, end: float, side: int) -> tuple[tuple[int, int], Tens
 
 
 # --- Metrics -------------------------------------------------------------------------------------
-
-
-def extents_of(batch: Batch) -> list[tuple[int, int]]:
-    """Height and width of the images within their fitted inputs."""
-    return [
-        scaled_size(height, width, scale)
-        for (height, width), (scale, _) in zip(batch.sizes, batch.scales.tolist(), strict=True)
-    ]
 
 
 def _measure(

@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.ops import clip_boxes_to_image
 
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.files import atomic_write
-from effspinenet_lib.models.anchors import decode_boxes
+from effspinenet_lib.models.anchors import clip_boxes, decode_boxes
 from effspinenet_lib.models.base import TaskModel
 from effspinenet_lib.models.dense import Segmenter, resize
 from effspinenet_lib.models.mask_rcnn import MaskRCNN
@@ -172,9 +171,8 @@ def _decoded_batch(model: OneStageDetector, images: Tensor) -> tuple[Tensor, Ten
     settings = model.settings
     logits, codes, anchors = model.network(images)
     scores, boxes = model.scores(logits), decode_boxes(codes, anchors, settings.box_scale)
-    size = (images.shape[-2], images.shape[-1])
-    boxes = clip_boxes_to_image(boxes, size)
-    scores = scores * (boxes > 0).any(-1, keepdim=True)
+    boxes, extended = clip_boxes(boxes, (images.shape[-2], images.shape[-1]))
+    scores = scores * extended[..., None]
     count, classes = scores.shape[1:]
     if settings.candidates_by_class:
         values, anchor = scores.mT.topk(min(settings.candidates, count))  # [N, C, k]

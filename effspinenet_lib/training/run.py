@@ -26,12 +26,7 @@ from accelerate.utils import broadcast, extract_model_from_parallel
 from filelock import FileLock, Timeout
 from torch import nn
 
-from effspinenet_lib.data import (
-    Augmentation,
-    Dataset,
-    classes_of,
-    training_loader,
-)
+from effspinenet_lib.data import Augmentation, Dataset, classes_of, training_loader
 from effspinenet_lib.data.augment import MAX_OBJECTS, MEAN, STD
 from effspinenet_lib.data.check import check_parts, fault_rows, write_report
 from effspinenet_lib.data.loader import worker_errors
@@ -58,8 +53,8 @@ FINISHED, PARTIAL = "finished", "partial"
 OWN_DATA = "own"  # in the place of a profile
 CONFIG, DATA, RECORD, METRICS = "config.json", "data.json", "run.json", "metrics.json"
 PREDICTIONS, WEIGHTS, LOCK = "predictions.json", "model.safetensors", "run.lock"
+FAULTS = "faults.csv"  # of data that was refused
 # Written by whoever starts a run in a process of its own; a forced run keeps them.
-FAULTS = "faults.csv"
 REQUEST, LOG = "request.json", "worker.log"
 
 
