@@ -168,9 +168,9 @@ PAPER_SEARCH_TRIAL = _paper_detection(
     ),
 )
 
-# The profile `proxy`: small models on ShapeScenes, 1,200 steps of 16 images, eight minutes and
-# more of one thread for M0 at 128 pixels. Chosen by the runs in `results/proxy/instrument.csv`, which a
-# page of the book shows. Classification takes single objects, cut out of the scenes.
+# The profile `proxy`: small models on ShapeScenes, 1,200 steps of 16 images, about nine minutes of
+# one thread for M0 at 128 pixels. Chosen by the runs in `results/proxy/instrument.csv`, which the
+# book shows. Classification takes single objects, cut out of the scenes.
 #   effspinenet reproduce table-08 --profile proxy
 TUNED = "our choice: results/proxy/instrument.csv"
 PROXY_SETTINGS: dict[str, Setting] = {
