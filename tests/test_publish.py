@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
 import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -14,12 +17,18 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 import yaml
+from pages import cells
 
 from effspinenet_lib import experiments, publish
 from effspinenet_lib.errors import UnknownName, UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+LIVE_PAGES = [
+    path
+    for path in sorted((REPOSITORY / "book").glob("*.md"))
+    if "file_format: mystnb" in path.read_text(encoding="utf-8")
+]
 
 # What a notebook takes beside the parameters of all.
 OWN_PARAMETERS = {
@@ -80,6 +89,17 @@ def test_every_parameter_is_documented_and_checked_before_anything_else(path: Pa
 @by_notebook
 def test_a_notebook_ends_with_where_it_comes_from(path: Path) -> None:
     assert f'"{path.stem}"' in code_cells(path)[-1].source
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *LIVE_PAGES], ids=lambda path: path.stem)
+def test_what_a_page_imports_exists(path: Path) -> None:
+    for cell in cells(path):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("effspinenet_lib"):
+                module = importlib.import_module(str(node.module))
+                for name in (alias.name for alias in node.names):
+                    found = hasattr(module, name) or find_spec(f"{node.module}.{name}")
+                    assert found, f"{node.module} has no {name}"
 
 
 def test_every_item_with_a_notebook_has_it_and_every_notebook_is_in_the_book() -> None:
