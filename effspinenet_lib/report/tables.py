@@ -489,4 +489,6 @@ def instrument_runs(instrument: pd.DataFrame, caption: str, *studies: str) -> Ta
         return Table(pd.DataFrame(), f"{caption}: {NOT_RUN}")
     frame = pd.DataFrame.from_dict(cells, orient="index")
     frame.index = pd.MultiIndex.from_tuples(list(cells), names=names)
-    return Table(frame.fillna(NOT_PRINTED).reset_index().set_index("setting"), caption)
+    same = [name for name in names[:-1] if frame.index.get_level_values(name).nunique() == 1]
+    frame = frame.fillna(NOT_PRINTED).droplevel(same)
+    return Table(frame.reset_index().set_index("setting"), caption)
