@@ -490,5 +490,5 @@ def instrument_runs(instrument: pd.DataFrame, caption: str, *studies: str) -> Ta
     frame = pd.DataFrame.from_dict(cells, orient="index")
     frame.index = pd.MultiIndex.from_tuples(list(cells), names=names)
     same = [name for name in names[:-1] if frame.index.get_level_values(name).nunique() == 1]
-    frame = frame.fillna(NOT_PRINTED).droplevel(same)
-    return Table(frame.reset_index().set_index("setting"), caption)
+    frame = frame.fillna(NOT_PRINTED).reset_index().drop(columns=same)
+    return Table(frame.set_index("setting"), caption)
