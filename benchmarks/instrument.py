@@ -148,6 +148,11 @@ def _over(name: str, *values: Any, **common: Any) -> tuple[Trial, ...]:
     )
 
 
+def _start(label: str, **changes: Any) -> Trial:
+    """`START` at its best rate, and what is changed of it."""
+    return Trial(label, changes={"learning_rate": 0.03, **changes})
+
+
 # A family whose best rate is another than the reference's gets its own recipe.
 RATE_FACTORS = (0.5, 1.0, 2.0)
 FAMILIES = (
@@ -205,6 +210,17 @@ def studies() -> dict[str, tuple[Trial, ...]]:
             Trial(
                 "steps 1600, learning_rate 0.03", changes={"steps": 1_600, "learning_rate": 0.03}
             ),
+        ),
+        "norms": (
+            _start("norm_freeze_steps 300", norm_freeze_steps=300),
+            _start("batch_size 32, steps 600", batch_size=32, steps=600, warmup_steps=50),
+            _start(
+                "batch_size 8, steps 2400, norm_freeze_steps 600",
+                batch_size=8,
+                steps=2_400,
+                norm_freeze_steps=600,
+            ),
+            _start("norm_freeze_steps 600", norm_freeze_steps=600),
         ),
         "precision": (
             Trial("the reference", PRECISION_SEEDS, base={}),
