@@ -29,12 +29,11 @@ from safetensors.torch import load_file
 
 from effspinenet_lib.data import (
     Augmentation,
-    DataConfig,
     classes_of,
     open_dataset,
     training_loader,
 )
-from effspinenet_lib.experiments.items import PROFILES, PROXY
+from effspinenet_lib.experiments.items import PROFILES, PROXY, PROXY_DATA
 from effspinenet_lib.experiments.launcher import LOCAL, open_pool, run_many
 from effspinenet_lib.files import read_json, write_json
 from effspinenet_lib.models.specs import betas_text
@@ -49,6 +48,7 @@ from effspinenet_lib.report.statistics import (
     variance_share,
 )
 from effspinenet_lib.report.tables import SMALLEST_DIFFERENCE
+from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.results.paper import RESULTS_DIR
 from effspinenet_lib.results.tables import read_table, upsert
 from effspinenet_lib.search.space import sample_betas
@@ -61,10 +61,8 @@ from effspinenet_lib.training.run import PREDICTIONS, WEIGHTS
 
 INSTRUMENT = RESULTS_DIR / "proxy" / "instrument.csv"
 SHEET = "sheet"
-RUNS_DIR = Path("runs") / "instrument"
+RUNS_DIR = ResultsStore(RESULTS_DIR, PROXY).runs_folder  # the tables' runs are found there too
 REFERENCE = "eff_spinenet_m0"
-# 500 images left the sampling of images a larger noise than the seeds'
-DATA = DataConfig("shapescenes", eval_images=2_000)
 TUNING_SEED = 100
 KEPT_METRICS = ("AP", "AP50", "AP_S", "AP_M", "AP_L", "top1", "mIOU", "AP_mask")
 CPU_FILE, LOSS_FILE = "cpu.json", "loss.json"
@@ -133,24 +131,16 @@ class Trial:
                 self.model,
                 self.task,
                 self.image_size,
-                DATA,
+                PROXY_DATA,
                 self.recipe,
                 seed,
                 dict(self.options),
             )
 
 
-def _over(name: str, *values: Any, **common: Any) -> tuple[Trial, ...]:
-    """One trial a value of a setting."""
-    return tuple(
-        Trial(f"{name} {value:g}", changes={name: value, **common.get("changes", {})})
-        for value in values
-    )
-
-
-def _start(label: str, **changes: Any) -> Trial:
+def _start(label: str, seeds: tuple[int, ...] = (TUNING_SEED,), **changes: Any) -> Trial:
     """`START` at its best rate, and what is changed of it."""
-    return Trial(label, changes={"learning_rate": 0.03, **changes})
+    return Trial(label, seeds, {"learning_rate": 0.03, **changes})
 
 
 # A family whose best rate is another than the reference's gets its own recipe.
@@ -200,27 +190,14 @@ def studies() -> dict[str, tuple[Trial, ...]]:
     """All studies by name."""
     full = get_recipe("proxy_detection").steps
     return {
-        "anchors": _over("anchor_size", 1.5, 1.0),
-        "rate": _over("learning_rate", 0.03, 0.06, 0.016),
         "batch and steps": (
-            Trial(
-                "batch_size 8, steps 2400, learning_rate 0.03",
-                changes={"batch_size": 8, "steps": 2_400, "learning_rate": 0.03},
-            ),
-            Trial(
-                "steps 1600, learning_rate 0.03", changes={"steps": 1_600, "learning_rate": 0.03}
-            ),
-        ),
-        "norms": (
-            _start("norm_freeze_steps 300", norm_freeze_steps=300),
-            _start("batch_size 32, steps 600", batch_size=32, steps=600, warmup_steps=50),
+            _start("batch_size 16, steps 1200", (TUNING_SEED, TUNING_SEED + 1)),
             _start(
-                "batch_size 8, steps 2400, norm_freeze_steps 600",
+                "batch_size 8, steps 2000",
+                (TUNING_SEED, TUNING_SEED + 1),
                 batch_size=8,
-                steps=2_400,
-                norm_freeze_steps=600,
+                steps=2_000,
             ),
-            _start("norm_freeze_steps 600", norm_freeze_steps=600),
         ),
         "precision": (
             Trial("the reference", PRECISION_SEEDS, base={}),
@@ -391,7 +368,7 @@ def _search_rows(measured: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 def _bootstrap_sd(folder: Path) -> float:
     """Standard deviation of a run's AP over images drawn with replacement."""
-    dataset = open_dataset(DATA, "eval")
+    dataset = open_dataset(PROXY_DATA, "eval")
     truth = dataset.ground_truth()
     found = read_json(folder / PREDICTIONS)
     annotations, detections = _by_image(truth["annotations"]), _by_image(found)

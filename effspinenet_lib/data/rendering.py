@@ -167,7 +167,8 @@ def _ramp(distance: IntArray) -> IntArray:
 
 
 def _fold(u: IntArray, p: int) -> IntArray:
-    return np.abs(u % p - p // 2)
+    # the distance to the nearest multiple of p: a dot in the middle, which no shape cuts off
+    return np.abs((u + p // 2) % p - p // 2)
 
 
 def _striped(u: IntArray, v: IntArray, p: int) -> IntArray:

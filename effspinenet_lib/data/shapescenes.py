@@ -49,7 +49,7 @@ from effspinenet_lib.files import atomic_write, cache_folder, ensure_folder, rea
 
 T = TypeVar("T")
 # Raise it with every change to the drawing below: cached scenes of another version are not used.
-VERSION = 1
+VERSION = 2
 
 CLASSES: tuple[tuple[str, str], ...] = (
     ("plain", "disc"),
@@ -101,8 +101,8 @@ class SceneSettings:
     out_of_order_permille: int = 250
     placement_tries: int = 4
     covered_percent: int = 12
-    texture_cycles_tenths: tuple[int, int] = (15, 28)
-    texture_shortest_period: int = 8
+    texture_cycles_tenths: tuple[int, int] = (13, 22)
+    texture_shortest_period: int = 10
     texture_contrast: tuple[int, int] = (100, 180)
     object_contrast: tuple[int, int] = (60, 130)
     background_cells: int = 5
