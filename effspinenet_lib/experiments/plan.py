@@ -155,7 +155,7 @@ def _rows(item: Item, parameters: RunParameters) -> Iterator[tuple[Row, int]]:
     profile = parameters.profile.name
     for seed in parameters.seeds:
         for row in item.rows:
-            if row.trains_in(profile):
+            if seed in row.seeds_in(profile, parameters.seeds):
                 yield row, seed
     if item.id == SEARCH_ITEM and profile == PAPER:
         yield SEARCH_ROW, parameters.seeds[0]

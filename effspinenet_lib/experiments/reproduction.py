@@ -228,7 +228,7 @@ def planned_runs(item: Item, parameters: RunParameters) -> list[PlannedRun]:
         PlannedRun(row, configure_row(item, row, parameters, seed))
         for seed in parameters.seeds
         for row in item.rows
-        if row.trains_in(parameters.profile.name)
+        if seed in row.seeds_in(parameters.profile.name, parameters.seeds)
     ]
 
 

@@ -73,7 +73,7 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
     measured = _measurements(results_dirs)
     rows = []
     for claim in printed.to_dict("records"):
-        cells = [tuple(text.split("|")) for text in claim["cells"].split(";") if text]
+        cells = _cells(claim)
         metrics = {cell[2] for cell in cells}
         kind = PRINT
         if not claim["section"].startswith(OF_A_TABLE):
@@ -137,10 +137,12 @@ def _measurements(results_dirs: tuple[Dir, ...]) -> dict[str, pd.DataFrame]:
 
 
 def _by_measurement(
-    claim: Mapping[Any, Any], cells: list[tuple[str, ...]], measured: Mapping[str, pd.DataFrame]
+    claim: Mapping[Any, Any],
+    cells: list[tuple[str, str, str]],
+    measured: Mapping[str, pd.DataFrame],
 ) -> tuple[str, str]:
     sign = _claimed_sign(claim)
-    if not sign or len(cells) != 2 or cells[0][0] != cells[1][0]:
+    if not sign or not _within_a_table(cells):
         return NOT_RUN, "" if sign else "needs the paper's settings"
     for source in (PAPER_SCALE, PROXY):
         rows = measured[source].set_index("seed")
@@ -157,6 +159,30 @@ def _by_measurement(
         said = f"{found.mean:+.1f}, {found.interval()} ({SOURCE_NAMES[source]}, {seeds})"
         return found.verdict(sign), said
     return NOT_RUN, ""
+
+
+def _cells(claim: Mapping[Any, Any]) -> list[tuple[str, str, str]]:
+    """The cells that a claim is about: item, row, metric."""
+    texts = filter(None, claim["cells"].split(";"))
+    return [(item, row, metric) for item, row, metric in (text.split("|") for text in texts)]
+
+
+def _within_a_table(cells: list[tuple[str, str, str]]) -> bool:
+    return len(cells) == 2 and cells[0][0] == cells[1][0]
+
+
+def comparisons() -> dict[str, tuple[tuple[str, str], tuple[str, str]]]:
+    """Claim -> the two rows of a table, (item, row), of which it says that one is more accurate.
+
+    A profile that trains both rows can decide it.
+    """
+    found = {}
+    for claim in claims().to_dict("records"):
+        cells = _cells(claim)
+        accuracy = all(cell[2] in ACCURACY_METRICS for cell in cells)
+        if _within_a_table(cells) and accuracy and _claimed_sign(claim):
+            found[claim["claim"]] = (cells[0][:2], cells[1][:2])
+    return found
 
 
 def _claimed_sign(claim: Mapping[Any, Any]) -> int:

@@ -19,7 +19,7 @@ from effspinenet_lib.report.statistics import (
     mean_std,
 )
 from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Link, Table, Text
-from effspinenet_lib.results import FOLDERS, ResultsStore, read_table
+from effspinenet_lib.results import FOLDERS, ResultsStore, merged_results, read_table
 from effspinenet_lib.results.paper import (
     ITEMS,
     RESULTS_DIR,
@@ -52,6 +52,7 @@ TICKS = {"1": "✓", "0": "–"}  # of columns that are printed as a tick or a d
 PAPER_SCALE_HEADING = "measured, paper's settings"
 MEASURED, COUNTED = "measured", "counted"
 SMALLEST_DIFFERENCE = "smallest difference"  # study of proxy/instrument.csv
+SHEET_MINUTES = "minutes of CPU a run"  # its setting
 NOT_KEPT = "not kept"  # run folders are not committed
 BROWSER_DIGITS = 6  # the CSVs have all of them
 MEASUREMENT_COLUMNS = ["item", "row", "metric", "value", "unit", "source", "model", "seed"]
@@ -457,6 +458,39 @@ def _milliseconds(value: float) -> str:
 def read_instrument(results_dir: Dir) -> pd.DataFrame:
     """The rows of `proxy/instrument.csv`; none where it was not measured."""
     return read_table(Path(results_dir) / "proxy" / "instrument.csv", "instrument")
+
+
+def read_plan(results_dir: Dir) -> pd.DataFrame:
+    """The rows of `proxy/plan.csv` in the order of the runs, with `measured`: seeds that are."""
+    plan = read_table(Path(results_dir) / "proxy" / "plan.csv", "plan").sort_values("order")
+    rows = merged_results([results_dir], ["proxy"])
+    done = rows[rows["seed"].notna()].groupby(["item", "row"])["seed"].nunique()
+    keys = pd.MultiIndex.from_frame(plan[["item", "row"]])
+    return plan.assign(measured=done.reindex(keys, fill_value=0).to_numpy())
+
+
+def campaign(plan: pd.DataFrame) -> Table:
+    """What `read_plan` gives: what is trained for which claims, how long, and what is measured."""
+    cells = pd.DataFrame(
+        {
+            "row": plan["row"],
+            "trained": [f"{row.model}, {row.image_size} px" for row in _rows(plan)],
+            "recipe": plan["recipe"],
+            "seeds": [f"{row.measured} of {row.seeds}" for row in _rows(plan)],
+            "minutes a run": plan["minutes"].map("{:.0f}".format),
+            "sees from": [
+                NOT_PRINTED
+                if math.isnan(row.smallest_difference)
+                else f"{row.smallest_difference:.1f} AP"
+                for row in _rows(plan)
+            ],
+            "claims": [Text(row.claims.replace(" ", ", ")) for row in _rows(plan)],
+        }
+    )
+    cells.index = pd.Index(plan["item"], name="item")
+    hours = (plan["minutes"] * plan["seeds"]).sum() / 60
+    left = (plan["minutes"] * (plan["seeds"] - plan["measured"]).clip(lower=0)).sum() / 60
+    return Table(cells, f"The plan: {hours:.0f} hours of one core, {left:.0f} of them not run")
 
 
 def data_sheet(instrument: pd.DataFrame) -> Table:
