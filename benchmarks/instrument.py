@@ -190,7 +190,9 @@ def studies() -> dict[str, tuple[Trial, ...]]:
     """All studies by name."""
     full = get_recipe("proxy_detection").steps
     return {
-        "more objects": (_start("steps 1200", (TUNING_SEED, TUNING_SEED + 1)),),
+        "weight decay": (
+            _start("weight_decay 0.02", (TUNING_SEED, TUNING_SEED + 1), weight_decay=0.02),
+        ),
         "precision": (
             Trial("the reference", PRECISION_SEEDS, base={}),
             Trial(

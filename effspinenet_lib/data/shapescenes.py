@@ -84,22 +84,22 @@ class SceneSettings:
     side of an object is the square root of its area.
     """
 
-    objects: tuple[int, int] = (4, 10)
+    objects: tuple[int, int] = (1, 5)
     small_side: tuple[int, int] = (125, 230)
     medium_side: tuple[int, int] = (235, 550)
     large_side: tuple[int, int] = (680, 800)
-    size_weights: tuple[int, int, int] = (55, 35, 10)
+    size_weights: tuple[int, int, int] = (46, 33, 21)
     most_large: int = 1
     distractors: tuple[int, int] = (0, 1)
     distractor_near_class_permille: int = 300
-    clutter: tuple[int, int] = (1, 4)
+    clutter: tuple[int, int] = (2, 7)
     clutter_side: tuple[int, int] = (20, 120)
     crowd_permille: int = 40
     crowd_members: tuple[int, int] = (6, 12)
     crowd_member_side: tuple[int, int] = (45, 65)
     crowd_spread: int = 140
     out_of_order_permille: int = 250
-    placement_tries: int = 8
+    placement_tries: int = 4
     covered_percent: int = 12
     texture_cycles_tenths: tuple[int, int] = (15, 28)
     texture_shortest_period: int = 8
