@@ -193,6 +193,9 @@ def studies() -> dict[str, tuple[Trial, ...]]:
         "weight decay": (
             _start("weight_decay 0.02", (TUNING_SEED, TUNING_SEED + 1), weight_decay=0.02),
         ),
+        "renormalisation": (
+            _start("renorm_values 128", (TUNING_SEED, TUNING_SEED + 1), renorm_values=128),
+        ),
         "precision": (
             Trial("the reference", PRECISION_SEEDS, base={}),
             Trial(

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -118,6 +118,10 @@ def _cpu_facts() -> Mapping[str, Any]:
     return known
 
 
+# Limits of batch renormalisation: Ioffe 2017, section 4.
+RENORM_FACTOR, RENORM_SHIFT = 3.0, 5.0
+
+
 # --- The model on its device ---------------------------------------------------------------------
 
 
@@ -134,6 +138,8 @@ def prepare_model(
             layer.momentum = 1 - recipe.norm_momentum ** (1 / parts)
     if accelerator.num_processes > 1:
         model = synchronise_norms(model, accelerator.device)
+    elif recipe.renorm_values:
+        _replace_norms(model, lambda norm: RenormalisedNorm(norm, recipe.renorm_values))
     model = model.to(accelerator.device)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -149,15 +155,19 @@ def synchronise_norms(model: nn.Module, device: torch.device) -> nn.Module:
         # torch's own converter drops the activations inside timm's norms
         converted: nn.Module = convert_sync_batchnorm(model)
         return converted
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, SynchronisedNorm(child))
+    _replace_norms(model, SynchronisedNorm)
     return model
 
 
-class SynchronisedNorm(nn.BatchNorm2d):
-    """A batch norm over the images of all processes, on devices for which torch has none.
+def _replace_norms(model: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, make(child))
+
+
+class _OwnNorm(nn.BatchNorm2d):
+    """A batch norm that normalises in a way of its own in training.
 
     Args:
         norm: whose settings, weights and buffers it takes over; timm's activation, too.
@@ -173,11 +183,56 @@ class SynchronisedNorm(nn.BatchNorm2d):
         self.__dict__.update(norm.__dict__)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Normalise [N, C, H, W]; in training every process calls this the same number of times."""
+        """Normalise [N, C, H, W]."""
         result = self._normalise(features) if self.training else super().forward(features)
         for name in ("drop", "act"):  # of timm's norms
             result = getattr(self, name, nn.Identity())(result)
         return result
+
+    def _normalise(self, features: Tensor) -> Tensor:
+        return super().forward(features)
+
+
+class RenormalisedNorm(_OwnNorm):
+    """A batch norm that renormalises where it sees few values (Ioffe 2017).
+
+    The statistics of few values bound what a norm gives in training, and nothing does in
+    evaluation: at 128 pixels level 7 is one value an image, and some images ran away there.
+    Renormalised features are those of the running statistics, up to Ioffe's limits.
+
+    Args:
+        norm: see `_OwnNorm`.
+        few: values a channel below which it renormalises.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, few: int) -> None:
+        super().__init__(norm)
+        self.few = few
+
+    def _normalise(self, features: Tensor) -> Tensor:
+        count = features.numel() // self.num_features
+        if count >= self.few:
+            return super()._normalise(features)
+        values = features.float()
+        variance, mean = torch.var_mean(values, NORMED, correction=0)
+        deviation = (variance + self.eps).sqrt()
+        with torch.no_grad():
+            known = (self.running_var + self.eps).sqrt()
+            factor = (deviation / known).clamp(1 / RENORM_FACTOR, RENORM_FACTOR)
+            shift = ((mean - self.running_mean) / known).clamp(-RENORM_SHIFT, RENORM_SHIFT)
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(1, count - 1), self.momentum)
+        scale = self.weight * factor / deviation
+        offset = self.bias + self.weight * shift - mean * scale
+        return torch.addcmul(offset[:, None, None], values, scale[:, None, None]).to(features.dtype)
+
+
+class SynchronisedNorm(_OwnNorm):
+    """A batch norm over the images of all processes, on devices for which torch has none.
+
+    In training every process calls it the same number of times.
+    """
 
     def _normalise(self, features: Tensor) -> Tensor:
         values = features.float()

@@ -55,6 +55,8 @@ class Recipe:
         label_smoothing: share of a class target that is spread over all classes.
         dropout: rate before the classifier; None = the model's own.
         auto_augment: name of the AutoAugment policy; "" = none.
+        renorm_values: norms that see fewer values a channel in a batch use batch renormalisation
+            (`device.RenormalisedNorm`), with one process.
         anchor_size: side over stride of a detector's smallest anchor; None = the model's own.
         scaled_from_batch: the named recipe's batch size, after `scale_to_batch`.
 
@@ -92,6 +94,7 @@ class Recipe:
     label_smoothing: float = 0.0
     dropout: float | None = None
     auto_augment: str = ""
+    renorm_values: int = 0
     anchor_size: float | None = None
     scaled_from_batch: int | None = None
 
@@ -218,6 +221,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "stochastic_depth": (0, 0.99),
     "norm_momentum": (0, 1),
     "norm_freeze_steps": (0, 1e9),
+    "renorm_values": (0, 1e9),
     "clip_gradient_norm": (1e-9, 1e9),
     "optimizer_decay": (0, 1),
     "optimizer_epsilon": (1e-12, 1),
@@ -244,6 +248,7 @@ _DEFAULT_SOURCES = {
     "label_smoothing": "neither the paper nor the released config smooths labels here",
     "dropout": "our choice: the model's own, of a classifier only",
     "auto_augment": "neither the paper nor the released config has a policy here",
+    "renorm_values": "neither the paper nor the released config renormalises",
     "anchor_size": "released config: the model's own",
     "scaled_from_batch": "our choice: the batch is the recipe's own",
 }
