@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -32,7 +33,12 @@ from effspinenet_lib.training.checkpoint import (
     load_latest,
     save_checkpoint,
 )
-from effspinenet_lib.training.device import prepare_model
+from effspinenet_lib.training.device import (
+    RENORM_FACTOR,
+    RENORM_SHIFT,
+    RenormalisedNorm,
+    prepare_model,
+)
 from effspinenet_lib.training.evaluate import evaluate
 from effspinenet_lib.training.loop import Losses, seed_everything, train_steps
 from effspinenet_lib.training.optim import build_optimizer, learning_rate_at
@@ -476,3 +482,24 @@ def test_moved_data_is_the_same_run_but_other_data_is_refused(tmp_path: Path) ->
             train_run(config(other), runs, max_steps=steps, progress=False)
     again = train_run(config(other), runs, max_steps=1, force=True, progress=False)
     assert again.key == first.key
+
+
+def test_renormalised_features_are_those_of_the_running_statistics() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(5, eps=1e-3, momentum=0.03)
+    for values in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        values.uniform_(0.5, 2.0)
+    few, many = 2 * torch.randn(16, 5, 1, 1) + 1, torch.randn(200, 5, 1, 1)
+    renormalised = RenormalisedNorm(copy.deepcopy(norm), 100)
+
+    expected = norm.eval()(few)  # within the limits of batch renormalisation
+    torch.testing.assert_close(renormalised(few), expected)
+    norm.train()(few)
+    torch.testing.assert_close(renormalised.running_var, norm.running_var)
+    torch.testing.assert_close(renormalised(many), norm(many))
+
+    # a value far from all others is within the limits where evaluation has none
+    few[0] = 1e4
+    assert renormalised.eval()(few).abs().max() > 1e3
+    limit = 2 * (15**0.5 * RENORM_FACTOR + RENORM_SHIFT) + 2
+    assert renormalised.train()(few).abs().max() < limit
