@@ -52,7 +52,6 @@ TICKS = {"1": "✓", "0": "–"}  # of columns that are printed as a tick or a d
 PAPER_SCALE_HEADING = "measured, paper's settings"
 MEASURED, COUNTED = "measured", "counted"
 SMALLEST_DIFFERENCE = "smallest difference"  # study of proxy/instrument.csv
-SHEET_MINUTES = "minutes of CPU a run"  # its setting
 NOT_KEPT = "not kept"  # run folders are not committed
 BROWSER_DIGITS = 6  # the CSVs have all of them
 MEASUREMENT_COLUMNS = ["item", "row", "metric", "value", "unit", "source", "model", "seed"]
