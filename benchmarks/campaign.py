@@ -3,8 +3,9 @@
     python -m benchmarks.campaign          # writes results/proxy/plan.csv
     effspinenet reproduce all --profile proxy
 
-It is written and committed before the runs. A row's minutes come from the reference's runs, in proportion to the steps and to the numbers that training keeps of an image, which on a
-CPU decide the time more than the multiply-adds do.
+It is written and committed before the runs. A row's minutes come from the reference's runs, in
+proportion to the steps and to the numbers that training keeps of an image, which on a CPU decide
+the time more than the multiply-adds do.
 """
 
 from __future__ import annotations

@@ -180,7 +180,8 @@ def comparisons() -> dict[str, tuple[tuple[str, str], tuple[str, str]]]:
     for claim in claims().to_dict("records"):
         cells = _cells(claim)
         accuracy = all(cell[2] in ACCURACY_METRICS for cell in cells)
-        if _within_a_table(cells) and accuracy and _claimed_sign(claim):
+        of_a_table = claim["section"].startswith(OF_A_TABLE)
+        if not of_a_table and _within_a_table(cells) and accuracy and _claimed_sign(claim):
             found[claim["claim"]] = (cells[0][:2], cells[1][:2])
     return found
 
