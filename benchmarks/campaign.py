@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.instrument import INSTRUMENT, REFERENCE
-from effspinenet_lib.experiments.items import ITEMS, PROFILES, PROXY, Item, Row
-from effspinenet_lib.experiments.plan import activation_bytes
-from effspinenet_lib.models.zoo import create_model
+from effspinenet_lib.experiments.items import ITEMS, PROFILES, PROXY
+from effspinenet_lib.experiments.plan import model_activations
+from effspinenet_lib.experiments.reproduction import RunParameters, configure_row
 from effspinenet_lib.report.claims import comparisons
 from effspinenet_lib.report.tables import SMALLEST_DIFFERENCE
 from effspinenet_lib.results.paper import RESULTS_DIR
@@ -32,25 +32,36 @@ def rows() -> Iterator[dict[str, Any]]:
     """One row for each row of a table that the proxy trains, in the order of the runs."""
     sheet = read_table(INSTRUMENT, "instrument")
     seen = sheet[sheet["study"] == SMALLEST_DIFFERENCE].set_index("setting")["value"]
-    reference = get_recipe(PROFILES[PROXY].recipes["detection"])
+    profile = PROFILES[PROXY]
+    parameters = RunParameters(profile, None, RESULTS_DIR, profile.seeds)
+    reference = get_recipe(profile.recipes["detection"])
     alike = (sheet["model"] == REFERENCE) & (sheet["steps"] == reference.steps)
     minutes = sheet[alike & (sheet["metric"] == "cpu_minutes")]["value"].mean()
-    whole = reference.steps * reference.batch_size * _bytes(REFERENCE, "detection", 128, {})
+    whole = reference.steps * reference.batch_size
+    whole *= model_activations(REFERENCE, "detection", profile.image_size or 0, ())
     claims = _claims()
-    number = 0
-    for item in map(ITEMS.__getitem__, ORDER):
-        for row in item.rows:
-            if not row.trains_in(PROXY):
-                continue
-            number += 1
-            found = _row(item, row, claims)
-            recipe = get_recipe(found["recipe"])
-            kept = _bytes(found["model"], row.task, found["image_size"], dict(row.options))
-            found["minutes"] = round(minutes * recipe.steps * recipe.batch_size * kept / whole, 1)
+    trained = [(ITEMS[item], row) for item in ORDER for row in ITEMS[item].rows]
+    trained = [(item, row) for item, row in trained if row.trains_in(PROXY)]
+    for number, (item, row) in enumerate(trained, start=1):
+        config = configure_row(item, row, parameters, profile.seeds[0])
+        recipe, options = config.recipe, tuple(row.options.items())
+        kept = model_activations(config.model, row.task, config.image_size, options)
+        seeds = len(row.seeds_in(PROXY, profile.seeds))
+        yield {
+            "order": number,
+            "item": item.id,
+            "row": row.label,
+            "model": config.model,
+            "task": row.task,
+            "image_size": config.image_size,
+            "recipe": recipe.name,
+            "steps": recipe.steps,
+            "seeds": seeds,
+            "minutes": round(minutes * recipe.steps * recipe.batch_size * kept / whole, 1),
+            "claims": " ".join(claims.get((item.id, row.label), ())),
             # the data sheet has a detector's AP alone
-            if row.task == "detection":
-                found["smallest_difference"] = seen.get(f"{found['seeds']} seeds")
-            yield {"order": number, **found}
+            "smallest_difference": seen.get(f"{seeds} seeds") if row.task == "detection" else None,
+        }
 
 
 def _claims() -> dict[tuple[str, str], list[str]]:
@@ -64,27 +75,6 @@ def _claims() -> dict[tuple[str, str], list[str]]:
             for place in pair:
                 found.setdefault(place, []).append(claim)
     return found
-
-
-def _row(item: Item, row: Row, claims: dict[tuple[str, str], list[str]]) -> dict[str, Any]:
-    profile = PROFILES[PROXY]
-    model, size = row.model_in(profile)
-    recipe = get_recipe(row.recipes.get(PROXY) or profile.recipes[row.task])
-    return {
-        "item": item.id,
-        "row": row.label,
-        "model": model,
-        "task": row.task,
-        "image_size": size,
-        "recipe": recipe.name,
-        "steps": recipe.steps,
-        "seeds": len(row.seeds_in(PROXY, profile.seeds)),
-        "claims": " ".join(claims.get((item.id, row.label), ())),
-    }
-
-
-def _bytes(model: str, task: str, image_size: int, options: dict[str, Any]) -> int:
-    return activation_bytes(create_model(model, task, **options), image_size)
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 
 # Of step 2 of each task: a digest of the batch but for pixels and masks, whose last bit depends
-# on the CPU, and the means of pixels and masks. Recorded before the loader was last rewritten:
+# on the CPU, and the means of pixels and masks. Recorded with the scenes' second version:
 # resumed runs and committed results rest on the same images and random numbers.
 BATCHES = {
     "detection": ("8b7710011ccb0f9f", 0.12155, 0.00000),

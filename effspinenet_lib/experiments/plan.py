@@ -175,7 +175,7 @@ def _planned(
         return None
     size, options = config.image_size, tuple(row.options.items())
     cost = model_cost(config.model, config.task, size, options)
-    image = _model_activations(config.model, config.task, size, options)
+    image = model_activations(config.model, config.task, size, options)
     measured = _measured_rate(config, recorded) if throughput is None else None
     rate, origin = measured or (throughput or Throughput()).of(cost.multi_adds)
     steps, runs = recipe.steps - done, SEARCH_TRIALS if searched else 1
@@ -264,9 +264,10 @@ def activation_bytes(model: TaskModel, image_size: int) -> int:
 
 
 @cache
-def _model_activations(
+def model_activations(
     model: str, task: str, image_size: int, options: tuple[tuple[str, Any], ...]
 ) -> int:
+    """`activation_bytes` of a model by its name, task, image size and options."""
     with torch.device("meta"):
         built = create_model(model, task, **dict(options))
     return activation_bytes(built, image_size)
