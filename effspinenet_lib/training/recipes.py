@@ -197,7 +197,7 @@ PROXY_SETTINGS: dict[str, Setting] = {
     "clip_gradient_norm": (5.0, "our choice: a rare large gradient of the first steps"),
     "ema_decay": (0.99, "our choice: less noise of the last steps"),
     "norm_momentum": (0.97, "our choice: the paper's 0.99 lags behind the weights of a short run"),
-    "norm_freeze_steps": (0, f"{TUNED}: freezing gained nothing"),
+    "norm_freeze_steps": (0, f"{TUNED}: freezing showed no gain"),
     "renorm_values": (128, f"{TUNED}: level 7 of 128 pixels is one value an image"),
     "precision": ("float32", "our choice: the same arithmetic on every machine"),
 }
