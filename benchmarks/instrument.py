@@ -88,6 +88,7 @@ START = {
     "ema_decay": 0.99,
     "norm_momentum": 0.97,
     "norm_freeze_steps": 0,
+    "renorm_values": 0,
     "stochastic_depth": 0.0,
     "precision": "float32",
 }
@@ -197,11 +198,21 @@ def studies() -> dict[str, tuple[Trial, ...]]:
             _start("renorm_values 128", (TUNING_SEED, TUNING_SEED + 1), renorm_values=128),
         ),
         "longer": (
+            *(
+                _start(
+                    f"renorm_values 128, steps {steps}",
+                    (TUNING_SEED, TUNING_SEED + 1),
+                    renorm_values=128,
+                    steps=steps,
+                )
+                for steps in (2_400, 1_800)
+            ),
+            _start("steps 2400", steps=2_400),
             _start(
-                "renorm_values 128, steps 2400",
-                (TUNING_SEED, TUNING_SEED + 1),
+                "renorm_values 128, steps 2400, learning_rate 0.05",
                 renorm_values=128,
                 steps=2_400,
+                learning_rate=0.05,
             ),
         ),
         "precision": (
@@ -254,18 +265,21 @@ def _evaluation_loss(run: RunConfig, folder: Path) -> float:
 
 
 def run_studies(names: Sequence[str], processes: int, runs_dir: Path = RUNS_DIR) -> None:
-    """Train what is missing of the studies, and add a run's rows as soon as it has ended.
+    """Train what has no rows yet of the studies, and add a run's as soon as it has ended.
 
     A run has one thread, however few run at once, so that its cost in CPU time is comparable.
     """
+    known = read_table(INSTRUMENT, "instrument")
+    measured = set(zip(known["study"], known["setting"], known["run"], strict=True))
     trials: dict[str, list[tuple[str, Trial, RunConfig]]] = {}
     for name in names:
         for trial in studies()[name]:
             for config in trial.configs():
-                trials.setdefault(config.key, []).append((name, trial, config))
+                if (name, trial.label, config.key) not in measured:
+                    trials.setdefault(config.key, []).append((name, trial, config))
     os.environ["OMP_NUM_THREADS"] = "1"
     with open_pool(LOCAL, processes, "cpu") as pool:
-        configs = [known[0][2] for known in trials.values()]
+        configs = [wanted[0][2] for wanted in trials.values()]
         for outcome in run_many(configs, runs_dir, pool, function=f"{__spec__.name}:train"):
             for name, trial, config in trials[outcome.config.key]:
                 label = f"{name}: {trial.label}, seed {config.seed}"
