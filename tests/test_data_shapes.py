@@ -31,8 +31,10 @@ from effspinenet_lib.data.rendering import (
 )
 from effspinenet_lib.data.shapescenes import (
     CATEGORIES,
+    KINDS,
     MAX_IMAGE_SIZE,
     SEMANTIC_IGNORE,
+    Scene,
     SceneSettings,
     render_scene,
 )
@@ -41,12 +43,18 @@ from effspinenet_lib.models.anchors import AnchorSettings, make_anchors, match_a
 from effspinenet_lib.models.specs import OUTPUT_LEVELS, level_side
 
 SIZE = 128
-SETTINGS = SceneSettings()
+KIND = KINDS["shapescenes"]
+SETTINGS = KIND.settings
 # What the rasteriser drew when this test was written; NumPy, CPU and operating system must
 # not change it. A change of the drawing code does, and then needs a new VERSION in shapescenes.py.
 RASTER_DIGEST = "f38400d0dd329e65"
 # Of the images and the annotation file of 24 scenes at 128 pixels with the seed 5.
 SCENES_DIGEST = "82800bd2ff173caaf349d8a5f11b0b93efe66d82b5798867d5c1f47b3f433dd0"
+
+
+def drawn(settings: SceneSettings, seed: int, index: int) -> Scene:
+    return render_scene(replace(KIND, settings=settings), seed, "train", index, SIZE)
+
 
 MAKE_AND_HASH = """
 import hashlib, sys
@@ -194,7 +202,7 @@ def test_objects_are_drawn_where_the_annotations_say() -> None:
         visible_percent=0, visible_pixels=1, background_range=(10, 10), object_contrast=(60, 90),
     )  # fmt: skip
     for index in range(20):
-        scene = render_scene(bare, 0, "train", index, SIZE)
+        scene = drawn(bare, 0, index)
         changed = (scene.image != 10).any(axis=2)
         masks = scene.masks().any(axis=0)
         assert (changed | ~masks).all()
@@ -206,10 +214,8 @@ def test_hidden_objects_are_left_out_and_ignored() -> None:
     everything = replace(SETTINGS, visible_percent=0, visible_pixels=1, objects=(5, 6))
     hidden = 0
     for index in range(80):
-        full = render_scene(everything, 1, "train", index, SIZE)
-        scene = render_scene(
-            replace(everything, visible_percent=25, visible_pixels=20), 1, "train", index, SIZE
-        )
+        full = drawn(everything, 1, index)
+        scene = drawn(replace(everything, visible_percent=25, visible_pixels=20), 1, index)
         assert (full.image == scene.image).all()
         assert set(scene.objects) <= set(full.objects)
         left_out = [
@@ -240,7 +246,7 @@ def test_a_few_images_have_crowds(scenes: ShapeScenes) -> None:
     assert 1 <= scenes.describe()["crowds"] <= 25
     always = replace(SETTINGS, crowd_permille=1000, objects=(1, 1), distractors=(0, 0))
     for index in range(10):
-        scene = render_scene(always, 0, "train", index, SIZE)
+        scene = drawn(always, 0, index)
         (crowd,) = (one for one in scene.objects if one.iscrowd)
         # A group is wider than any of its members.
         assert max(crowd.box[2:]) > 2 * SETTINGS.crowd_member_side[1] * SIZE // 1000
@@ -259,7 +265,7 @@ def test_objects_match_anchors_of_every_level_at_one_size_or_another(
     count = [settings.per_location * side**2 for side, _ in sides]
     level_of = torch.repeat_interleave(torch.tensor(OUTPUT_LEVELS), torch.tensor(count))
     for index in range(30):
-        scene = render_scene(SETTINGS, 0, "train", index, image_size)
+        scene = render_scene(KIND, 0, "train", index, image_size)
         boxes = torch.tensor([o.box for o in scene.objects]).reshape(-1, 4).float()
         boxes[:, 2:] += boxes[:, :2]
         crowd = torch.tensor([o.iscrowd for o in scene.objects], dtype=torch.bool)
@@ -335,7 +341,7 @@ def test_the_exported_folder_is_the_same_data_set(tmp_path: Path) -> None:
             assert one.file_name == two.file_name
     index = COCO(files[0])
     assert index.annToMask(index.loadAnns([1])[0]).shape == (96, 96)
-    with pytest.raises(UserError, match="only ShapeScenes"):
+    with pytest.raises(UserError, match="only scenes"):
         export_coco(folder, tmp_path)
 
 
@@ -363,3 +369,23 @@ def test_bad_configurations_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         DataConfig(**{"format": "shapescenes", **changes})
+
+
+def test_shapegrid_has_every_look_as_a_class_and_draws_nothing_else() -> None:
+    grid = open_dataset(DataConfig("shapegrid", eval_images=150), "eval", "classification")
+    assert isinstance(grid, ObjectCrops)
+    names = {category.name for category in grid.categories}
+    assert names == {f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES}
+    assert set(grid.annotations.labels.tolist()) == set(range(len(names)))
+    assert not grid.annotations.iscrowd.any()
+    kind = KINDS["shapegrid"]
+    plain = replace(
+        kind.settings, lighting_percent=(100, 100), contrast_percent=(100, 100), noise=(0, 0),
+        background_range=(10, 10), object_contrast=(60, 90), visible_percent=0, visible_pixels=1,
+    )  # fmt: skip
+    for index in range(10):
+        scene = render_scene(replace(kind, settings=plain), 0, "val", index, SIZE)
+        changed = (scene.image != 10).any(axis=2)
+        assert (changed & ~scene.masks().any(axis=0)).mean() < 0.04  # antialiased edges
+    # A configuration of six classes keeps its key beside it.
+    assert DataConfig("shapegrid").to_dict() != DataConfig("shapescenes").to_dict()

@@ -104,6 +104,18 @@ def test_the_classifier_is_a_linear_layer_on_the_global_mean():
     assert torch.allclose(logits, expected, atol=1e-5)
 
 
+def test_the_classifier_without_coarse_levels_is_the_mean_of_p3_to_p5():
+    model = classifier(coarse_levels=False).eval()
+    images = torch.randn(2, 3, 96, 128)
+    with torch.inference_mode():
+        features = model.backbone(images)
+        merged = model.head[0](features)
+        laterals = zip(model.head[0].lateral, (3, 4, 5), strict=True)
+        levels = [lateral(features[level]) for lateral, level in laterals]
+    expected = sum(F.interpolate(level, (12, 16)) for level in levels) / 3  # nearest
+    assert torch.allclose(merged, expected, atol=1e-5)
+
+
 def test_the_segmentation_head_against_plain_functions():
     model = segmenter().eval()
     with torch.no_grad():

@@ -36,7 +36,7 @@ from effspinenet_lib.models.zoo import model_entry
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.results.paper import paper_values
 from effspinenet_lib.training.recipes import get_recipe
-from effspinenet_lib.training.run import RunConfig, RunResult
+from effspinenet_lib.training.run import RunConfig, RunResult, train_run
 
 TABLES = ("table-03", "table-04", "table-05", "table-06", "table-07", "table-10", "table-11")
 # Rows that the paper prints and that nothing here trains.
@@ -317,8 +317,29 @@ def test_a_row_that_starts_from_another_says_which_weights_are_missing(tmp_path)
     d0 = planned_runs(ITEMS["table-03"], parameters_of(tmp_path))[0].config
     assert run.config.initial_weights is not None
     assert Path(run.config.initial_weights).parent.name == d0.key
-    with pytest.raises(CheckpointError, match=rf"{d0.key}.*initial weights cannot be read"):
-        _ = run.config.key
+    smoke = PROFILES["smoke"].data["segmentation"]
+    config = replace(run.config, data=smoke, recipe=get_recipe("smoke_detection"), image_size=64)
+    with pytest.raises(CheckpointError, match=rf"{d0.key}.*no such weights file"):
+        train_run(config, tmp_path, progress=False)
+
+
+def test_the_proxys_segmentation_starts_from_the_detector_of_its_seed(tmp_path):
+    parameters = parameters_of(tmp_path, "proxy", seeds=(2,))
+    detectors = {
+        run.config.model: run.config.key for run in planned_runs(ITEMS["table-07"], parameters)
+    }
+    starts = {run.row.label: run.config for run in planned_runs(ITEMS["table-11"], parameters)}
+    d0, scratch = starts["Eff-SpineNet-D0"], starts["Eff-SpineNet-D0, from scratch"]
+    assert Path(d0.initial_weights).parent.name == detectors["eff_spinenet_m0"]
+    assert (
+        Path(starts["Eff-SpineNet-D2"].initial_weights).parent.name == detectors["eff_spinenet_m2"]
+    )
+    assert scratch.initial_weights is None
+    assert d0.key != scratch.key
+    # The key rests on the detector's run, wherever the results lie.
+    elsewhere = parameters_of(tmp_path / "moved", "proxy", seeds=(2,))
+    again = {run.row.label: run.config for run in planned_runs(ITEMS["table-11"], elsewhere)}
+    assert again["Eff-SpineNet-D0"].key == d0.key
 
 
 # Reproducing an item
@@ -447,7 +468,7 @@ def test_the_status_counts_what_the_files_hold(tmp_path):
 
 # One row, trained in this process. The paper's profile at a size that a test can train.
 
-TINY = Profile("paper", {"detection": "paper_detection"}, (0,), 64, None)
+TINY = Profile("paper", {"detection": "paper_detection"}, (0,), 64, {})
 ITEM = Item(
     "table-07", "Mobile", "table_07_mobile_detection", (Row("Eff-SpineNet-M0", "eff_spinenet_m0"),)
 )

@@ -11,7 +11,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou, roi_align
 
 from effspinenet_lib import create_model
-from effspinenet_lib.data.shapescenes import CATEGORIES, SceneSettings, render_scene
+from effspinenet_lib.data.shapescenes import CATEGORIES, KINDS, render_scene
 from effspinenet_lib.errors import TrainingError, UserError
 
 CLASSES = 5
@@ -396,7 +396,7 @@ def test_the_heads_learn_two_images():
     model = make_model(len(CATEGORIES))
     model.backbone.requires_grad_(False)
     heads = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scenes = [render_scene(SceneSettings(), 1, "train", index, SIDE) for index in (1, 3)]
+    scenes = [render_scene(KINDS["shapescenes"], 1, "train", index, SIDE) for index in (1, 3)]
     images = torch.stack([torch.from_numpy(s.image.copy()).permute(2, 0, 1) for s in scenes])
     images = (images.float() - 128) / 64
     targets = []

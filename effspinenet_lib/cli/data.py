@@ -22,16 +22,18 @@ if TYPE_CHECKING:
     from effspinenet_lib.data import DataConfig, Dataset
     from effspinenet_lib.data.records import Fault
 
-SHAPESCENES = "shapescenes"
+SHAPESCENES, SHAPEGRID = "shapescenes", "shapegrid"
+SCENES = (SHAPESCENES, SHAPEGRID)
 CHECKS = Path("runs") / "checks"
 DATA_HELP = (
-    "A folder in COCO, VOC, YOLO or class-folder layout, or `shapescenes` for the embedded data "
-    "set, which is made once and kept in `$EFFSPINENET_CACHE` (default `~/.cache/effspinenet`)."
+    "A folder in COCO, VOC, YOLO or class-folder layout, or scenes that are drawn once and kept in "
+    "`$EFFSPINENET_CACHE` (default `~/.cache/effspinenet`): `shapescenes`, or `shapegrid` for "
+    "classification."
 )
 
 Data = Annotated[str, typer.Option(metavar="DIR|shapescenes", help=DATA_HELP)]
-ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of a ShapeScenes image.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the ShapeScenes images.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of a scene.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the scenes.")]
 EvalSplit = Annotated[str, typer.Option(help="Split of the data to evaluate on.")]
 Workers = Annotated[
     int, typer.Option(min=0, help="Data loading workers; 0: the training process loads.")
@@ -55,7 +57,7 @@ def data_config(
     """The data that `--data` and the options after it name.
 
     Args:
-        data: a folder, or `shapescenes`.
+        data: a folder, `shapescenes` or `shapegrid`.
         train_split: split to train on.
         eval_split: split to evaluate on.
         images: use only so many of each split.
@@ -69,9 +71,9 @@ def data_config(
     """
     from effspinenet_lib.data import DataConfig, detect_format
 
-    if data == SHAPESCENES:
+    if data in SCENES:
         return DataConfig(
-            format=SHAPESCENES,
+            format=data,
             train_split=train_split,
             eval_split=eval_split,
             train_images=images,
@@ -80,7 +82,9 @@ def data_config(
             seed=seed,
         )
     if not Path(data).is_dir():
-        raise UserError(f"{data}: no such folder; give a data set's folder, or `{SHAPESCENES}`")
+        raise UserError(
+            f"{data}: no such folder; give a data set's folder, `{SHAPESCENES}` or `{SHAPEGRID}`"
+        )
     return DataConfig(
         format=detect_format(data, task),
         root=str(Path(data).resolve()),  # the same run from whichever folder it is named
@@ -251,7 +255,9 @@ def _print_counts(split: str, dataset: Dataset) -> None:
 
 @app.command()
 def make(
-    name: Annotated[str, typer.Argument(help="The data set to make: `shapescenes`.")],
+    name: Annotated[
+        str, typer.Argument(help="The data set to make: `shapescenes` or `shapegrid`.")
+    ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where its files go.")],
     train_images: Annotated[
         int | None, typer.Option(min=1, help="Images to train on. [default: 8000]")
@@ -268,10 +274,10 @@ def make(
     """
     from effspinenet_lib.data import DataConfig, export_coco
 
-    if name != SHAPESCENES:
-        raise UnknownName("data set to make", name, [SHAPESCENES])
+    if name not in SCENES:
+        raise UnknownName("data set to make", name, SCENES)
     config = DataConfig(
-        format=SHAPESCENES,
+        format=name,
         train_images=train_images,
         eval_images=eval_images,
         image_size=image_size,

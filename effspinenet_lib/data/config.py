@@ -14,10 +14,10 @@ from effspinenet_lib.data.folders import Layout
 from effspinenet_lib.data.imagenet import IMAGENET
 from effspinenet_lib.data.pictures import is_picture, visible
 from effspinenet_lib.data.shapescenes import (
+    KINDS,
     MAX_IMAGE_SIZE,
     ShapeScenes,
     export_split,
-    generator_key,
 )
 from effspinenet_lib.data.splits import find_part, names_alike, part_names
 from effspinenet_lib.data.voc import VOC, VOC_SEGMENTATION
@@ -32,8 +32,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "yolo": YOLO,
     "imagenet": IMAGENET,
 }
-SHAPESCENES = "shapescenes"
-FORMATS = (SHAPESCENES, *LAYOUTS)
+FORMATS = (*KINDS, *LAYOUTS)
 UNKNOWN_ROOT = "data"  # a folder that is not given yet; the root is not part of a run's key
 # The proxy profile's set (our choice): its runs see each training image two to three times.
 SCENE_TRAIN_IMAGES = 8000
@@ -49,18 +48,18 @@ class DataConfig:
     """The data of a run.
 
     Attributes:
-        format: "shapescenes", or for a folder "coco", "voc", "voc_segmentation" (label maps),
-            "yolo" or "imagenet" (a folder a class).
-        root: the folder; None for ShapeScenes.
+        format: "shapescenes" or "shapegrid", which are drawn (scenes); for a folder "coco", "voc",
+            "voc_segmentation" (label maps), "yolo" or "imagenet" (a folder a class).
+        root: the folder; None for scenes.
         train_split: name of the split to train on. `train2017-rest-7392` is train2017 without
             the 7392 images of `train2017-held-7392` (see `splits.HeldOutSplit`). Where a folder
             is not split, `train` and `val` are made (see `splits.MadeSplit`), and `all` is both.
         eval_split: name of the split to evaluate on.
-        train_images: ShapeScenes: how many are made (8,000 if None); folders: use only the first
+        train_images: scenes: how many are made (8,000 if None); folders: use only the first
             so many in id order (ImageNet: spread evenly over the classes).
         eval_images: the same for evaluation (500 if None).
-        seed: of ShapeScenes, and of a split that is made.
-        image_size: side of the images in pixels, ShapeScenes only (128 if None).
+        seed: of scenes, and of a split that is made.
+        image_size: side of the images in pixels, scenes only (128 if None).
 
     Raises:
         UnknownName: there is no such format.
@@ -79,7 +78,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise UnknownName("data format", self.format, FORMATS)
-        if self.format != SHAPESCENES and not self.root:
+        if self.format not in KINDS and not self.root:
             raise UserError(f"data format {self.format!r} needs a folder: give its root")
         for name in ("train_images", "eval_images"):
             count = getattr(self, name)
@@ -90,23 +89,23 @@ class DataConfig:
         size = self.image_size
         if size is not None and not SCENE_SMALLEST_SIZE <= size <= MAX_IMAGE_SIZE:
             raise UserError(
-                f"ShapeScenes image_size is {size}; "
+                f"the scenes' image_size is {size}; "
                 f"it must be from {SCENE_SMALLEST_SIZE} to {MAX_IMAGE_SIZE}"
             )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that decides the data, defaults filled in, for run keys and records.
 
-        ShapeScenes adds `generator`, which changes with the drawing code and its settings.
+        Scenes add `generator`, which changes with the drawing code and its settings.
         """
         values = asdict(self)
-        if self.format == SHAPESCENES:
+        if self.format in KINDS:
             values.update(
                 root=None,
                 train_images=self.images_of("train"),
                 eval_images=self.images_of("eval"),
                 image_size=self.image_size or SCENE_IMAGE_SIZE,
-                generator=generator_key(),
+                generator=KINDS[self.format].key(),
             )
         return values
 
@@ -122,7 +121,7 @@ class DataConfig:
     def images_of(self, role: Role) -> int | None:
         """How many images that split has; None means all that the folder has."""
         count = self.train_images if role == "train" else self.eval_images
-        if count is None and self.format == SHAPESCENES:
+        if count is None and self.format in KINDS:
             return SCENE_TRAIN_IMAGES if role == "train" else SCENE_EVAL_IMAGES
         return count
 
@@ -209,9 +208,10 @@ def open_part(
     only = only_task(config.format)
     if only not in (None, task):
         raise UserError(f"data in the format {config.format!r} serves {only}, not {task}")
-    if config.format == SHAPESCENES:
+    if config.format in KINDS:
         assert images is not None
-        return ShapeScenes(name, images, config.image_size or SCENE_IMAGE_SIZE, config.seed)
+        size = config.image_size or SCENE_IMAGE_SIZE
+        return ShapeScenes(name, images, size, config.seed, config.format)
     assert config.root is not None
     root, layout = Path(config.root), LAYOUTS[config.format]
     if not root.is_dir():
@@ -239,19 +239,20 @@ def crops_for(dataset: Dataset, task: str) -> Dataset:
 
 
 def export_coco(config: DataConfig, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write both splits of a ShapeScenes configuration as a COCO folder.
+    """Write both splits of scenes as a COCO folder.
 
     Returns:
         The annotation files.
 
     Raises:
-        UserError: the configuration is not of ShapeScenes, or the folder cannot be written.
+        UserError: the configuration is of a folder, or the folder cannot be written.
     """
-    if config.format != SHAPESCENES:
-        raise UserError(f"only ShapeScenes can be exported, not {config.format!r}")
+    if config.format not in KINDS:
+        raise UserError(f"only scenes can be exported, not {config.format!r}")
     size = config.image_size or SCENE_IMAGE_SIZE
     roles: tuple[Role, ...] = ("train", "eval")
     splits = {config.split_of(role): config.images_of(role) or 0 for role in roles}
     return [
-        export_split(folder, split, images, size, config.seed) for split, images in splits.items()
+        export_split(folder, split, images, size, config.seed, config.format)
+        for split, images in splits.items()
     ]

@@ -2,7 +2,8 @@
 
 Six classes, each one shape with one texture, chosen so that every shape and every texture
 occurs in two classes: neither alone tells the class. Colours carry no information. Unlabelled
-distractors show the shapes and textures in the combinations that are no class.
+distractors show the shapes and textures in the combinations that are no class. ShapeGrid, for
+classification, has the same drawing with every combination as a class.
 
 A split is made once, kept in the cache, memory-mapped, and exportable as a COCO folder.
 """
@@ -59,18 +60,6 @@ CLASSES: tuple[tuple[str, str], ...] = (
     ("dotted", "cross"),
     ("plain", "cross"),
 )
-CATEGORIES = tuple(
-    Category(number, f"{texture} {shape}")
-    for number, (texture, shape) in enumerate(CLASSES, start=1)
-)
-_CLASS_SHAPES = tuple(dict.fromkeys(shape for _, shape in CLASSES))
-_NEAR_CLASSES = tuple(
-    (texture, shape)
-    for texture in TEXTURES
-    for shape in _CLASS_SHAPES
-    if (texture, shape) not in CLASSES
-)
-_OTHER_SHAPES = tuple(shape for shape in SHAPES if shape not in _CLASS_SHAPES)
 
 # Larger canvases overflow the int32 products of the rasteriser.
 MAX_IMAGE_SIZE = 512
@@ -170,9 +159,63 @@ class _Item:
     iscrowd: bool = False
 
 
-def render_scene(settings: SceneSettings, seed: int, split: str, index: int, size: int) -> Scene:
+@dataclass(frozen=True)
+class SceneKind:
+    """Scenes of one set of classes.
+
+    Attributes:
+        name: for people.
+        classes: the texture and shape of each.
+        settings: how hard they are.
+    """
+
+    name: str
+    classes: tuple[tuple[str, str], ...]
+    settings: SceneSettings
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """The classes with ids from 1."""
+        names = (f"{texture} {shape}" for texture, shape in self.classes)
+        return tuple(Category(number, name) for number, name in enumerate(names, start=1))
+
+    @property
+    def near_classes(self) -> tuple[tuple[str, str], ...]:
+        """Textures and shapes of which each occurs in a class, but not both in one."""
+        looks = ((texture, shape) for texture in TEXTURES for shape in self.class_shapes)
+        return tuple(look for look in looks if look not in self.classes)
+
+    @property
+    def class_shapes(self) -> tuple[str, ...]:
+        """The shapes of the classes."""
+        return tuple(dict.fromkeys(shape for _, shape in self.classes))
+
+    @property
+    def other_shapes(self) -> tuple[str, ...]:
+        """Shapes that no class has."""
+        return tuple(shape for shape in SHAPES if shape not in self.class_shapes)
+
+    def key(self) -> str:
+        """What besides seed, split and size decides the bytes: the version and the settings."""
+        return f"v{VERSION}-{_digest(asdict(self.settings))}"
+
+
+SHAPESCENES, SHAPEGRID = "shapescenes", "shapegrid"
+KINDS: dict[str, SceneKind] = {
+    SHAPESCENES: SceneKind("ShapeScenes", CLASSES, SceneSettings()),
+    # Every look is a class, so nothing can be drawn that is none.
+    SHAPEGRID: SceneKind(
+        "ShapeGrid",
+        tuple((texture, shape) for shape in SHAPES for texture in TEXTURES),
+        SceneSettings(distractors=(0, 0), clutter=(0, 0), crowd_permille=0),
+    ),
+}
+CATEGORIES = KINDS[SHAPESCENES].categories
+
+
+def render_scene(kind: SceneKind, seed: int, split: str, index: int, size: int) -> Scene:
     """Draw scene `index` of a split; a pure function of its arguments, in bytes too."""
-    return _Painter(settings, Draws(seed, crc32(split.encode()), index), size).paint()
+    return _Painter(kind, Draws(seed, crc32(split.encode()), index), size).paint()
 
 
 class _Painter:
@@ -183,8 +226,9 @@ class _Painter:
         owner: the number of the item that each pixel shows, uint8 [S, S]; 0 for the background.
     """
 
-    def __init__(self, settings: SceneSettings, draws: Draws, size: int) -> None:
-        self.settings, self.draws, self.size = settings, draws, size
+    def __init__(self, kind: SceneKind, draws: Draws, size: int) -> None:
+        self.kind, self.settings, self.draws, self.size = kind, kind.settings, draws, size
+        settings = self.settings
         low, high = settings.background_range
         cells = settings.background_cells
         grid = draws.octets(cells * cells * 3).reshape(cells, cells, 3).astype(np.int32)
@@ -193,7 +237,7 @@ class _Painter:
 
     def paint(self) -> Scene:
         for _ in range(self.draws.integer(*self.settings.clutter)):
-            texture, shape = self._one_of(tuple(TEXTURES)), self._one_of(_OTHER_SHAPES)
+            texture, shape = self._one_of(tuple(TEXTURES)), self._one_of(self.kind.other_shapes)
             self._place(_Item(None, texture, shape, self._length(self.settings.clutter_side)), 0)
         items = self._items()
         wholes = [
@@ -214,25 +258,25 @@ class _Painter:
         return self._subpixels(self.draws.integer(*permille))
 
     def _items(self) -> list[_Item]:
-        draws, settings = self.draws, self.settings
+        draws, settings, classes = self.draws, self.settings, self.kind.classes
         ranges = (settings.small_side, settings.medium_side, settings.large_side)
-        labels = range(len(CLASSES))
+        labels = range(len(classes))
         items, large = [], 0
         for _ in range(draws.integer(*settings.objects)):
             label = self._one_of(labels)
             size = draws.choice(3 if large < settings.most_large else 2, settings.size_weights)
             large += size == 2
-            items.append(_Item(label, *CLASSES[label], self._length(ranges[size])))
+            items.append(_Item(label, *classes[label], self._length(ranges[size])))
         for _ in range(draws.integer(*settings.distractors)):
             if draws.chance(settings.distractor_near_class_permille):
-                look = self._one_of(_NEAR_CLASSES)
+                look = self._one_of(self.kind.near_classes)
             else:
-                look = self._one_of(tuple(TEXTURES)), self._one_of(_OTHER_SHAPES)
+                look = self._one_of(tuple(TEXTURES)), self._one_of(self.kind.other_shapes)
             size = draws.choice(2, settings.size_weights)
             items.append(_Item(None, *look, self._length(ranges[size])))
         if draws.chance(settings.crowd_permille):
             label = self._one_of(labels)
-            items.append(_Item(label, *CLASSES[label], 0, iscrowd=True))
+            items.append(_Item(label, *classes[label], 0, iscrowd=True))
         # Large ones behind, with exceptions, so that occlusion happens and small ones survive it.
         order = []
         for item in items:
@@ -319,7 +363,7 @@ class _Painter:
             if hidden or pixels < self.settings.visible_pixels:
                 semantic_of[number] = SEMANTIC_IGNORE
                 continue
-            semantic_of[number] = CATEGORIES[item.label].id
+            semantic_of[number] = item.label + 1
             rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
             left, top = int(columns[0]), int(rows[0])
             box = (left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top)
@@ -340,14 +384,6 @@ class _Painter:
         return np.clip(lit, 0, 255).astype(np.uint8)
 
 
-DEFAULT_SETTINGS = SceneSettings()
-
-
-def generator_key() -> str:
-    """What besides seed, split and size decides the bytes: the version and the settings."""
-    return f"v{VERSION}-{_digest(asdict(DEFAULT_SETTINGS))}"
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -357,21 +393,23 @@ def _file_name(index: int) -> str:
 
 
 class ShapeScenes(Dataset):
-    """A split of ShapeScenes in the cache.
+    """A split of a kind of scenes in the cache.
 
     Image i has the id i + 1. A longer split of the same seed starts with the same images.
     """
 
-    def __init__(self, split: str, images: int, image_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, split: str, images: int, image_size: int, seed: int = 0, kind: str = SHAPESCENES
+    ) -> None:
         """Open the split; make it first if it is not in the cache.
 
         Raises:
             UserError: the cache folder cannot be written.
         """
-        self.split, self.image_size, self.seed = split, image_size, seed
-        key = _digest([generator_key(), split, images, image_size, seed])
+        self.kind, self.split, self.image_size, self.seed = KINDS[kind], split, image_size, seed
+        key = _digest([self.kind.key(), split, images, image_size, seed])
         name = f"{split}-{images}-{image_size}px-{key}"
-        self.folder = cache_folder() / "shapescenes" / name
+        self.folder = cache_folder() / kind / name
         self._arrays: dict[str, NDArray[np.uint8]] = {}  # memory-mapped, opened on first use
         # The annotations are written last: where they exist, the images are complete.
         files = [self.folder / "images.npy", self.folder / "annotations.json"]
@@ -380,8 +418,8 @@ class ShapeScenes(Dataset):
                 if not all(path.exists() for path in files):
                     self._make(images)
         super().__init__(
-            f"ShapeScenes {split}",
-            CATEGORIES,
+            f"{self.kind.name} {split}",
+            self.kind.categories,
             Annotations.from_coco(read_json(self.folder / "annotations.json")),
         )
 
@@ -393,14 +431,14 @@ class ShapeScenes(Dataset):
         ensure_folder(self.folder)
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
-        scenes, objects = _progress(f"ShapeScenes {self.split}", range(images)), []
+        scenes, objects = _progress(f"{self.kind.name} {self.split}", range(images)), []
         with _npy(self.folder / "images.npy", images, self.image_size, 3) as pixels:
             for index in scenes:
                 scene = self.scene(index)
                 pixels.write(scene.image.tobytes())
                 objects.append(scene.objects)
         with atomic_write(self.folder / "annotations.json") as handle:
-            handle.write(annotations_json(objects, self.image_size))
+            handle.write(annotations_json(objects, self.image_size, self.kind))
 
     def _array(self, name: str) -> NDArray[np.uint8]:
         if name not in self._arrays:
@@ -431,7 +469,7 @@ class ShapeScenes(Dataset):
 
     def scene(self, index: int) -> Scene:
         """Scene `index` drawn again, with masks and semantic labels; objects as in `load`."""
-        return render_scene(DEFAULT_SETTINGS, self.seed, self.split, index, self.image_size)
+        return render_scene(self.kind, self.seed, self.split, index, self.image_size)
 
     def _read_masks(self) -> RunLengths:
         return RunLengths.from_coco(read_json(self.folder / "annotations.json"))
@@ -451,14 +489,16 @@ def _npy(path: Path, images: int, side: int, *channels: int) -> Iterator[IO[byte
         yield handle
 
 
-def annotations_json(scenes: Sequence[Sequence[SceneObject]], image_size: int) -> str:
+def annotations_json(
+    scenes: Sequence[Sequence[SceneObject]], image_size: int, kind: SceneKind
+) -> str:
     """The COCO annotation file of scenes, given their objects; part of the bytes of a version."""
     objects = [(image, one) for image, found in enumerate(scenes, start=1) for one in found]
     annotations = [
         {
             "id": number,
             "image_id": image,
-            "category_id": CATEGORIES[one.label].id,
+            "category_id": one.label + 1,
             "bbox": list(one.box),
             "area": one.area,
             "iscrowd": int(one.iscrowd),
@@ -471,19 +511,24 @@ def annotations_json(scenes: Sequence[Sequence[SceneObject]], image_size: int) -
         for index in range(len(scenes))
     ]
     categories = [
-        {"id": c.id, "name": c.name, "supercategory": c.name.split()[1]} for c in CATEGORIES
+        {"id": c.id, "name": c.name, "supercategory": c.name.split()[1]} for c in kind.categories
     ]
     records = ",\n".join(map(json.dumps, annotations))
     return (
         '{"annotations": [' + (f"\n{records}" if records else "") + "\n],\n"
         f'"categories": {json.dumps(categories)},\n'
         '"images": [\n' + ",\n".join(map(json.dumps, images)) + "\n],\n"
-        '"info": {"description": "ShapeScenes"},\n"licenses": []}\n'
+        f'"info": {{"description": "{kind.name}"}},\n"licenses": []}}\n'
     )
 
 
 def export_split(
-    folder: str | os.PathLike[str], split: str, images: int, image_size: int, seed: int = 0
+    folder: str | os.PathLike[str],
+    split: str,
+    images: int,
+    image_size: int,
+    seed: int = 0,
+    kind: str = SHAPESCENES,
 ) -> Path:
     """Write a split as a COCO folder: `<split>/*.png`, `annotations/instances_<split>.json`.
 
@@ -496,11 +541,11 @@ def export_split(
     pictures = ensure_folder(Path(folder) / split)
     path = ensure_folder(Path(folder) / "annotations") / f"instances_{split}.json"
     objects = []
-    for index in _progress(f"ShapeScenes {split}", range(images)):
-        scene = render_scene(DEFAULT_SETTINGS, seed, split, index, image_size)
+    for index in _progress(f"{KINDS[kind].name} {split}", range(images)):
+        scene = render_scene(KINDS[kind], seed, split, index, image_size)
         with atomic_write(pictures / _file_name(index), "wb") as handle:
             Image.fromarray(scene.image).save(handle, format="PNG")
         objects.append(scene.objects)
     with atomic_write(path) as records:
-        records.write(annotations_json(objects, image_size))
+        records.write(annotations_json(objects, image_size, KINDS[kind]))
     return path

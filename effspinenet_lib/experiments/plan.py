@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
+from effspinenet_lib.errors import UnknownName, UserError
 from effspinenet_lib.experiments.cost_table import model_cost
 from effspinenet_lib.experiments.items import (
     ITEMS,
@@ -137,13 +137,11 @@ def plan(
     folder = results_dir or default_results_dir()
     parameters = RunParameters(chosen, data_root, folder, seeds or chosen.seeds)
     recorded = parameters.store.runs()
-    needed: dict[tuple[Any, ...], tuple[Item, Row, RunConfig]] = {}
+    needed: dict[str, tuple[Item, Row, RunConfig]] = {}
     for item in map(get_item, items):
         for row, seed in _rows(item, parameters):
             config = configure_row(item, row, parameters, seed)
-            # the weights that it starts from need not exist yet
-            key = (replace(config, initial_weights=None).key, config.initial_weights)
-            needed.setdefault(key, (item, row, config))
+            needed.setdefault(config.key, (item, row, config))
     found = [
         _planned(item, row, config, recorded, throughput)
         for item, row, config in tqdm(needed.values(), "plan", disable=None if progress else True)
@@ -202,10 +200,7 @@ def _planned(
 
 
 def _steps_done(config: RunConfig, recorded: pd.DataFrame) -> int:
-    try:
-        rows = recorded[recorded["run"] == config.key]
-    except CheckpointError:  # the run that it starts from has not been trained
-        return 0
+    rows = recorded[recorded["run"] == config.key]
     return int(rows["steps"].max()) if len(rows) else 0
 
 

@@ -150,7 +150,7 @@ def resolve_parameters(
     device, count = resolve_devices(engine, accelerator, devices)
     numbers, chosen = _parse_seeds(seeds), PROFILES[profile]
     root = Path(data_root).resolve() if data_root else None
-    if chosen.data is None and (root is None or not root.is_dir()):
+    if not chosen.data and (root is None or not root.is_dir()):
         raise UserError(
             f"the profile {profile!r} trains on the paper's data (COCO 2017 for detection): set "
             "data_root to its folder" + (f" ({root} does not exist)" if root else "")
@@ -247,11 +247,11 @@ def configure_row(item: Item, row: Row, parameters: RunParameters, seed: int) ->
         model=model,
         task=row.task,
         image_size=size or default_image_size(model, row.task),
-        data=profile.data or paper_data(parameters.data_root, row.task),
+        data=profile.data.get(row.task) or paper_data(parameters.data_root, row.task),
         recipe=get_recipe(row.recipes.get(profile.name) or profile.recipes[row.task]),
         seed=seed,
         model_options=dict(row.options),
-        initial_weights=None if profile.data else _initial_weights(row, parameters, seed),
+        initial_weights=_initial_weights(row, parameters, seed),
     )
 
 
@@ -259,10 +259,12 @@ def _initial_weights(row: Row, parameters: RunParameters, seed: int) -> str | No
     """Where the run that a row starts from leaves its weights; None for fresh weights."""
     if parameters.initial_weights is not None:
         return str(parameters.initial_weights)
-    if not row.init_from:
+    profile = parameters.profile
+    if profile.name not in row.init_from:
         return None
-    item = get_item(row.init_from)
-    (origin,) = (other for other in item.rows if other.model == row.model)
+    item = get_item(row.init_from[profile.name])
+    model, _ = row.model_in(profile)
+    (origin,) = (other for other in item.rows if other.model_in(profile)[0] == model)
     # where the data lies is no part of the key
     config = configure_row(item, origin, replace(parameters, data_root=None), seed)
     return str(parameters.store.runs_folder / config.key / WEIGHTS)
@@ -336,7 +338,7 @@ def reproduce(
     failed: list[Outcome] = []
     if missing:
         with open_pool(parameters.engine, parameters.devices, parameters.device) as pool:
-            if micro_batch is None and parameters.profile.data is None and pool.device == CPU:
+            if micro_batch is None and not parameters.profile.data and pool.device == CPU:
                 micro_batch = CPU_BATCH
             logger.info(
                 "%d runs, %d at once, %s threads each",
@@ -429,7 +431,7 @@ def train_row(
         CheckpointError: the weights that the row starts from are missing.
     """
     config = configure_row(item, row, parameters, parameters.seeds[0])
-    paper_on_cpu = parameters.profile.data is None and parameters.device == CPU
+    paper_on_cpu = not parameters.profile.data and parameters.device == CPU
     if batch_size is None and micro_batch is None and paper_on_cpu:
         batch_size = CPU_BATCH
     if batch_size is not None:

@@ -61,11 +61,12 @@ class PyramidMean(nn.Module):
     """Bring P3 to P7 to one dimension, upsample them to P3 by nearest neighbour, average them.
 
     The dimension is made before the upsampling, by a 1x1 convolution, norm and activation a level
-    (the endpoints of the authors' code).
+    (the endpoints of the authors' code). Levels that `feature_dims` lacks are left out.
     """
 
     def __init__(self, feature_dims: Mapping[int, int], dim: int, activation: str) -> None:
         super().__init__()
+        self.levels = tuple(feature_dims)
         self.lateral = nn.ModuleList(
             conv_norm(inputs, dim, activation=activation) for inputs in feature_dims.values()
         )
@@ -73,8 +74,8 @@ class PyramidMean(nn.Module):
 
     def forward(self, features: dict[int, Tensor]) -> Tensor:
         """Map the features of P3 to P7 to [N, dim, H, W] of P3's height and width."""
-        pairs = zip(self.lateral, features.values(), strict=True)
-        finest, *coarser = (lateral(feature) for lateral, feature in pairs)
+        pairs = zip(self.lateral, self.levels, strict=True)
+        finest, *coarser = (lateral(features[level]) for lateral, level in pairs)
         upsampled = [upsample(feature, finest.shape[-2:]) for feature in coarser]
         return torch.stack([finest, *upsampled]).mean(0)
 

@@ -143,7 +143,7 @@ def create_model(
         weights: a file that `effspinenet train` or `convert` wrote; its options are the defaults.
         options: `known_options` lists them; for the scale-permuted models `space_to_depth`,
             `weighted_fusion`, `squeeze_excitation`, `activation`, `stochastic_depth`, `dropout`,
-            `betas`.
+            `coarse_levels`, `anchor_size`, `betas`.
 
     Returns:
         Images and targets in, losses in training, predictions in evaluation.
@@ -422,6 +422,9 @@ _NOTES: dict[str, str] = {
 }
 
 
+_COARSE_LEVEL = 6  # section 5.2: P6 and P7 are the ones too coarse at small inputs
+
+
 def _scale_permuted(
     spec: ModelSpec,
     task: str,
@@ -433,6 +436,7 @@ def _scale_permuted(
     activation: str = "swish",
     stochastic_depth: float = 0.2,
     dropout: float = DROPOUT,
+    coarse_levels: bool = True,
     anchor_size: float = ANCHOR_SIZE,
     betas: str = "",
 ) -> TaskModel:
@@ -449,6 +453,8 @@ def _scale_permuted(
         activation: likewise.
         stochastic_depth: likewise.
         dropout: rate before the linear layer of the classifier.
+        coarse_levels: whether the classifier's mean has P6 and P7 (section 4.2); P3 to P5 alone
+            test section 5.2's reason for the lower accuracy.
         anchor_size: side over stride of the smallest anchor of the one-stage detector.
         betas: of the 18 blocks (Equation 4), such as `10-10-5-...`, in place of the model's own
             distribution; empty: its own.
@@ -470,6 +476,8 @@ def _scale_permuted(
     if task == "instances":
         return MaskRCNN(backbone, num_classes, *head, scale.box_fc_dim, activation)
     if task == "classification":
+        if not coarse_levels:
+            dims = {level: dim for level, dim in dims.items() if level < _COARSE_LEVEL}
         return Classifier(
             backbone, pyramid_classification_head(dims, num_classes, activation, dropout)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -17,6 +18,8 @@ from effspinenet_lib.models.zoo import check_model, known_options, resolve_model
 from effspinenet_lib.results import config_hash
 from effspinenet_lib.training.recipe import Recipe
 from effspinenet_lib.training.recipes import recipe_from_dict
+
+RUN_KEY = re.compile("[0-9a-f]{12}")  # of `config_hash`
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,18 @@ class RunConfig:
         """12 hexadecimal digits that name the configuration and its folder.
 
         The paths of a data folder and of the initial weights are left out: moved data is the same
-        data, and weights count by their content.
+        data, and weights count as the run whose folder they are in, else by their content.
 
         Raises:
-            CheckpointError: the initial weights are missing.
+            CheckpointError: initial weights that no run made are missing.
         """
         values = self.to_dict()
         values["data"].pop("root", None)
         if self.initial_weights is not None:
-            values["initial_weights"] = file_digest(self.initial_weights)
+            folder = Path(self.initial_weights).parent.name
+            values["initial_weights"] = (
+                folder if RUN_KEY.fullmatch(folder) else file_digest(self.initial_weights)
+            )
         return config_hash(values)
 
     def to_dict(self) -> dict[str, Any]:
