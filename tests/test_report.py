@@ -72,6 +72,7 @@ CURVE = pd.DataFrame({"step": [10, 12], "loss": [1.875, 1.5]})
 def results(measured: pd.DataFrame = NOTHING, **changes: Any) -> SimpleNamespace:
     """What `experiments.reproduce` returns, as far as reports need it."""
     values = {"runs": pd.DataFrame([RUN]), "curves": {RUN["label"]: CURVE}} | changes
+    values["proxy_rows"] = [SP_NAME, D0_NAME]
     return SimpleNamespace(paper=paper_values("table-08"), measured=measured, **values)
 
 

@@ -560,6 +560,11 @@ class ItemResults:
     runs: pd.DataFrame
     curves: dict[str, pd.DataFrame]
 
+    @property
+    def proxy_rows(self) -> list[str]:
+        """Names of the rows that the proxy trains."""
+        return [row.label for row in self.item.rows if row.trains_in(PROXY)]
+
 
 def read_results(item: Item, parameters: RunParameters) -> ItemResults:
     """What is known of an item, without running anything.

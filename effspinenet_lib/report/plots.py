@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -108,15 +109,17 @@ def _block_bars(
 
 
 def seeds(results: ItemResults, metric: str = "AP") -> Picture:
-    """A dot a seed and a bar at the mean for each row of an item, measured by the proxy.
+    """A dot a seed and a bar at the mean for each row of an item that the proxy trains.
 
     Args:
         results: of an item; rows without a measurement keep their place and say so.
         metric: what is drawn.
     """
     rows = results.measured.query("metric == @metric and source == @PROXY")
-    names = dict.fromkeys(results.paper["row"])
-    values = {name: rows.loc[rows["row"] == name, "value"].dropna().tolist() for name in names}
+    values = {
+        name: rows.loc[rows["row"] == name, "value"].dropna().tolist()
+        for name in results.proxy_rows
+    }
     return seed_dots(values, f"{metric} (%), {SOURCE_NAMES[PROXY]}, one dot a seed")
 
 
@@ -237,32 +240,32 @@ def trade_off(frame: pd.DataFrame, cost: str = "multi_adds", log: bool = False) 
 def waterfall(
     values: pd.Series[float], label: str, errors: pd.Series[float] | None = None
 ) -> Picture:
-    """Steps from one value to the next, a bar a step, in the order given.
+    """Steps from one value to the next, a bar a step, as gains over the first.
 
     Args:
-        values: by the name of the step; what is not defined is left out.
+        values: by the name of the step, in order; what is not defined is left out.
         label: of the axis.
         errors: standard deviations, where there are several seeds.
     """
     values = values.dropna()
     if values.empty:
         return empty_picture(label)
-    steps = values.diff()
+    steps, gains = values.diff(), values - values.iloc[0]
     with drawing():
         figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
         axes = figure.add_subplot()
-        for place, value in enumerate(values):
-            step, start = steps.iloc[place], 0.0 if place == 0 else values.iloc[place - 1]
-            colour = NEUTRAL if place == 0 else RISE if step >= 0 else FALL
-            axes.bar(place, value - start, 0.65, bottom=start, color=colour)
-            text = f"{value:.1f}" if place == 0 else f"{step:+.1f}"
-            axes.annotate(text, (place, max(value, start)), ha="center", va="bottom")
-        if errors is not None:
-            own = errors.reindex(values.index)
-            axes.errorbar(range(len(values)), values, own, fmt="none", ecolor=INK, capsize=3)
+        axes.axhline(0, color=INK, linewidth=1)
+        own = pd.Series(math.nan, values.index) if errors is None else errors.reindex(values.index)
+        axes.errorbar(range(len(values)), gains, own, fmt="none", ecolor=INK, capsize=3)
+        for place, (step, gain, error) in enumerate(zip(steps, gains, own.fillna(0), strict=True)):
+            text = f"{step:+.1f}" if place else f"{values.iloc[0]:.1f}"
+            start = gains.iloc[max(0, place - 1)]
+            axes.bar(place, gain - start, 0.65, bottom=start, color=RISE if step >= 0 else FALL)
+            axes.annotate(text, (place, max(start, gain + error)), ha="center", va="bottom")
         axes.set_xticks(range(len(values)), list(map(str, values.index)), rotation=20)
-        low = min(values.min(), values.iloc[0]) - 0.35 * (values.max() - values.min() + 1)
-        axes.set(ylabel=label, ylim=(max(0.0, low), values.max() * 1.02 + 1))
+        axes.use_sticky_edges = False
+        axes.margins(y=0.12)
+        axes.set(ylabel=f"{label}, gain over {values.index[0]}", xlim=(-0.5, len(values) - 0.5))
         axes.grid(visible=False, axis="x")
         said = "; ".join(f"{name}: {value:.1f}" for name, value in values.items())
         return to_picture(figure, f"{label}, step by step. {said}.")

@@ -78,6 +78,10 @@ class ItemResults(Protocol):
         """Measurements that may be shown as results."""
 
     @property
+    def proxy_rows(self) -> Sequence[str]:
+        """Names of the rows that the proxy trains."""
+
+    @property
     def runs(self) -> pd.DataFrame:
         """Records of the runs that the item needs in the profile, with the column `label`."""
 
@@ -510,8 +514,12 @@ def data_sheet(instrument: pd.DataFrame) -> Table:
 
 
 def instrument_runs(instrument: pd.DataFrame, caption: str, *studies: str) -> Table:
-    """The runs of some studies: mean ± standard deviation (seeds) of each setting and metric."""
+    """The runs of some studies: mean ± standard deviation (seeds) of each setting and metric.
+
+    AP by size and AP50 are left to the CSV, so that the table fits the page.
+    """
     rows = instrument[instrument["study"].isin(studies) & instrument["seed"].notna()]
+    rows = rows[~rows["metric"].isin(["AP50", "AP_S", "AP_M", "AP_L"])]
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     names = ["study", "model", "task", "setting"]
     for (*key, metric), own in rows.groupby([*names, "metric"], sort=False):
