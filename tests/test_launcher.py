@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import launcher_fakes
 import pytest
@@ -132,6 +134,26 @@ def test_runs_leave_the_cpu_only_for_an_accelerator(
     assert outcome.result is not None
     assert ("ACCELERATE_USE_CPU" in outcome.result.record["environment"]) is cpu
     assert "OMP_NUM_THREADS" in outcome.result.record["environment"]
+
+
+def test_runs_at_once_are_spread_over_the_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    seen: list[str] = []
+    start = launcher._start
+
+    def note(request: str, log: str, environment: dict[str, str]) -> Any:
+        seen.append(environment["CUDA_VISIBLE_DEVICES"])
+        return start(request, log, environment)
+
+    monkeypatch.setattr(launcher, "_start", note)
+    configs = [replace(CONFIG, seed=seed) for seed in range(4)]
+    function = "launcher_fakes:works"
+    pool = Pool(4, "gpu", 0, 60)
+    outcomes = list(run_many(configs, tmp_path, pool, progress=False, function=function))
+    assert all(outcome.result for outcome in outcomes)
+    assert sorted(seen) == ["5", "5", "7", "7"]
 
 
 def test_free_cores_are_shared_out_over_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +278,40 @@ def test_a_ray_cluster_is_joined_where_it_is_named_and_shared(
         cluster.shutdown()
     assert outcome.result is not None
     assert outcome.attempts == 1, "to wait for a place is not to hang"
+
+
+@needs_ray
+def test_runs_of_a_cluster_node_that_dies_resume_on_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    (tmp_path / launcher_fakes.LET_GO).write_text("0")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    configs = [replace(CONFIG, seed=seed) for seed in range(4)]
+    function = "launcher_fakes:is_held"
+    outcomes: list[Outcome] = []
+    try:
+        node = cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        with open_pool("ray", 0, "cpu", timeout=300) as pool:
+            assert pool.processes == 2
+            ended = threading.Thread(
+                target=lambda: outcomes.extend(
+                    run_many(configs, tmp_path, pool, progress=False, function=function)
+                )
+            )
+            ended.start()
+            wait_until(lambda: starts(tmp_path) == 2)
+            cluster.remove_node(node, allow_graceful=False)
+            # one more than there are, as the process that was cut off may take one
+            (tmp_path / launcher_fakes.LET_GO).write_text("5")
+            ended.join()
+    finally:
+        cluster.shutdown()
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    assert sorted(outcome.attempts for outcome in outcomes) == [1, 1, 1, 2]
+    assert starts(tmp_path) == 5, "the run of the node that died was started once more"
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("ray")), reason="the extra ray is here")

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 LOCAL, RAY = "local", "ray"
 ENGINES = (LOCAL, RAY)
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own variable
+GPUS = "CUDA_VISIBLE_DEVICES"
 ATTEMPTS = 2  # a process that died or hung is started once more
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0  # our choice: for a step and its checkpoint, before a process is killed
@@ -65,6 +66,7 @@ class Job:
     request: Path
     log: Path
     attempts: int = 0
+    place: int = 0  # among those that run at once
     handle: Any = None  # of the pool's process
 
 
@@ -101,13 +103,19 @@ class Pool:
     def __init__(self, processes: int, device: str, workers: int, timeout: float | None) -> None:
         self.processes, self.device, self.workers = processes, device, workers
         self.timeout = timeout
+        self.gpus = _gpus() if device == "gpu" and processes > 1 else []
 
     def threads(self, runs: int) -> int:
         """Threads of each process: the free cores shared out over those that run at once."""
         return max(1, free_cores() // max(1, min(self.processes, runs)))
 
     def start(self, job: Job, environment: dict[str, str]) -> Any:
-        """Start the process of a job; returns a handle for `poll` and `stop`."""
+        """Start the process of a job; returns a handle for `poll` and `stop`.
+
+        Where runs at once have several GPUs, each sees one.
+        """
+        if self.gpus:
+            environment = {**environment, GPUS: self.gpus[job.place % len(self.gpus)]}
         process = _start(str(job.request), str(job.log), environment)
         return process, time.monotonic() + (self.timeout or float("inf"))
 
@@ -242,6 +250,14 @@ def open_pool(
         pool.close()
 
 
+def _gpus() -> list[str]:
+    """What names each CUDA device of this machine that this process may use."""
+    import torch
+
+    named = os.environ.get(GPUS)
+    return named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
+
+
 def usable_cores() -> int:
     """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -324,6 +340,7 @@ def run_many(
                 while waiting and len(running) < pool.processes:
                     job = waiting.popleft()
                     job.attempts += 1
+                    job.place = min(set(range(pool.processes)) - {one.place for one in running})
                     ensure_folder(job.folder)
                     write_json(job.request, {**request, "config": job.config.to_dict()})
                     job.handle = pool.start(job, environment)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from accelerate import PartialState
 
 from effspinenet_lib.data import DataConfig, detect_format
@@ -49,7 +50,7 @@ from effspinenet_lib.models.zoo import default_image_size
 from effspinenet_lib.results import COST_UNITS, CURVE_FILE, ResultsStore, merged_results
 from effspinenet_lib.results.paper import paper_values
 from effspinenet_lib.training.checkpoint import KEPT
-from effspinenet_lib.training.device import ACCELERATORS, AUTO, CPU, present_accelerators
+from effspinenet_lib.training.device import ACCELERATORS, AUTO, CPU, GPU, TPU, present_accelerators
 from effspinenet_lib.training.recipes import get_recipe
 from effspinenet_lib.training.run import WEIGHTS, RunConfig, RunResult, train_run
 
@@ -132,8 +133,8 @@ def resolve_parameters(
         results_dir: where the CSVs and runs go; default the checkout's `results`.
         accelerator: `auto` takes an accelerator where there is one, else the CPU; `cpu`, `gpu` or
             `tpu`.
-        devices: runs at once; `auto` is one for each CPU core or one on an accelerator, and as
-            many as a Ray cluster has room for. An accelerator of this machine takes one.
+        devices: runs at once; `auto` is one for each CPU core or GPU, and as many as a Ray cluster
+            has room for. Small runs can share a GPU: give more. A TPU takes one.
         seeds: one run a seed: such as "0,1,2", a number or a list; default the profile's own.
         engine: `local` processes, or a `ray` cluster.
         force: train finished runs again.
@@ -187,9 +188,10 @@ def resolve_devices(engine: str, accelerator: str, devices: int | str) -> tuple[
     if device not in (CPU, *present):
         there = ", ".join((CPU, *present))
         raise UserError(f"accelerator {device!r} is not on this machine; it has {there}")
-    if count > 1 and device != CPU:
-        raise UserError(f"devices is {devices!r}; {device} takes one run at a time: give 1")
-    return device, count or (usable_cores() if device == CPU else 1)
+    if count > 1 and device == TPU:
+        raise UserError(f"devices is {devices!r}; a TPU takes one run at a time: give 1")
+    at_once = {CPU: usable_cores(), GPU: torch.accelerator.device_count(), TPU: 1}
+    return device, count or at_once[device]
 
 
 def _parse_seeds(seeds: str | int | Sequence[int] | None) -> tuple[int, ...]:
