@@ -59,7 +59,7 @@ def build_task(spec: ReleasedSpec, image_size: int) -> RetinaNetTask:
     model.norm_activation.use_sync_bn = False
     model.head.num_filters = spec.head_dim
     backbone = model.backbone.get()
-    backbone.model_id = spec.model_id
+    backbone.model_id = spec.name.removeprefix("mobile_").removeprefix("spinenet_").upper()
     backbone.stochastic_depth_drop_rate = 0.0
     return RetinaNetTask(config)
 

@@ -27,7 +27,8 @@ from effspinenet_lib.training.device import prepare_model
 from effspinenet_lib.training.export import inference_copy
 from effspinenet_lib.training.loop import train_steps
 from effspinenet_lib.training.optim import build_optimizer
-from effspinenet_lib.training.recipes import Recipe, get_recipe
+from effspinenet_lib.training.recipe import Recipe
+from effspinenet_lib.training.recipes import get_recipe
 
 Work = Callable[[], object]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

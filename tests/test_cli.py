@@ -333,6 +333,8 @@ def test_training_leaves_weights_that_evaluate_to_the_same_metrics(run, scenes, 
     assert trained.code == 0
     assert str(weights) in trained.out
     assert f"Threads: {torch.get_num_threads()} " in trained.out
+    assert "Device:  cpu\n" in trained.out
+    assert re.search(r"Recipe:  \w+, [\d,]+ steps of \d+ images, sgd, learning rate", trained.out)
     assert weights.stat().st_mtime_ns == before, "a finished run is not trained again"
     (row,) = read_table(runs / "runs.csv", "run").to_dict("records")
     assert (row["run"], row["state"], row["steps"]) == (weights.parent.name, "finished", 2)

@@ -36,6 +36,7 @@ from effspinenet_lib.experiments import reproduction
 from effspinenet_lib.files import write_json
 from effspinenet_lib.training import checkpoint, device, loop, preemption
 from effspinenet_lib.training import log as log_module
+from effspinenet_lib.training import run as run_module
 from effspinenet_lib.training.checkpoint import list_checkpoints, load_checkpoint
 from effspinenet_lib.training.log import (
     DIVERGED_FACTOR,
@@ -539,3 +540,20 @@ def test_weights_of_another_task_give_the_backbone(
     assert all(torch.equal(started[0][name], given[name]) for name in backbone)
     with pytest.raises(UserError, match="backbone"):
         train_run(replace(config, model="eff_spinenet_m1"), tmp_path, max_steps=1, progress=False)
+
+
+def test_a_signal_during_the_last_checkpoint_ends_the_run_before_its_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = run_module._save
+
+    def save(*args: Any) -> None:
+        saved(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run_module, "_save", save)
+    with pytest.raises(Preempted, match=f"stopped after step {RECIPE.steps} by SIGTERM"):
+        train_run(DETECTION, tmp_path, progress=False, checkpoint_seconds=1e9)
+    monkeypatch.undo()
+    monkeypatch.setattr(run_module, "train_steps", lambda *args, **options: iter(()))
+    assert train_run(DETECTION, tmp_path, progress=False).steps == RECIPE.steps

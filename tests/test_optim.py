@@ -112,7 +112,7 @@ def test_the_average_of_weights_and_statistics_is_tensorflows(decay: float) -> N
             for parameter in model.parameters():
                 parameter += step
         model(torch.randn(4, 2, generator=torch.Generator().manual_seed(step)))
-        ema.update_after(model, step)
+        ema.update(model, step)
         kept = min(decay, (1 + step) / (10 + step))
         for name in names:
             new = model.state_dict()[name].double()
@@ -129,12 +129,12 @@ def test_an_average_goes_on_from_its_state() -> None:
     assert first is not None
     with torch.no_grad():
         model.weight.add_(1)
-    first.update_after(model, 1)
+    first.update(model, 1)
     second = build_ema(model, IMAGENET)
     assert second is not None
     second.module.load_state_dict(copy.deepcopy(first.module.state_dict()))
     for average in (first, second):
-        average.update_after(model, 2)
+        average.update(model, 2)
     assert torch.equal(first.module.weight, second.module.weight)
 
 

@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 from benchmarks.seeded import load_seeded
 from effspinenet_lib import experiments
 from effspinenet_lib.cli import app
-from effspinenet_lib.models.released import create_released, released_metadata
-from effspinenet_lib.models.released_specs import COCO_UNUSED
+from effspinenet_lib.models.released import COCO_NAMES, UNUSED, create_released, released_metadata
 from effspinenet_lib.models.weights import save_weights
 from effspinenet_lib.results import validate, write_datapackage
 
@@ -81,7 +80,7 @@ def test_predictions_are_the_models_by_hand(evaluated: Path, tiny_coco: Path) ->
         )
         with torch.inference_mode():
             (output,) = model(image)
-        real = [label + 1 not in COCO_UNUSED for label in output["labels"].tolist()]
+        real = [COCO_NAMES[label + 1] != UNUSED for label in output["labels"].tolist()]
         expected = output["boxes"][real].numpy()
         expected *= np.array([width / columns, height / rows] * 2)
         records = [record for record in found if record["image_id"] == image_id]

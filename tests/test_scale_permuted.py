@@ -19,7 +19,7 @@ from effspinenet_lib.models.layers import (
 )
 from effspinenet_lib.models.scale_permuted import EffSpineNet
 from effspinenet_lib.models.specs import MODELS, backbone_spec
-from effspinenet_lib.models.zoo import check_model
+from effspinenet_lib.models.zoo import check_model, create_model
 
 SPEC = MODELS["eff_spinenet_m0"].backbone
 
@@ -127,6 +127,15 @@ def test_a_block_that_nothing_takes_in_is_not_trained() -> None:
     assert all(n.startswith(("groups.12.", "fusions.13.")) for n in frozen)
     sum(f.mean() for f in model.train()(torch.randn(2, 3, 64, 64)).values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_levels_that_are_not_read_are_not_trained() -> None:
+    torch.manual_seed(0)
+    model = create_model("eff_spinenet_m0", "classification", 5, coarse_levels=False)
+    target = [{"label": torch.tensor(1)}] * 2
+    sum(model.train()(torch.randn(2, 3, 128, 128), target).values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert any(not p.requires_grad for p in model.parameters())
 
 
 def test_space_to_depth_against_a_loop() -> None:

@@ -42,7 +42,8 @@ from effspinenet_lib.training.device import (
 from effspinenet_lib.training.evaluate import evaluate
 from effspinenet_lib.training.loop import Losses, seed_everything, train_steps
 from effspinenet_lib.training.optim import build_optimizer, learning_rate_at
-from effspinenet_lib.training.recipes import Recipe, get_recipe
+from effspinenet_lib.training.recipe import Recipe
+from effspinenet_lib.training.recipes import get_recipe
 from effspinenet_lib.training.run import LOCK, RunConfig, RunResult, train_run
 
 # --- the schedule ---------------------------------------------------------------------------

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from effspinenet_lib.training.recipes import Recipe
+    from effspinenet_lib.training.recipe import Recipe
     from effspinenet_lib.training.run import RunResult
 
 EVALUATIONS = Path("runs") / "evaluations"
@@ -171,6 +171,10 @@ def train(
         initial_weights=None if initial_weights is None else str(initial_weights.resolve()),
     )
     print_threads()
+    typer.echo(
+        f"Recipe:  {settings.name}, {settings.steps:,} steps of {settings.batch_size} images, "
+        f"{settings.optimizer}, learning rate {settings.learning_rate:g}"
+    )
     result = train_run(
         config,
         output,
@@ -195,9 +199,12 @@ def take_threads() -> None:
 
 
 def print_threads() -> None:
-    """Say what this process has taken; `OMP_NUM_THREADS` sets another number."""
+    """Say what this process computes on; `OMP_NUM_THREADS` sets another number of threads."""
     import torch
 
+    from effspinenet_lib.training.device import CPU, present_accelerators
+
+    typer.echo(f"Device:  {', '.join(sorted(present_accelerators())) or CPU}")
     typer.echo(f"Threads: {torch.get_num_threads()} (OMP_NUM_THREADS sets another number)")
 
 

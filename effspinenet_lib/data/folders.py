@@ -320,7 +320,7 @@ def cached_arrays(source: Path, kind: str, read: Callable[[], dict[str, Any]]) -
     """The arrays that `read` makes of an annotation file; kept in the cache if it is large.
 
     The name in the cache is the SHA-256 of the file's path and content, and `kind`, which says
-    which arrays they are. What is no array is not kept, nor anything with it.
+    which arrays they are. Where a value is no array, such as a list of faults, nothing is kept.
 
     Raises:
         UserError: the cache cannot be written.

@@ -93,9 +93,18 @@ def _settings(path: Path) -> dict[Any, Any]:
 
 
 def _place(root: Path, base: Any, given: Any) -> Path | None:
-    """The folder or list that data.yaml names, which tools write relative to several places."""
+    """The folder or list that data.yaml names, which tools write relative to several places.
+
+    Raises:
+        DataError: several are named.
+    """
     if isinstance(given, list) and len(given) == 1:
         (given,) = given
+    if isinstance(given, list) and given:
+        raise DataError(
+            f"{root}: its YAML file names {len(given)} folders for one part "
+            f"({', '.join(map(str, given[:3]))}); one is needed: move their pictures together"
+        )
     if not isinstance(given, str) or not given.strip() or "\0" in given:
         return None
     given = given.replace("\\", "/")
@@ -171,7 +180,7 @@ def read(root: Path, part: Part, masks: bool) -> Records:
         except DataError as error:
             if label.is_file() and str(error).startswith(str(label)):
                 faults.append(Fault(str(error)))
-            continue  # a picture that cannot be opened is told with its size
+            continue  # `check_records` reports a picture that cannot be opened
         records.images[-1][1].update(height=size[0], width=size[1])
 
         numbered = [(f"{label}: line {place}", line) for place, line in enumerate(lines, start=1)]

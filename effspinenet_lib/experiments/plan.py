@@ -32,7 +32,8 @@ from effspinenet_lib.experiments.reproduction import (
 from effspinenet_lib.models.base import TaskModel
 from effspinenet_lib.models.zoo import create_model
 from effspinenet_lib.training.config import RunConfig
-from effspinenet_lib.training.recipes import SEARCH_HELD_OUT_IMAGES, Recipe
+from effspinenet_lib.training.recipe import Recipe
+from effspinenet_lib.training.recipes import SEARCH_HELD_OUT_IMAGES
 
 # A training step computes the network forwards, the gradients of its activations and those of its
 # weights: three times the multiply-adds of an image.

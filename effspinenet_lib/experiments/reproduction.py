@@ -266,7 +266,11 @@ def _initial_weights(row: Row, parameters: RunParameters, seed: int) -> str | No
         return None
     item = get_item(row.init_from[profile.name])
     model, _ = row.model_in(profile)
-    (origin,) = (other for other in item.rows if other.model_in(profile)[0] == model)
+    origin = next(
+        other
+        for other in item.rows
+        if other.trains_in(profile.name) and other.model_in(profile)[0] == model
+    )
     # where the data lies is no part of the key
     config = configure_row(item, origin, replace(parameters, data_root=None), seed)
     return str(parameters.store.runs_folder / config.key / WEIGHTS)

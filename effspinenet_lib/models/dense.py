@@ -83,15 +83,11 @@ class PyramidMean(nn.Module):
 class Classifier(LogitsModel):
     """A network that gives one of many classes to an image.
 
-    Args:
-        backbone: maps images [N, 3, H, W] to what the head takes.
-        head: gives the logits [N, C].
+    Attributes:
         label_smoothing: share of the target spread over all classes (the paper names none).
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, label_smoothing: float = 0.0) -> None:
-        super().__init__(backbone, head)
-        self.label_smoothing = label_smoothing
+    label_smoothing = 0.0
 
     def loss(self, logits: Tensor, targets: list[Target]) -> Tensor:
         """Softmax cross-entropy with each target's `label`, the mean over the images."""

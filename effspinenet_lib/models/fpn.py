@@ -264,5 +264,5 @@ def _conv(dim: int, stride: int, separable: bool) -> nn.Module:
 
 
 def overlapping_pool(features: Tensor, levels: int = 1) -> Tensor:
-    """Go up so many levels by max pooling over 3x3."""
+    """Divide the resolution by 2**levels, by max pooling over 3x3."""
     return F.max_pool2d(features, KERNEL, 2**levels, KERNEL // 2)

@@ -25,7 +25,7 @@ HARD_SIGMOID_SLOPE = 0.16667
 # Standard deviation of a normal distribution cut off at two of its own (TensorFlow divides by it).
 TRUNCATED_STD = 0.87962566103423978
 
-# In place only where the gradient needs the result alone: of the others torch copies the input.
+# ReLU's gradient needs its result alone, so it may overwrite its input; the others' need the input.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "swish": nn.SiLU,
     "relu": lambda: nn.ReLU(inplace=True),
@@ -295,10 +295,7 @@ class SumFusion(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Add tensors of one shape [N, C, H, W]."""
-        fused = features[0]
-        for feature in features[1:]:
-            fused = fused + feature
-        return fused
+        return sum(features[1:], features[0])
 
 
 class PyramidBackbone(nn.Module):

@@ -378,7 +378,6 @@ class MaskRCNN(TaskModel):
         head_layers: separable convolutions a branch (Table 2).
         fc_dim: width of the fully connected layer of the box branch (section 4.1).
         activation: `swish` or `relu`.
-        settings: anchors, sampling, pooling and post-processing.
     """
 
     def __init__(
@@ -389,12 +388,11 @@ class MaskRCNN(TaskModel):
         head_layers: int,
         fc_dim: int,
         activation: str = "swish",
-        settings: InstanceSettings | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_classes = num_classes
-        self.settings = settings or InstanceSettings()
+        self.settings = InstanceSettings()
         self.lateral = nn.ModuleDict(
             {
                 str(level): conv_norm(dim, head_dim, activation=activation)

@@ -27,16 +27,21 @@ import torch
 from numpy.typing import NDArray
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from effspinenet_lib.data.augment import RELEASED as RELEASED_PREPROCESSING
 from effspinenet_lib.errors import CheckpointError, UnknownName, UserError
 from effspinenet_lib.models.layers import MBConv, SeparableConv
-from effspinenet_lib.models.released_specs import COCO_NAMES, RELEASED, SOURCE, ReleasedSpec
+from effspinenet_lib.models.released_specs import RELEASED, SOURCE, ReleasedSpec
 from effspinenet_lib.models.retinanet import RetinaNet
 from effspinenet_lib.models.specs import TASKS, SpineNetSpec
 from effspinenet_lib.models.zoo import create_model
 
 logger = logging.getLogger(__name__)
+# The released detectors number their classes by COCO's category ids: the names by id, from 0, the
+# background. Ten ids are not used.
+COCO_NAMES: list[str] = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+UNUSED = "N/A"
 
 TASK = "detection"
 
@@ -103,17 +108,16 @@ def released_metadata(name: str, checkpoint: str) -> dict[str, Any]:
         checkpoint: name of the checkpoint.
     """
     spec = RELEASED[name]
-    classes = TASKS[TASK]
     return {
         "model": name,
         "task": TASK,
-        "num_classes": classes,
+        "num_classes": TASKS[TASK],
         "options": _options(spec),
         "image_size": spec.image_size,
         "preprocessing": RELEASED_PREPROCESSING,
         "categories": [
-            {"id": number, "name": COCO_NAMES.get(number, f"unused {number}")}
-            for number in range(1, classes + 1)
+            {"id": number, "name": f"unused {number}" if name == UNUSED else name}
+            for number, name in enumerate(COCO_NAMES[1:], start=1)
         ],
         "source": f"{SOURCE}, experiment {spec.experiment}, checkpoint {checkpoint}",
         "metrics": spec.metrics,

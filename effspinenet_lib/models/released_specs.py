@@ -24,27 +24,6 @@ HEAD_LAYERS = 4
 SOURCE = "TensorFlow Model Garden, official/vision (tf-models-official 2.20.0)"
 
 
-# The released detectors number their classes by COCO's category ids, of which 10 are not used.
-COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-_COCO_NAMES = """
-person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant
-stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe
-backpack umbrella handbag tie suitcase frisbee skis snowboard sports_ball kite
-baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass cup fork
-knife spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake
-chair couch potted_plant bed dining_table toilet tv laptop mouse remote keyboard
-cell_phone microwave oven toaster sink refrigerator book clock vase scissors teddy_bear
-hair_drier toothbrush
-"""
-COCO_NAMES: dict[int, str] = dict(
-    zip(
-        (number for number in range(1, 91) if number not in COCO_UNUSED),
-        (name.replace("_", " ") for name in _COCO_NAMES.split()),
-        strict=True,
-    )
-)
-
-
 @dataclass(frozen=True)
 class ReleasedSpec:
     """A released RetinaNet.
@@ -57,7 +36,6 @@ class ReleasedSpec:
         head_dim: channels of the heads, and of what the backbone's levels are brought to.
         separable: separable convolutions in the heads, or dense ones.
         experiment: the Model Garden's name of the experiment.
-        model_id: the Model Garden's name of the backbone.
         metrics: published figures by name: AP on COCO val2017 in percent; empty for a model of
             which only the configuration is published.
     """
@@ -69,7 +47,6 @@ class ReleasedSpec:
     head_dim: int
     separable: bool
     experiment: str
-    model_id: str
     metrics: dict[str, float]
 
 
@@ -101,7 +78,6 @@ RELEASED: dict[str, ReleasedSpec] = {
             head_dim=48,
             separable=True,
             experiment=_MOBILE,
-            model_id="49",
             metrics={"AP": 28.1},  # MODEL_GARDEN.md; the configuration's header has 27.6
         ),
         ReleasedSpec(
@@ -112,7 +88,6 @@ RELEASED: dict[str, ReleasedSpec] = {
             head_dim=40,
             separable=True,
             experiment=_MOBILE,
-            model_id="49S",
             metrics={"AP": 23.5},  # the configuration's header
         ),
         ReleasedSpec(
@@ -123,7 +98,6 @@ RELEASED: dict[str, ReleasedSpec] = {
             head_dim=24,
             separable=True,
             experiment=_MOBILE,
-            model_id="49XS",
             metrics={},
         ),
         ReleasedSpec(
@@ -134,7 +108,6 @@ RELEASED: dict[str, ReleasedSpec] = {
             head_dim=256,
             separable=False,
             experiment="retinanet_spinenet_coco",
-            model_id="49",
             metrics={"AP": 44.2},  # MODEL_GARDEN.md
         ),
     )

@@ -161,8 +161,9 @@ class OneStageDetector(TaskModel):
     ) -> dict[str, Tensor]:
         """Decode one image of `size` (height, width): scores [A, C] and codes [A, 4].
 
-        A box that clipping leaves without area is dropped before the limit of detections. In
-        float64 the suppression's way to move the boxes of the classes apart changes no overlap.
+        A box that clipping leaves without area is dropped before the limit of detections.
+        torchvision moves the boxes of the classes apart to suppress all at once; float64 keeps
+        their overlaps.
         """
         settings = self.settings
         best = best_by_class if settings.candidates_by_class else best_of_all

@@ -6,7 +6,7 @@ its resampled inputs (`BlockFusion`), then runs its layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from timm.layers.create_act import get_act_layer
@@ -116,12 +116,21 @@ class ScalePermutedNetwork(PyramidBackbone):
         self.groups = nn.ModuleList(groups)
         self.fusions = nn.ModuleDict(fusions)
         initialise(self)
-        used = {index for block in spec.blocks for index in block.inputs}
-        used.update(*spec.extra_inputs.values())
-        for block in spec.blocks:
-            if block.index not in used and not block.is_output:
-                self.groups[block.index - 1].requires_grad_(False)
-                self.fusions[str(block.index)].requires_grad_(False)
+        self.freeze_unused(self.feature_dims)
+
+    def freeze_unused(self, levels: Collection[int]) -> None:
+        """Let blocks that the outputs of these levels do not depend on have no gradient."""
+        inputs: dict[int, set[int]] = {0: set()}  # of the stem
+        inputs.update({block.index: {*block.inputs} for block in self.spec.blocks})
+        for index, idle in self.spec.extra_inputs.items():
+            inputs[index].update(idle)
+        needed, ahead = set(), {self.spec.outputs[level].index for level in levels}
+        while ahead:
+            needed |= ahead
+            ahead = set().union(*(inputs[index] for index in ahead)) - needed
+        for index in inputs.keys() - needed:
+            self.groups[index - 1].requires_grad_(False)
+            self.fusions[str(index)].requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """Compute the feature pyramid.

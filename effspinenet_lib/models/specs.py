@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 from effspinenet_lib.errors import UserError
 
@@ -265,7 +266,6 @@ LEARNED_BETAS = (10, 10, 5, 5, 15, 20, 20, 1, 20, 15, 5, 20, 10, 15, 15, 10, 10,
 LEARNED_UNIT = 0.0782
 
 LARGEST_BETA = 10_000  # our choice: shares of the computation in hundredths of a percent
-SHOWN_CHARACTERS = 100  # our choice: longest invalid beta string shown in an error
 BETAS_JOINT = "-"
 
 # SpineNet-49 as published (arXiv 1912.05027, and the released code): level, bottleneck block or
@@ -446,7 +446,7 @@ def block_multi_adds(spec: BackboneSpec, input_size: int) -> tuple[float, ...]:
     )
 
 
-def check_betas(betas: Sequence[int]) -> tuple[int, ...]:
+def check_betas(betas: Sequence[Any]) -> tuple[int, ...]:
     """The betas, if they are valid.
 
     Raises:
@@ -455,11 +455,14 @@ def check_betas(betas: Sequence[int]) -> tuple[int, ...]:
     """
     whole = all(type(beta) is int and 1 <= beta <= LARGEST_BETA for beta in betas)
     if len(betas) != len(TOPOLOGY) or not whole:
-        raise _invalid_betas(BETAS_JOINT.join(map(_shown, betas)))
+        raise UserError(
+            f"betas are {betas_text(betas)!r}; they must be {len(TOPOLOGY)} whole numbers from 1 "
+            f"to {LARGEST_BETA}, written as {betas_text(LEARNED_BETAS)}"
+        )
     return tuple(betas)
 
 
-def betas_text(betas: Sequence[int]) -> str:
+def betas_text(betas: Sequence[Any]) -> str:
     """Betas as one word, such as 10-10-5, for options and CSV files."""
     return BETAS_JOINT.join(map(str, betas))
 
@@ -470,20 +473,6 @@ def parse_betas(text: str) -> tuple[int, ...]:
     Raises:
         UserError: the text does not hold 18 valid betas.
     """
-    parts = text.split(BETAS_JOINT)
-    digits = len(str(LARGEST_BETA))
-    if not all(part.isdecimal() and len(part) <= digits for part in parts):
-        raise _invalid_betas(text)
-    return check_betas([int(part) for part in parts])
-
-
-def _shown(beta: object) -> str:
-    """A beta in a message; Python itself refuses to print very long numbers."""
-    return "(too large)" if isinstance(beta, int) and abs(beta) > LARGEST_BETA else str(beta)
-
-
-def _invalid_betas(text: str) -> UserError:
-    return UserError(
-        f"betas are {text[:SHOWN_CHARACTERS]!r}; they must be {len(TOPOLOGY)} whole numbers "
-        f"from 1 to {LARGEST_BETA}, written as {betas_text(LEARNED_BETAS)}"
+    return check_betas(
+        [int(part) if part.isdecimal() else part for part in text.split(BETAS_JOINT)]
     )

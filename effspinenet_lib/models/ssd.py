@@ -74,18 +74,15 @@ class SSDLite(OneStageDetector):
     Args:
         backbone: computes the features, of six levels in SSDLite.
         num_classes: classes, without background.
-        settings: prior boxes, losses and post-processing.
     """
 
     settings: SSDSettings
 
-    def __init__(
-        self, backbone: PyramidBackbone, num_classes: int, settings: SSDSettings | None = None
-    ) -> None:
+    def __init__(self, backbone: PyramidBackbone, num_classes: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_classes = num_classes
-        self.settings = settings or SSDSettings()
+        self.settings = SSDSettings()
         self.matching = AnchorSettings()
         dims = list(backbone.feature_dims.values())
         self.priors = PriorBoxes(self.settings, len(dims))

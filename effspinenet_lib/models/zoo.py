@@ -163,7 +163,7 @@ def create_model(
         model = create_model(
             name, task, num_classes or facts["num_classes"], **{**facts["options"], **options}
         )
-        load_into(model, state, str(weights))
+        load_into(model, state, f"{weights} (model {name})")
         return model
     name, checked = check_model(name, task, options)
     classes = TASKS[task] if num_classes is None else num_classes
@@ -288,14 +288,14 @@ def _check_option(option: str, value: Any, default: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if option == "output_stride":
         valid, wanted = is_number and value in ATROUS_RATES, "8 or 16"
-    elif option == "repeats":
-        valid, wanted = is_number and isinstance(value, int) and value >= 1, "a positive number"
     elif option == "anchor_size":
         valid, wanted = is_number and value > 0, "a positive number"
     elif isinstance(default, float):  # a rate
         valid, wanted = is_number and 0 <= value < 1, "a number from 0 to below 1"
-    else:
+    elif isinstance(default, bool) or default is None:
         valid, wanted = isinstance(value, bool) or value is default, "true or false"
+    else:
+        valid, wanted = is_number and isinstance(value, int) and value >= 1, "a positive number"
     if not valid:
         raise UserError(f"model option {option} is {value!r}; it must be {wanted}")
 
@@ -478,6 +478,7 @@ def _scale_permuted(
     if task == "classification":
         if not coarse_levels:
             dims = {level: dim for level, dim in dims.items() if level < _COARSE_LEVEL}
+            backbone.freeze_unused(dims)
         return Classifier(
             backbone, pyramid_classification_head(dims, num_classes, activation, dropout)
         )

@@ -43,7 +43,8 @@ from effspinenet_lib.results import REFERENCE, ResultsStore
 from effspinenet_lib.search.controllers import CONTROLLERS, Choices, Controller
 from effspinenet_lib.search.space import BLOCKS, Costs, detector_costs, feature_dims
 from effspinenet_lib.training.config import RunConfig
-from effspinenet_lib.training.recipes import SEARCH_HELD_OUT_IMAGES, Recipe, get_recipe
+from effspinenet_lib.training.recipe import Recipe
+from effspinenet_lib.training.recipes import SEARCH_HELD_OUT_IMAGES, get_recipe
 
 FINISHED, DUPLICATE, FAILED = "finished", "duplicate", "failed"  # states of a trial
 OWN_FORMAT = "shapescenes"

@@ -16,7 +16,7 @@ from effspinenet_lib.errors import CheckpointError, TrainingError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.models import zoo
 from effspinenet_lib.models.base import TaskModel
-from effspinenet_lib.models.weights import load_into, load_weights
+from effspinenet_lib.models.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -119,13 +119,7 @@ def create_from_weights(path: str | Path) -> tuple[TaskModel, dict[str, Any]]:
         CheckpointError: the file cannot be read or its tensors do not fit the model.
         UnknownName: it is of a model that this version does not have.
     """
-    state, metadata = load_weights(path)
-    model = zoo.create_model(
-        metadata["model"],
-        task=metadata["task"],
-        num_classes=metadata["num_classes"],
-        **metadata["options"],
-    )
-    load_into(model, state, f"{path} (model {metadata['model']})")
+    _, metadata = load_weights(path)
+    model = zoo.create_model(metadata["model"], metadata["task"], weights=path)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return model.eval().to(device), metadata

@@ -14,7 +14,7 @@ import numpy as np
 
 from effspinenet_lib.data import DataConfig, Dataset
 from effspinenet_lib.errors import CheckpointError
-from effspinenet_lib.models.zoo import check_model, known_options, resolve_model
+from effspinenet_lib.models.zoo import check_model, known_options
 from effspinenet_lib.results import config_hash
 from effspinenet_lib.training.recipe import Recipe
 from effspinenet_lib.training.recipes import recipe_from_dict
@@ -24,7 +24,7 @@ RUN_KEY = re.compile("[0-9a-f]{12}")  # of `config_hash`
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run's result depends on.
+    """What decides a run's result, up to the hardware and the number of processes.
 
     Attributes:
         model: one of `list_models()`, or the path of a distribution, which is replaced by its
@@ -55,10 +55,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Resolve the model's name and check its options, once."""
-        model, options = resolve_model(self.model, self.model_options)
+        model, options = check_model(self.model, self.task, self.model_options)
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "model_options", options)
-        check_model(model, self.task, self.options)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -73,8 +72,8 @@ class RunConfig:
     def key(self) -> str:
         """12 hexadecimal digits that name the configuration and its folder.
 
-        The paths of a data folder and of the initial weights are left out: moved data is the same
-        data, and weights count as the run whose folder they are in, else by their content.
+        Paths are left out, so that moved data is the same data. Initial weights count by the key of
+        the run in whose folder they are, else by the SHA-256 of the file.
 
         Raises:
             CheckpointError: initial weights that no run made are missing.

@@ -73,7 +73,6 @@ def evaluate(
     progress: bool = True,
     accelerator: Accelerator | None = None,
     preprocessing: str = FITTED,
-    category_ids: Sequence[int | None] | None = None,
 ) -> Evaluation:
     """Predict every image of a data set and compute the task's metrics.
 
@@ -92,8 +91,6 @@ def evaluate(
             The main one returns what a single process would; the others an empty evaluation.
         preprocessing: one of `data.augment.PREPROCESSINGS`. With "released" boxes are not cut
             off at the image's edges, as in the released code.
-        category_ids: the category id of each label, in the order of the labels; None for one that
-            the data does not have, whose boxes are left out. By default the data set's own.
 
     Raises:
         UserError: the model has classes that the data set lacks.
@@ -104,8 +101,6 @@ def evaluate(
         return Evaluation(dict.fromkeys(TASK_METRICS[task], math.nan), [])
     if task == "segmentation":
         dataset.prepare(task)
-    known = [None if c.id == ABSENT else c.id for c in dataset.categories]
-    ids = category_ids or known
     padded = task in ("detection", "instances") and preprocessing == FITTED
     rank, processes = 0, 1
     if accelerator is not None:
@@ -127,7 +122,7 @@ def evaluate(
             images = batch.images.to(device)
             outputs = model(images, extents=extents_of(batch)) if padded else model(images)
             for output, scales in zip(outputs, batch.scales.tolist(), strict=True):
-                image = _Image(dataset, index, scales, preprocessing != RELEASED, ids)
+                image = _Image(dataset, index, scales, preprocessing != RELEASED)
                 records, counted = _READ[task](output, image)
                 predictions += records
                 counts = counts + counted
@@ -175,7 +170,6 @@ class _Image:
     index: int
     scales: Scales
     cut: bool  # whether boxes end at its edges
-    category_ids: Sequence[int | None]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -198,12 +192,14 @@ class _Image:
         Raises:
             UserError: the model has more classes than the data set.
         """
-        if label >= len(self.category_ids):
+        categories = self.dataset.categories
+        if label >= len(categories):
             raise UserError(
                 f"the model found class {label}, counted from 0, but {self.dataset.name} has "
-                f"{len(self.category_ids)} categories; create it with that num_classes"
+                f"{len(categories)} categories; create it with that num_classes"
             )
-        return self.category_ids[label]
+        found = categories[label].id
+        return None if found == ABSENT else found
 
 
 Output = Mapping[str, Tensor]

@@ -5,8 +5,8 @@ number: all random generators are seeded at each step, and the loader's batch at
 nothing else. So a resumed run ends with the weights of one that was not interrupted.
 
 A process may compute its share of a batch in parts (gradient accumulation), and processes share
-batches. Either way the losses and gradients are those of the whole batch: each part's losses are
-weighted by its share of what they are means over, such as the positive anchors. What differs is
+batches. Either way the losses and gradients are those of the whole batch: a loss is a mean over
+something, such as the positive anchors, and a part's counts by its number of those. What differs is
 what sees a part rather than the batch: norms use its statistics (their momentum is changed so that
 a step counts as before; between processes they are synchronised); dropout, stochastic depth and
 the samples of Mask R-CNN draw other numbers, and Mask R-CNN's losses are weighted by images, since
@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from effspinenet_lib.data import Batch
 from effspinenet_lib.errors import TrainingError
 from effspinenet_lib.training.device import autocast, end_step, loss_check_steps
-from effspinenet_lib.training.optim import Ema, learning_rate_at, set_learning_rate
+from effspinenet_lib.training.optim import learning_rate_at, set_learning_rate
 from effspinenet_lib.training.preemption import Preemption
 from effspinenet_lib.training.recipe import Recipe
 
@@ -51,7 +52,7 @@ def train_steps(
     seed: int,
     start_step: int = 0,
     micro_batch: int | None = None,
-    ema: Ema | None = None,
+    ema: ModelEmaV3 | None = None,
     preemption: Preemption | None = None,
 ) -> Iterator[Losses]:
     """Train on `batches`, the first of which is that of step `start_step`.
@@ -95,7 +96,7 @@ def train_steps(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
-            ema.update_after(accelerator.unwrap_model(model), step + 1)
+            ema.update(accelerator.unwrap_model(model), step + 1)
         end_step(accelerator.device)
         values = torch.stack(list(losses.values()))
         unchecked[step + 1] = tuple(losses), values, batch.image_ids

@@ -18,8 +18,8 @@ UNFUSED_DEVICES = (XLA, "meta")
 KERNELS = ("foreach", "fused")  # entries of a parameter group that say how it is updated
 # TensorFlow's rule for a young average, which EfficientNet's code uses: after n steps the share
 # of the old average is at most (1 + n) / (10 + n). It is timm's warmup at these settings, whose
-# count of steps is two ahead.
-EMA_WARMUP_GAMMA, EMA_WARMUP_POWER, EMA_STEPS_AHEAD = 9.0, 1.0, 2
+# count of steps starts two ahead.
+EMA_WARMUP_GAMMA, EMA_WARMUP_POWER, EMA_START = 9.0, 1.0, -2
 
 
 def learning_rate_at(recipe: Recipe, step: int) -> float:
@@ -67,11 +67,11 @@ def decayed_parameters(model: nn.Module, recipe: Recipe) -> tuple[list[str], lis
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer; two parameter groups, with and without weight decay.
 
-    The decay is coupled (L2), but AdamW's: it is added to the gradient first, as in the released
-    config. SGD is PyTorch's: its momentum multiplies the rate in last, so that a drop of the rate
-    acts at once on the whole step. RMSProp is TensorFlow's, which EfficientNet was trained with:
-    the mean of squares starts at one, epsilon is inside the root, and the rate is multiplied in
-    before the momentum.
+    SGD and RMSProp add the decay to the gradient (L2), as in the released config; AdamW shrinks the
+    weights by it. SGD is PyTorch's: its momentum multiplies the rate in last, so that a drop of the
+    rate acts at once on the whole step. RMSProp is TensorFlow's, which EfficientNet was trained
+    with: the mean of squares starts at one, epsilon is inside the root, and the rate is multiplied
+    in before the momentum.
     """
     parameters = dict(model.named_parameters())
     decayed, kept = decayed_parameters(model, recipe)
@@ -117,26 +117,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-class Ema(ModelEmaV3):
-    """A moving average of a model's weights and statistics, evaluated in their place.
+def build_ema(model: nn.Module, recipe: Recipe) -> ModelEmaV3 | None:
+    """The recipe's moving average of weights and statistics; None where it asks for none.
 
-    `module` is the model with the averaged state, in evaluation mode.
+    It starts at the model's state; `update(model, n)` takes in the state after n steps. `module` is
+    the model with the averaged state, in evaluation mode.
     """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        super().__init__(
-            model,
-            decay=decay,
-            use_warmup=True,
-            warmup_gamma=EMA_WARMUP_GAMMA,
-            warmup_power=EMA_WARMUP_POWER,
-        )
-
-    def update_after(self, model: nn.Module, step: int) -> None:
-        """Take in the model's state after `step` steps, this one included."""
-        self.update(model, step + EMA_STEPS_AHEAD)
-
-
-def build_ema(model: nn.Module, recipe: Recipe) -> Ema | None:
-    """The recipe's average, which starts at the model's state; None where it asks for none."""
-    return None if recipe.ema_decay is None else Ema(model, recipe.ema_decay)
+    if recipe.ema_decay is None:
+        return None
+    return ModelEmaV3(
+        model,
+        recipe.ema_decay,
+        update_after_step=EMA_START,
+        use_warmup=True,
+        warmup_gamma=EMA_WARMUP_GAMMA,
+        warmup_power=EMA_WARMUP_POWER,
+    )

@@ -14,8 +14,8 @@ from torch.distributed import DistError
 from effspinenet_lib.errors import Preempted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and the keyboard's
-# Launchers pass on a signal that the terminal has sent to their processes already: within this
-# time it is the same one (our choice).
+# On Ctrl-C the terminal signals every process, and launchers such as torchrun send it once more.
+# A second signal within this time is that echo, no second request (our choice).
 SAME_SIGNAL_SECONDS = 1.0
 _GLOO = "/gloo/"  # in the errors of torch's CPU transport: a path of its code
 
@@ -38,7 +38,8 @@ class Preemption:
     def in_steps(self) -> Iterator[None]:
         """While this is open, a signal waits for the end of the step; otherwise it acts at once.
 
-        An error that ends the steps ends the run, and no signal hides it.
+        Not reset where the steps end in an error: a signal that arrives then is remembered, and
+        cannot take the error's place.
         """
         self._in_steps = True
         yield

@@ -84,7 +84,8 @@ class Recipe:
     norm_momentum: float
     norm_freeze_steps: int
     sources: Mapping[str, str] = field(compare=False, repr=False, hash=False)
-    # Fields with a default came later: `to_dict` leaves them out at it, so that older keys stay.
+    # Fields with a default were added after runs had been recorded: `to_dict` leaves out one that
+    # has its default, so that those runs keep their keys.
     optimizer: str = "sgd"
     optimizer_decay: float | None = None
     optimizer_epsilon: float | None = None
@@ -158,14 +159,9 @@ class Recipe:
         Our choice, as EfficientNet's code and the authors' do it: the learning rate is
         proportional to the batch, the steps inversely. The average of the weights keeps its
         length in images. The momenta of the optimizer and of the norms stay.
-
-        Raises:
-            UserError: the batch is not positive.
         """
         if batch_size == self.batch_size:
             return self
-        if batch_size < 1:
-            self._refuse(f"batch_size is {batch_size}; it must be 1 or more")
         ratio = batch_size / self.batch_size
         origin = self.scaled_from_batch or self.batch_size
         scaled = {

@@ -20,25 +20,10 @@ from dataclasses import MISSING, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from effspinenet_lib.errors import UnknownName
-from effspinenet_lib.training.recipe import CHANGED, PRECISIONS, SCHEDULES, Recipe, Setting, declare
+from effspinenet_lib.training.recipe import CHANGED, Recipe, Setting, declare
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = [
-    "CHANGED",
-    "EVALUATION_BATCH",
-    "PRECISIONS",
-    "RECIPES",
-    "SCHEDULES",
-    "SCHEDULE_EPOCHS",
-    "SEARCH_HELD_OUT_IMAGES",
-    "SMALL_DATA_RECIPES",
-    "Recipe",
-    "get_recipe",
-    "recipe_from_dict",
-    "recipes_frame",
-]
 
 EVALUATION_BATCH = 16  # our choice; the same for every model
 

@@ -24,6 +24,7 @@ import torchvision
 from accelerate import Accelerator
 from accelerate.utils import broadcast, extract_model_from_parallel
 from filelock import FileLock, Timeout
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from effspinenet_lib.data import Augmentation, Dataset, classes_of, training_loader
@@ -41,7 +42,7 @@ from effspinenet_lib.training.config import RunConfig, describe_data
 from effspinenet_lib.training.evaluate import evaluate, write_predictions
 from effspinenet_lib.training.log import TrainingLog
 from effspinenet_lib.training.loop import seed_everything, train_steps
-from effspinenet_lib.training.optim import Ema, build_ema, build_optimizer, load_optimizer
+from effspinenet_lib.training.optim import build_ema, build_optimizer, load_optimizer
 from effspinenet_lib.training.preemption import handle_preemption, lost_processes
 from effspinenet_lib.training.recipes import EVALUATION_BATCH
 
@@ -91,7 +92,7 @@ class TrainState:
 
     model: nn.Module  # on its device and, with several processes, wrapped for them
     optimizer: torch.optim.Optimizer
-    ema: Ema | None
+    ema: ModelEmaV3 | None
     step: int = 0
     seconds: float = 0.0  # of training, over all interruptions
     curve: dict[str, Any] = field(default_factory=dict)  # its unfinished row
@@ -216,6 +217,8 @@ def train_run(
                         saved_at = time.monotonic()
                         state.seconds, state.curve = saved_at - began, log.state
                         _save(config, folder, state, checkpoints)
+            if accelerator.num_processes == 1 and preemption.signal:  # during the last checkpoint
+                preemption.agreed = True
             if preemption.agreed:
                 accelerator.wait_for_everyone()  # a launcher ends the others once one has ended
                 raise Preempted(
