@@ -27,12 +27,9 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from effspinenet_lib.data import (
-    Augmentation,
-    classes_of,
-    open_dataset,
-    training_loader,
-)
+from effspinenet_lib.data import classes_of, open_dataset
+from effspinenet_lib.data.augment import Augmentation
+from effspinenet_lib.data.loader import training_loader
 from effspinenet_lib.experiments.items import PROFILES, PROXY, PROXY_DATA
 from effspinenet_lib.experiments.launcher import LOCAL, open_pool, run_many
 from effspinenet_lib.files import read_json, write_json

@@ -17,8 +17,9 @@ from torchvision.transforms import v2
 from benchmarks.models import PROXY_BATCH, PROXY_SIZE, Setting, our_step, proxy_step
 from benchmarks.pairs import compare, time_in_turn
 from benchmarks.record import Figure, ratio_figure
-from effspinenet_lib.data import Augmentation, DataConfig, open_dataset, training_loader
-from effspinenet_lib.data.augment import MEAN, STD
+from effspinenet_lib.data import DataConfig, open_dataset
+from effspinenet_lib.data.augment import MEAN, STD, Augmentation
+from effspinenet_lib.data.loader import training_loader
 
 # Pictures of COCO's usual size, and about as large as its files (160 kB).
 PICTURES, HEIGHT, WIDTH, OBJECTS, QUALITY = 32, 480, 640, 7, 90

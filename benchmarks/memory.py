@@ -36,7 +36,9 @@ MIB = 2**20
 _OPEN = """
 import json, sys
 from pathlib import Path
-from effspinenet_lib.data import Augmentation, DataConfig, open_dataset, training_loader
+from effspinenet_lib.data import DataConfig, open_dataset
+from effspinenet_lib.data.augment import Augmentation
+from effspinenet_lib.data.loader import training_loader
 
 def opened():
     dataset = open_dataset(DataConfig("coco", sys.argv[1], "train2017"), "train")

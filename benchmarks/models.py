@@ -20,7 +20,7 @@ from benchmarks.pairs import compare, fastest, time_in_turn
 from benchmarks.plain import make_plain
 from benchmarks.record import Figure, ratio_figure
 from effspinenet_lib import create_model
-from effspinenet_lib.data import Batch
+from effspinenet_lib.data.loader import Batch
 from effspinenet_lib.models.base import TaskModel
 from effspinenet_lib.models.retinanet import RetinaNet
 from effspinenet_lib.training.device import prepare_model

@@ -28,16 +28,9 @@ import torch
 from accelerate import Accelerator
 
 from effspinenet_lib import create_model
-from effspinenet_lib.data import (
-    Augmentation,
-    Batch,
-    DataConfig,
-    Dataset,
-    classes_of,
-    open_dataset,
-    training_loader,
-)
-from effspinenet_lib.data.augment import MAX_OBJECTS
+from effspinenet_lib.data import DataConfig, Dataset, classes_of, open_dataset
+from effspinenet_lib.data.augment import MAX_OBJECTS, Augmentation
+from effspinenet_lib.data.loader import Batch, training_loader
 from effspinenet_lib.models.base import TaskModel
 from effspinenet_lib.training.device import make_accelerator, prepare_model, synchronise_norms
 from effspinenet_lib.training.loop import Losses, train_steps

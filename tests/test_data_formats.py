@@ -21,8 +21,9 @@ from effspinenet_lib.data import (
     detect_format,
     open_dataset,
 )
+from effspinenet_lib.data import dataset as dataset_module
 from effspinenet_lib.data.records import DataWarning, InvalidData
-from effspinenet_lib.errors import DataError
+from effspinenet_lib.errors import DataError, Preempted
 
 WIDTH, HEIGHT = 40, 30
 
@@ -456,3 +457,14 @@ def test_a_missing_voc_image_is_named_with_its_split(tmp_path: Path) -> None:
     (tmp_path / "JPEGImages" / "1.jpg").unlink()
     with pytest.raises(DataError, match=r"train.txt: names the image 1.jpg, not found in"):
         open_folder(tmp_path)
+
+
+def test_a_signal_while_masks_are_encoded_is_no_fault_of_the_data(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stopped(*args: object) -> None:
+        raise Preempted.by("SIGTERM")
+
+    monkeypatch.setattr(dataset_module.coco_mask, "frPyObjects", stopped)
+    with pytest.raises(Preempted):
+        dataset_module._encode([[0, 0, 4, 0, 4, 4]], 8, 8, "annotation 1")

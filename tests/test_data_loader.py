@@ -15,17 +15,9 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from effspinenet_lib.data import (
-    Augmentation,
-    Batch,
-    DataConfig,
-    Dataset,
-    ShapeScenes,
-    evaluation_loader,
-    open_dataset,
-    training_loader,
-)
-from effspinenet_lib.data.loader import TrainingOrder
+from effspinenet_lib.data import DataConfig, Dataset, ShapeScenes, open_dataset
+from effspinenet_lib.data.augment import Augmentation
+from effspinenet_lib.data.loader import Batch, TrainingOrder, evaluation_loader, training_loader
 from effspinenet_lib.errors import UserError
 
 JITTER = Augmentation((0.5, 2.0), 0.5)

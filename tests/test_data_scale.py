@@ -19,17 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effspinenet_lib.data import (
-    Augmentation,
-    DataConfig,
-    Dataset,
-    evaluation_loader,
-    folders,
-    open_dataset,
-    training_loader,
-)
+from effspinenet_lib.data import DataConfig, Dataset, folders, open_dataset
 from effspinenet_lib.data import coco as coco_layout
-from effspinenet_lib.data.loader import worker_errors
+from effspinenet_lib.data.augment import Augmentation
+from effspinenet_lib.data.loader import evaluation_loader, training_loader, worker_errors
 from effspinenet_lib.data.splits import HeldOutSplit
 from effspinenet_lib.errors import DataError, UserError
 
@@ -138,7 +131,9 @@ MEMORY_PROBE = """
 import json, sys
 from pathlib import Path
 import psutil
-from effspinenet_lib.data import Augmentation, DataConfig, open_dataset, training_loader
+from effspinenet_lib.data import DataConfig, open_dataset
+from effspinenet_lib.data.augment import Augmentation
+from effspinenet_lib.data.loader import training_loader
 
 root, images, batch = sys.argv[1], int(sys.argv[2]), 25
 dataset = open_dataset(DataConfig("coco", root, "train2017"), "train")

@@ -23,8 +23,10 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from effspinenet_lib import cli
-from effspinenet_lib.data import Augmentation, Batch, DataConfig, open_dataset, training_loader
+from effspinenet_lib.data import DataConfig, open_dataset
+from effspinenet_lib.data.augment import Augmentation
 from effspinenet_lib.data.dataset import SEMANTIC_IGNORE
+from effspinenet_lib.data.loader import Batch, training_loader
 from effspinenet_lib.errors import UserError
 from effspinenet_lib.models.zoo import create_model, known_options
 from effspinenet_lib.training import loop

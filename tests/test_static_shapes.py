@@ -10,8 +10,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effspinenet_lib import create_model
-from effspinenet_lib.data import Augmentation, DataConfig, classes_of, open_dataset, training_loader
-from effspinenet_lib.data.augment import MAX_OBJECTS, PADDING_LABEL, pad_target
+from effspinenet_lib.data import DataConfig, classes_of, open_dataset
+from effspinenet_lib.data.augment import MAX_OBJECTS, PADDING_LABEL, Augmentation, pad_target
+from effspinenet_lib.data.loader import training_loader
 
 SIDE = 64
 # Operations whose result's shape, or whose program, depends on values.

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from effspinenet_lib import cli
-from effspinenet_lib.data import Batch, DataConfig, open_dataset
+from effspinenet_lib.data import DataConfig, open_dataset
+from effspinenet_lib.data.loader import Batch
 from effspinenet_lib.errors import CheckpointError, DataError, TrainingError, UserError
 from effspinenet_lib.models.weights import load_weights
 from effspinenet_lib.results import read_table

@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 SHAPESCENES, SHAPEGRID = "shapescenes", "shapegrid"
 SCENES = (SHAPESCENES, SHAPEGRID)
 CHECKS = Path("runs") / "checks"
-DATA_HELP = (
-    "A folder in COCO, VOC, YOLO or class-folder layout, or scenes that are drawn once and kept in "
-    "`$EFFSPINENET_CACHE` (default `~/.cache/effspinenet`): `shapescenes`, or `shapegrid` for "
-    "classification."
-)
 
-Data = Annotated[str, typer.Option(metavar="DIR|shapescenes", help=DATA_HELP)]
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="DIR|shapescenes",
+        help="A folder in COCO, VOC, YOLO or class-folder layout, or scenes that are drawn once "
+        "and kept in `$EFFSPINENET_CACHE` (default `~/.cache/effspinenet`): `shapescenes`, or "
+        "`shapegrid` for classification.",
+    ),
+]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of a scene.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the scenes.")]
 EvalSplit = Annotated[str, typer.Option(help="Split of the data to evaluate on.")]
@@ -62,7 +65,7 @@ def data_config(
         eval_split: split to evaluate on.
         images: use only so many of each split.
         image_size: of ShapeScenes.
-        seed: of ShapeScenes.
+        seed: of ShapeScenes, and of a split that is made.
         task: decides between boxes and label maps where a folder holds both (VOC).
 
     Raises:
@@ -71,27 +74,21 @@ def data_config(
     """
     from effspinenet_lib.data import DataConfig, detect_format
 
-    if data in SCENES:
-        return DataConfig(
-            format=data,
-            train_split=train_split,
-            eval_split=eval_split,
-            train_images=images,
-            eval_images=images,
-            image_size=image_size,
-            seed=seed,
-        )
-    if not Path(data).is_dir():
+    scenes = data in SCENES
+    if not scenes and not Path(data).is_dir():
         raise UserError(
             f"{data}: no such folder; give a data set's folder, `{SHAPESCENES}` or `{SHAPEGRID}`"
         )
     return DataConfig(
-        format=detect_format(data, task),
-        root=str(Path(data).resolve()),  # the same run from whichever folder it is named
+        format=data if scenes else detect_format(data, task),
+        # the same run from whichever folder it is named
+        root=None if scenes else str(Path(data).resolve()),
         train_split=train_split,
         eval_split=eval_split,
         train_images=images,
         eval_images=images,
+        seed=seed,
+        image_size=image_size if scenes else None,
     )
 
 
@@ -170,7 +167,6 @@ def check(
         REPORT_SUFFIXES,
         check_parts,
         count_rows,
-        fault_rows,
         mask_faults,
         write_report,
     )
@@ -199,7 +195,6 @@ def check(
             _print_counts(name, dataset)
             rows += count_rows(name, dataset, expected.get(name))
     unexpected = [Fault(row.problem, part=row.part) for row in rows if row.problem]
-    rows += fault_rows(faults)
     if task == "detection":
         names = [name for name, _ in wanted]
         _print_unusable_masks(mask_faults(dict(zip(names, datasets, strict=True))))
@@ -207,7 +202,7 @@ def check(
         report = CHECKS / f"{folder.resolve().name}.csv"
     if report is not None:
         ensure_folder(report.parent)
-        write_report(report, str(folder), rows)
+        write_report(report, str(folder), faults, rows)
         typer.echo(f"Wrote {report}")
     for line in fault_lines([*unexpected, *faults]):
         typer.echo(line, err=True)

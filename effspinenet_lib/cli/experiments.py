@@ -65,7 +65,7 @@ Profile = Annotated[
     str,
     typer.Option(
         help="How much is trained: `smoke` (minutes; says nothing about accuracy), `proxy` "
-        "(about ten minutes of one core a run) or `paper` (the paper's settings, for GPUs or TPUs)."
+        "(hours of a core a table) or `paper` (the paper's settings, for GPUs or TPUs)."
     ),
 ]
 DataRoot = Annotated[

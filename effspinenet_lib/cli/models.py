@@ -119,7 +119,7 @@ def convert(
 ) -> None:
     """Turn a released TensorFlow checkpoint into weights for this library.
 
-    Needs TensorFlow, in an environment of its own: `pip install 'effspinenet[tensorflow]'`.
+    Needs TensorFlow, in an environment of its own: `pip install -e '.[tensorflow]'`.
 
     Example: `effspinenet convert spinenet49mobile --model mobile_spinenet_49 --out m.safetensors`
     """

@@ -43,8 +43,7 @@ Processes = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Trials at once. [default: one a core; on an accelerator one, of a Ray cluster as "
-        "many as it has]",
+        help="Trials at once. [default: one a core or GPU, of a Ray cluster as many as it has]",
     ),
 ]
 AcceleratorName = Annotated[str, typer.Option(help="`auto`, `cpu`, `gpu` or `tpu`.")]

@@ -17,13 +17,7 @@ from effspinenet_lib.cli.console import (
     readable,
     save_picture,
 )
-from effspinenet_lib.cli.data import (
-    DATA_HELP,
-    Data,
-    EvalSplit,
-    Workers,
-    data_config,
-)
+from effspinenet_lib.cli.data import Data, EvalSplit, Workers, data_config
 from effspinenet_lib.errors import CheckpointError, DataError, UnknownName, UserError
 from effspinenet_lib.training.recipes import EVALUATION_BATCH
 
@@ -69,7 +63,7 @@ TrainedSize = Annotated[int | None, typer.Option(min=1, help="[default: as the m
 
 
 def train(
-    data: Annotated[str, typer.Option(metavar="DIR|shapescenes", help=DATA_HELP)],
+    data: Data,
     model: Annotated[
         str, typer.Option(help="A name that `effspinenet models` lists.")
     ] = "eff_spinenet_m0",
@@ -283,8 +277,7 @@ def evaluate(
         raise CheckpointError(f"{weights}: is of model {facts['model']}, not of {model}")
     task, size = facts["task"], image_size or facts["image_size"]
     source = data_config(data, eval_split=eval_split, images=images, image_size=size, task=task)
-    part = (source.split_of("eval"), source.images_of("eval"))
-    (dataset,) = open_checked(source, [part], task)
+    (dataset,) = open_checked(source, [source.part_of("eval")], task)
     classes = [Category(c["id"], c["name"]) for c in facts["categories"]]
     dataset.relabel(classes, f"the weights {weights}")
     digest = sha256(weights.read_bytes()).hexdigest()[:HASH_DIGITS]

@@ -1,12 +1,9 @@
-"""Data: ShapeScenes, COCO, VOC, YOLO and ImageNet folders, augmentation and loaders.
+"""Data: ShapeScenes, COCO, VOC, YOLO and ImageNet folders.
 
-What needs torch is loaded when it is first used.
+What needs torch, `augment` and `loader`, is imported by its own name.
 """
 
 from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from effspinenet_lib.data.config import DataConfig, detect_format, export_coco, open_dataset
 from effspinenet_lib.data.dataset import (
@@ -19,21 +16,8 @@ from effspinenet_lib.data.dataset import (
 )
 from effspinenet_lib.data.shapescenes import ShapeScenes
 
-if TYPE_CHECKING:
-    from effspinenet_lib.data.augment import Augmentation
-    from effspinenet_lib.data.loader import Batch, evaluation_loader, training_loader
-
-_NEED_TORCH = {
-    "Augmentation": "augment",
-    "Batch": "loader",
-    "evaluation_loader": "loader",
-    "training_loader": "loader",
-}
-
 __all__ = [
     "Annotations",
-    "Augmentation",
-    "Batch",
     "Category",
     "DataConfig",
     "Dataset",
@@ -42,15 +26,6 @@ __all__ = [
     "ShapeScenes",
     "classes_of",
     "detect_format",
-    "evaluation_loader",
     "export_coco",
     "open_dataset",
-    "training_loader",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Load a name that needs torch on first use."""
-    if name not in _NEED_TORCH:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)

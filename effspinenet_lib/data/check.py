@@ -51,12 +51,31 @@ def check_parts(
     Raises:
         UserError: the data does not serve the task, or the cache cannot be written.
     """
+
+    def open_one(part: Wanted) -> tuple[Dataset | None, list[Fault]]:
+        found: list[Fault] = []
+        dataset = None
+        try:
+            dataset = open_part(config, *part, task, skip_bad)
+            if pictures and isinstance(dataset, FolderDataset):
+                bad = bad_pictures(dataset, workers or os.cpu_count() or 1)
+                if bad and skip_bad:
+                    _leave_out(dataset, bad)
+                else:
+                    found += bad.values()
+            dataset.prepare(task)
+        except InvalidData as error:
+            found += error.faults
+        except DataError as error:
+            found.append(Fault(str(error)))
+        return dataset, [replace(fault, part=part[0]) for fault in found]
+
     opened: dict[Wanted, Dataset | None] = {}
     faults: list[Fault] = []
     for part in wanted:
         if part not in opened:
-            opened[part], found = _open(config, part, task, skip_bad, pictures, workers)
-            faults += [replace(fault, part=part[0]) for fault in found]
+            opened[part], found = open_one(part)
+            faults += found
     first = opened[wanted[0]]
     for (name, _), other in list(opened.items())[1:]:
         if first is not None and other is not None:
@@ -82,32 +101,6 @@ def open_checked(
     if faults:
         raise InvalidData(faults)
     return [dataset for dataset in datasets if dataset is not None]
-
-
-def _open(
-    config: DataConfig,
-    part: Wanted,
-    task: str,
-    skip_bad: bool,
-    pictures: bool,
-    workers: int | None,
-) -> tuple[Dataset | None, list[Fault]]:
-    faults: list[Fault] = []
-    dataset = None
-    try:
-        dataset = open_part(config, *part, task, skip_bad)
-        if pictures and isinstance(dataset, FolderDataset):
-            bad = bad_pictures(dataset, task, workers or os.cpu_count() or 1)
-            if bad and skip_bad:
-                _leave_out(dataset, bad)
-            else:
-                faults += bad.values()
-        dataset.prepare(task)
-    except InvalidData as error:
-        faults += error.faults
-    except DataError as error:
-        faults.append(Fault(str(error)))
-    return dataset, faults
 
 
 def _leave_out(dataset: FolderDataset, bad: dict[int, Fault]) -> None:
@@ -197,17 +190,15 @@ def count_rows(part: str, dataset: Dataset, expected: ExpectedPart | None) -> li
     return rows
 
 
-def fault_rows(faults: Sequence[Fault]) -> list[Row]:
-    """A row for each fault."""
-    return [Row(f.part, f.kind, f.file, problem=f.text) for f in faults]
-
-
-def write_report(path: str | os.PathLike[str], folder: str, rows: Sequence[Row]) -> None:
-    """Write the rows with the folder's name (a name in .json) or as a table.
+def write_report(
+    path: str | os.PathLike[str], folder: str, faults: Sequence[Fault], counts: Sequence[Row] = ()
+) -> None:
+    """Write rows of counts and faults with the folder's name (a name in .json) or as a table.
 
     Raises:
         UserError: the file cannot be written.
     """
+    rows = [*counts, *(Row(f.part, f.kind, f.file, problem=f.text) for f in faults)]
     records = [asdict(row) for row in rows]
     if Path(path).suffix == ".json":
         write_json(path, {"folder": folder, "rows": records})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from effspinenet_lib.data.folders import Layout, as_whole, folder_with, open_records
-from effspinenet_lib.data.pictures import visible
+from effspinenet_lib.data.pictures import files_ending, visible
 from effspinenet_lib.data.records import Fault, Named, Records, Truth, need
 from effspinenet_lib.data.splits import YEAR, Part, part_in
 from effspinenet_lib.errors import DataError
@@ -27,21 +27,20 @@ def parts(root: Path) -> dict[str, Path]:
     itself.
     """
     folder = root / "annotations"
-    files = {name[:-5]: folder / name for name in visible(folder) if name.endswith(".json")}
+    files = files_ending(folder, ".json")
     instances = {stem: path for stem, path in files.items() if stem.startswith(PREFIX)}
     found = {stem.removeprefix(PREFIX): path for stem, path in (instances or files).items()}
     if not found:
         for name in visible(root):
-            inside = root / name
-            jsons = [inside / file for file in visible(inside) if file.endswith(".json")]
+            inside = files_ending(root / name, ".json").values()
             # Roboflow's file first, if there are others
-            jsons.sort(key=lambda path: path.name != ROBOFLOW)
+            jsons = sorted(inside, key=lambda path: path.name != ROBOFLOW)
             path = next((path for path in jsons if _is_coco(path)), None)
             if path is not None:
                 found[name] = path
     if not found:
-        stems = [name[:-5] for name in visible(root) if name.endswith(".json")]
-        coco = {stem: root / f"{stem}.json" for stem in stems if _is_coco(root / f"{stem}.json")}
+        files = files_ending(root, ".json")
+        coco = {stem: path for stem, path in files.items() if _is_coco(path)}
         found = {part_in(stem) or stem: path for stem, path in coco.items()}
         if len(found) < len(coco):
             found = coco

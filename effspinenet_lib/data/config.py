@@ -102,8 +102,8 @@ class DataConfig:
         if self.format in KINDS:
             values.update(
                 root=None,
-                train_images=self.images_of("train"),
-                eval_images=self.images_of("eval"),
+                train_images=self.part_of("train")[1],
+                eval_images=self.part_of("eval")[1],
                 image_size=self.image_size or SCENE_IMAGE_SIZE,
                 generator=KINDS[self.format].key(),
             )
@@ -114,16 +114,13 @@ class DataConfig:
         """The configuration that `to_dict` gave `values` of; `generator` is this version's."""
         return cls(**{name: value for name, value in values.items() if name != "generator"})
 
-    def split_of(self, role: Role) -> str:
-        """The name of the split that a run trains or is evaluated on."""
-        return self.train_split if role == "train" else self.eval_split
-
-    def images_of(self, role: Role) -> int | None:
-        """How many images that split has; None means all that the folder has."""
-        count = self.train_images if role == "train" else self.eval_images
-        if count is None and self.format in KINDS:
-            return SCENE_TRAIN_IMAGES if role == "train" else SCENE_EVAL_IMAGES
-        return count
+    def part_of(self, role: Role) -> tuple[str, int | None]:
+        """The split that a run trains or is evaluated on, and how many images of it; None: all."""
+        if role == "train":
+            split, count, scenes = self.train_split, self.train_images, SCENE_TRAIN_IMAGES
+        else:
+            split, count, scenes = self.eval_split, self.eval_images, SCENE_EVAL_IMAGES
+        return split, scenes if count is None and self.format in KINDS else count
 
 
 def only_task(layout: str) -> str | None:
@@ -229,7 +226,7 @@ def open_dataset(config: DataConfig, role: Role, task: str = "detection") -> Dat
         UserError: the format does not serve the task, or the cache cannot be written.
         DataError: an annotation file is invalid; names the file and the record.
     """
-    dataset = open_part(config, config.split_of(role), config.images_of(role), task)
+    dataset = open_part(config, *config.part_of(role), task)
     return crops_for(dataset, task)
 
 
@@ -250,9 +247,8 @@ def export_coco(config: DataConfig, folder: str | os.PathLike[str]) -> list[Path
     if config.format not in KINDS:
         raise UserError(f"only scenes can be exported, not {config.format!r}")
     size = config.image_size or SCENE_IMAGE_SIZE
-    roles: tuple[Role, ...] = ("train", "eval")
-    splits = {config.split_of(role): config.images_of(role) or 0 for role in roles}
+    splits = dict([config.part_of("train"), config.part_of("eval")])
     return [
-        export_split(folder, split, images, size, config.seed, config.format)
+        export_split(folder, split, images or 0, size, config.seed, config.format)
         for split, images in splits.items()
     ]

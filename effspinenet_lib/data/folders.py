@@ -107,19 +107,18 @@ class FolderDataset(Dataset):
         return read_picture(self.path(index), (height, width) if height else None)
 
     def select(self, keep: NDArray[np.bool_]) -> None:
-        """Keep the images where `keep` [N] is true."""
+        """Keep the images where `keep` [N] is true; before `prepare` reads their masks."""
+        self.annotations, rows = self.annotations.select(keep)
         if self._masks is not None:
-            self._masks = self._masks.narrowed(np.repeat(keep, np.diff(self.annotations.starts)))
-        super().select(keep)
+            self._masks = self._masks.narrowed(rows)
         self._digest = ""
 
-    def check_file(self, index: int, task: str) -> None:
-        """Decode image `index`, and what `task` reads of files with it.
+    def check_file(self, index: int) -> None:
+        """Decode image `index`, and what else is read of files with it.
 
         Raises:
             DataError: they cannot be used.
         """
-        del task
         self.load_image(index)
 
     def files_of(self, index: int) -> list[Path]:
@@ -145,7 +144,7 @@ class FolderDataset(Dataset):
         return self._masks() if self._masks is not None else super()._read_masks()
 
 
-def bad_pictures(dataset: FolderDataset, task: str, workers: int) -> dict[int, Fault]:
+def bad_pictures(dataset: FolderDataset, workers: int) -> dict[int, Fault]:
     """The images that cannot be decoded, by index.
 
     What was found is kept in the cache for as long as the files' names, sizes and times are the
@@ -153,21 +152,15 @@ def bad_pictures(dataset: FolderDataset, task: str, workers: int) -> dict[int, F
 
     Args:
         dataset: whose images to decode.
-        task: what to read of files besides.
         workers: threads (Pillow decodes without Python's lock).
     """
-    words = (
-        dataset.image_folder,
-        dataset.files_digest(),
-        dataset.annotations.sizes.tobytes(),
-        task,
-    )
+    words = (dataset.image_folder, dataset.files_digest(), dataset.annotations.sizes.tobytes())
     key = hashlib.sha256(repr((*words, PICTURES_VERSION)).encode()).hexdigest()
     stamp = cache_folder() / "pictures" / f"{key}.json"
 
     def problem(index: int) -> str:
         try:
-            dataset.check_file(index, task)
+            dataset.check_file(index)
         except DataError as error:
             return str(error)
         return ""

@@ -50,9 +50,9 @@ class ClassFolders(FolderDataset):
         counts = [len(files) for files in names]
         labels = np.repeat(np.arange(len(names)), counts)
         files = np.concatenate(names)
-        rows = np.flatnonzero(
-            part.select(_decoded(files), labels) if part.cut else np.ones(len(files))
-        )
+        rows = np.arange(len(files))
+        if part.cut:
+            rows = np.flatnonzero(part.select([*map(os.fsdecode, files.tolist())], labels))
         ranks = np.concatenate([np.arange(count) for count in counts])[rows]
         rows = rows[np.sort(np.lexsort((labels[rows], ranks))[:images])]
         super().__init__(
@@ -64,10 +64,6 @@ class ClassFolders(FolderDataset):
             folder,
             part,
         )
-
-
-def _decoded(names: NDArray[np.bytes_]) -> list[str]:
-    return [os.fsdecode(name) for name in names.tolist()]
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -100,16 +96,12 @@ def parts(root: Path) -> dict[str, Path]:
     loose = [name for name in visible(root) if name.endswith((".json", ".xml", ".yaml"))]
     if len(classes) < 2 or not _are_classes(classes) or loose:
         return {}
-    return {WHOLE: root} if all(_has_pictures(root / name) for name in classes) else {}
+    pictured = (any(map(is_picture, visible(root / name))) for name in classes)
+    return {WHOLE: root} if all(pictured) else {}
 
 
 def _are_classes(names: list[str]) -> bool:
     return bool(names) and not any(name.lower() in NO_CLASSES for name in names)
-
-
-def _has_pictures(folder: Path) -> bool:
-    with os.scandir(folder) as entries:
-        return any(is_picture(entry.name) for entry in entries)
 
 
 IMAGENET = Layout(

@@ -20,10 +20,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from effspinenet_lib.data.augment import (
     FITTED,
-    POLICIES,
     PREPROCESSINGS,
     RELEASED,
     Augmentation,
+    CropParams,
     Target,
     auto_augment,
     centre_crop,
@@ -121,16 +121,14 @@ class _TrainingItems(TorchDataset[_Item]):
         if self.dataset.photographs:
             flip = self.augmentation.flip_probability
             pixels = random_crop(sample.image, self.image_size, flip, generator)
-            target = {"label": torch.tensor(int(sample.labels[0]))}
-            scale = math.nan
+            crop = CropParams(math.nan)  # each axis has a scale of its own
         else:
             crop = draw_crop(height, width, self.image_size, self.augmentation, generator)
             pixels = crop_image(sample.image, crop, self.image_size)
-            target = training_target(sample, crop, self.image_size, self.task)
-            scale = crop.scale
+        target = training_target(sample, crop, self.image_size, self.task)
         if self.policy:
             pixels = auto_augment(pixels, self.policy, generator)
-        return _Item(pixels, target, sample.image_id, (scale, scale), (height, width))
+        return _Item(pixels, target, sample.image_id, (crop.scale, crop.scale), (height, width))
 
 
 @dataclass(frozen=True)
@@ -219,12 +217,11 @@ def training_loader(
         rank: this process among `world_size`.
         world_size: training processes.
         task: what the targets are for.
-        auto_augment: an AutoAugment policy of `augment.POLICIES`, for classification; "" for none.
+        auto_augment: an AutoAugment policy of torchvision's, for classification; "" for none.
         pad_targets: rows that the targets of detection are padded to, so that all batches have
             the same shapes; None: as many as there are objects.
 
     Raises:
-        UnknownName: no such AutoAugment policy.
         UserError: an empty data set, a batch that `world_size` does not divide, or AutoAugment
             for a task with boxes or masks, which it would not move.
         DataError: the data set lacks what the task needs.
@@ -235,8 +232,6 @@ def training_loader(
         raise UserError(
             f"a batch of {batch_size} images cannot be shared equally by {world_size} processes"
         )
-    if auto_augment and auto_augment not in POLICIES:
-        raise UnknownName("AutoAugment policy", auto_augment, POLICIES)
     if auto_augment and task != "classification":
         raise UserError(f"AutoAugment is for classification, not for {task}; leave it out")
     order = TrainingOrder(len(dataset), batch_size, seed, start_step, total_steps, rank, world_size)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from effspinenet_lib.errors import DataError
+from effspinenet_lib.errors import DataError, Preempted
 
 # Files that are taken for pictures where no annotation names them.
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jfif")
@@ -110,6 +110,8 @@ def _orientation(picture: Image.Image) -> int:
     try:
         # the base class reads what the header had; that of PNG would load the whole picture
         value = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
+    except Preempted:
+        raise
     except Exception:  # damaged EXIF data leaves a picture as good as it was
         return 1
     return value if value in TURNS else 1
@@ -152,6 +154,12 @@ def visible(folder: Path) -> list[str]:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError:
         return []
+
+
+def files_ending(folder: Path, suffix: str) -> dict[str, Path]:
+    """The visible files of a folder with an ending in any case, by name without it, sorted."""
+    names = [name for name in visible(folder) if name.lower().endswith(suffix)]
+    return {name[: -len(suffix)]: folder / name for name in names}
 
 
 def is_picture(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -245,17 +245,9 @@ def finite(values: Any, count: int) -> bool:
     return (
         isinstance(values, list)
         and len(values) == count
-        and all(_is_finite(value) for value in values)
+        # `math.isfinite` raises for integers that no float holds
+        and all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values)
     )
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
 
 
 def relative_name(name: Any, where: str) -> str:

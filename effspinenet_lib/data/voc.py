@@ -23,6 +23,7 @@ from effspinenet_lib.data.folders import (
 )
 from effspinenet_lib.data.pictures import (
     alike,
+    files_ending,
     find_files,
     is_picture,
     picture_size,
@@ -65,28 +66,23 @@ def parts(root: Path) -> dict[str, Path]:
     `ImageSets/Main/<part>.txt` beside `Annotations/`; else folders of XML files: `<part>/`, a
     single one of any name, or the folder itself.
     """
-    if xml_files(root / ANNOTATIONS):
+    if files_ending(root / ANNOTATIONS, ".xml"):
         lists = _lists(root / BOX_LISTS)
         return as_whole(lists or {WHOLE: root / ANNOTATIONS}, lambda name: name != "default")
     folders = {name: root / name for name in visible(root)}
-    found = {name: folder for name, folder in folders.items() if xml_files(folder)}
+    found = {name: folder for name, folder in folders.items() if files_ending(folder, ".xml")}
     for name, folder in folders.items():
         for inside in (ANNOTATIONS, "annotations"):
-            if name not in found and xml_files(folder / inside) and part_in(name):
+            if name not in found and part_in(name) and files_ending(folder / inside, ".xml"):
                 found[name] = folder / inside
-    if not found and xml_files(root):
+    if not found and files_ending(root, ".xml"):
         found = {WHOLE: root}
     return as_whole(found, lambda name: part_in(name) is not None)
 
 
-def xml_files(folder: Path) -> list[Path]:
-    """The XML files in a folder, sorted."""
-    return [folder / name for name in visible(folder) if name.lower().endswith(".xml")]
-
-
 def _lists(folder: Path) -> dict[str, Path]:
     """The lists of images; those of a class, `<class>_<part>.txt` with flags, are none."""
-    lists = {name[:-4]: folder / name for name in visible(folder) if name.endswith(".txt")}
+    lists = files_ending(folder, ".txt")
     return {
         name: path
         for name, path in lists.items()
@@ -108,7 +104,7 @@ def read(root: Path, part: Part, masks: bool) -> Records:
     del masks  # there are none
     listed = part.place.is_file()
     folder = root / ANNOTATIONS if listed else part.place
-    files = {path.stem: path for path in xml_files(folder)}
+    files = files_ending(folder, ".xml")
     faults: list[Fault] = []
     wanted = list(files)
     if listed:
@@ -306,9 +302,9 @@ class LabelMaps(FolderDataset):
         self._labels = self._labels[keep]
         super().select(keep)
 
-    def check_file(self, index: int, task: str) -> None:
+    def check_file(self, index: int) -> None:
         """Decode image `index` and its label map."""
-        super().check_file(index, task)
+        super().check_file(index)
         self.semantic(index)
 
     def files_of(self, index: int) -> list[Path]:
@@ -330,15 +326,9 @@ class LabelMaps(FolderDataset):
         return labels
 
 
-def label_lists(root: Path) -> dict[str, Path]:
-    """The list of each part of a folder of label maps."""
-    folder = root / LABEL_LISTS
-    return {name[:-4]: folder / name for name in visible(folder) if name.endswith(".txt")}
-
-
 VOC_SEGMENTATION = Layout(
     "VOC folder of label maps (ImageSets/Segmentation/<part>.txt, SegmentationClass/)",
-    label_lists,
+    lambda root: files_ending(root / LABEL_LISTS, ".txt"),
     LabelMaps,
     "segmentation",
 )

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from effspinenet_lib.data.folders import Layout, as_whole, open_records, read_lines
-from effspinenet_lib.data.pictures import alike, is_picture, picture_size, visible
+from effspinenet_lib.data.pictures import (
+    alike,
+    files_ending,
+    is_picture,
+    picture_size,
+    visible,
+)
 from effspinenet_lib.data.records import (
     Fault,
     Named,
@@ -168,11 +174,15 @@ def read(root: Path, part: Part, masks: bool) -> Records:
     faults += missing
     if not files and not missing:
         faults.append(Fault(f"{part.place}: has no pictures"))
-    labels_of = _LabelFiles()
+
+    @cache
+    def texts(folder: Path) -> dict[str, Path]:
+        return {alike(stem): path for stem, path in files_ending(folder, ".txt").items()}
+
     for number, file in enumerate(files, start=1):
         name = os.path.relpath(file, root)
         records.images.append((str(file), {"id": number, "file_name": name}))
-        label = labels_of(file)
+        label = _label_file(file, texts)
         if label is None:
             continue
         try:
@@ -204,10 +214,9 @@ def _outside(records: Records, root: Path) -> Records:
 def _pictures(place: Path) -> tuple[list[Path], list[Fault]]:
     """The pictures of a folder and those below it, or of a list; sorted."""
     if place.is_file():
-        bases = (place.parent, *place.parent.parents)
 
         def find(line: str) -> Path:
-            for base in bases[:2]:
+            for base in (place.parent, place.parent.parent):
                 if (base / line).is_file():
                     return base / line
             raise DataError(f"{place}: names the image {line:.200}, not found")
@@ -221,29 +230,13 @@ def _pictures(place: Path) -> tuple[list[Path], list[Fault]]:
     return sorted(found), []
 
 
-class _LabelFiles:
-    """Finds the label file of a picture: `labels` for the last `images` of its path, or beside."""
-
-    def __init__(self) -> None:
-        self.listings: dict[Path, dict[str, str]] = {}
-
-    def __call__(self, picture: Path) -> Path | None:
-        for folder in self._folders(picture.parent):
-            if folder not in self.listings:
-                texts = [name for name in visible(folder) if name.lower().endswith(".txt")]
-                self.listings[folder] = {alike(name[:-4]): name for name in texts}
-            if (name := self.listings[folder].get(alike(picture.stem))) is not None:
-                return folder / name
-        return None
-
-    @staticmethod
-    def _folders(folder: Path) -> Iterator[Path]:
-        words = list(folder.parts)
-        for place in range(len(words) - 1, -1, -1):
-            if words[place].lower() == IMAGES:
-                yield Path(*words[:place], LABELS, *words[place + 1 :])
-                break
-        yield folder
+def _label_file(picture: Path, texts: Callable[[Path], Mapping[str, Path]]) -> Path | None:
+    """The label file of a picture: in `labels` for the last `images` of its path, or beside it."""
+    words = picture.parent.parts
+    images = [place for place, word in enumerate(words) if word.lower() == IMAGES][-1:]
+    folders = [Path(*words[:place], LABELS, *words[place + 1 :]) for place in images]
+    found = (texts(folder).get(alike(picture.stem)) for folder in (*folders, picture.parent))
+    return next((path for path in found if path is not None), None)
 
 
 def _object(named: tuple[str, str], size: tuple[int, int], masks: bool) -> Named:

@@ -12,7 +12,6 @@ import torch
 from tqdm.auto import tqdm
 
 from effspinenet_lib.experiments.items import ITEMS
-from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.models.cost import Cost, measure_cost
 from effspinenet_lib.models.specs import MODELS, TASKS
 from effspinenet_lib.models.zoo import (
@@ -154,7 +153,7 @@ def write_cost_table(results_dir: str | Path, progress: bool = True) -> Path:
     Raises:
         UserError: the file cannot be written.
     """
-    path = ensure_folder(Path(results_dir) / COST_FOLDER) / COST_FILE
+    path = Path(results_dir) / COST_FOLDER / COST_FILE
     write_table(path, COST, cost_table(progress))
     return path
 

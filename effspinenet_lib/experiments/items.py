@@ -243,7 +243,7 @@ _TABLE_5 = (
 
 # Table 6: Mask R-CNN on COCO. The proxy has the smallest and the largest size, in the paper's
 # proportion of images.
-_LONG = 3  # seeds of a row whose run takes more than a quarter of an hour
+_LONG = 3  # seeds of a row whose run takes over half an hour, or starts from one that does
 _TABLE_6 = (
     Row("Eff-SpineNet-D0", "eff_spinenet_d0", _M0, 128, task="instances", proxy_seeds=_LONG),
     Row("Eff-SpineNet-D1", "eff_spinenet_d1", task="instances"),

@@ -160,9 +160,7 @@ class RayPool(Pool):
         try:
             import ray
         except ImportError as error:
-            raise UserError(
-                "the engine ray is not installed: pip install 'effspinenet[ray]'"
-            ) from error
+            raise UserError("the engine ray is not installed: pip install -e '.[ray]'") from error
         self._ray: Any = ray
         address = os.environ.get(RAY_ADDRESS)
         # without an address Ray would join any cluster that it finds on this machine

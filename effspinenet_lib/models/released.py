@@ -187,7 +187,7 @@ def _tensorflow() -> Any:
     except ImportError as error:
         raise UserError(
             "reading this checkpoint needs TensorFlow, which is not installed here; in a virtual "
-            "environment of its own: pip install 'effspinenet[tensorflow]'"
+            "environment of its own: pip install -e '.[tensorflow]'"
         ) from error
 
 

@@ -2,10 +2,12 @@
 
 A claim is decided in this order, by `scorecard`:
 
-1. The paper's own printed numbers deny it: contradicted.
+1. The paper's own printed numbers deny it: contradicted; inconclusive where the accuracies are of
+   two tables, whose trainings may differ.
 2. It is about what a table says of itself: exact, or inconclusive where only the rounding of the
    print could save it.
-3. It is about cost: exact or contradicted by the authors' count on the rebuilt models.
+3. It is about cost: exact or contradicted by the authors' count on the rebuilt models;
+   inconclusive where the count denies it and misses a printed cost that it is about.
 4. It is about accuracy: by a measurement with a 95 % interval, at the paper's settings or, where
    there is none, in the proxy, which tests the direction of a difference alone.
 """
@@ -71,6 +73,12 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
     printed = claims()
     counted = claims(counted=counted_costs()).set_index("claim")
     measured = _measurements(results_dirs)
+    costs = read_costs()
+    missed = set(
+        costs.loc[costs["as_printed"] == "no", ["item", "row", "metric"]].itertuples(
+            index=False, name=None
+        )
+    )
     rows = []
     for claim in printed.to_dict("records"):
         cells = _cells(claim)
@@ -82,13 +90,17 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
         unit = "" if claim["unit"] == "count" else f" {claim['unit']}"
         status = DECIDED[claim["verdict"]]
         found = "" if status == NOT_RUN else f"{claim['computed']:.4g}{unit} printed"
+        items = tuple(dict.fromkeys(cell[0] for cell in cells))
         if kind == COST and status != CONTRADICTED:
             count = counted.loc[claim["claim"]]
             status = DECIDED[count["verdict"]]
             found = f"{count['computed']:.4g}{unit} counted"
+            if status == CONTRADICTED and missed.intersection(cells):
+                status = INCONCLUSIVE
         elif kind == ACCURACY and status != CONTRADICTED:
             status, found = _by_measurement(claim, cells, measured)
-        items = tuple(dict.fromkeys(cell[0] for cell in cells))
+        elif kind == ACCURACY and len(items) > 1:
+            status = INCONCLUSIVE
         rows.append({**claim, "items": items, "decided_by": kind, "status": status, "found": found})
     return pd.DataFrame(rows)
 
@@ -187,14 +199,12 @@ def comparisons() -> dict[str, tuple[tuple[str, str], tuple[str, str]]]:
 
 
 def _claimed_sign(claim: Mapping[Any, Any]) -> int:
-    """1 or -1 where a claim says which way a difference points; else 0."""
+    """1 or -1 where a claim says which way a difference points; 0 where it sets a margin."""
     low, relation = claim["stated_low"], claim["relation"]
     if claim["operation"] != "difference":
         return 0
-    if relation == "less_than":
-        return -1 if low <= 0 else 0
-    if relation == "more_than":
-        return 1 if low >= 0 else 0
+    if relation in ("less_than", "more_than"):
+        return 0 if low else 1 if relation == "more_than" else -1
     return int(low > 0) - int(low < 0)
 
 

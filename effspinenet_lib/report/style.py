@@ -31,7 +31,7 @@ FAMILY_COLOURS = {
     "SpineNet": "#56B4E9",
     "ResNet": "#D55E00",
     "MobileNet": "#8C564B",  # a brown: the palette's yellow cannot be read on white
-    "MnasNet": "#7A6FB0",  # outside the palette, which has no colour left; it is always named
+    "MnasNet": "#7830F0",  # outside the palette, which has no colour left
 }
 # After the viridis map, its ends drawn in so that each reads on white and on black. A level is
 # always named as well, never told by colour alone.

@@ -148,12 +148,15 @@ def smallest_difference(item: str, task: str, *results_dirs: Dir) -> Table:
         task: of its rows.
         results_dirs: results folders; `proxy/instrument.csv` of the first that has it is read.
     """
-    caption = f"Smallest difference that the proxy of {item} could have seen"
+    caption = (
+        f"Smallest difference that the proxy of {item} could see, by the spread of two models of "
+        "this task: Eff-SpineNet-M0 and a worse one"
+    )
     found = [rows for rows in map(read_instrument, results_dirs) if len(rows)]
     rows = found[0] if found else read_instrument(RESULTS_DIR)
     rows = rows[(rows["study"] == SMALLEST_DIFFERENCE) & (rows["task"] == task)]
     if rows.empty:
-        return Table(pd.DataFrame(), f"{caption}: not measured yet")
+        return Table(pd.DataFrame(), f"{caption}: not measured")
     columns = {"metric": "metric", "value": "difference", "low": "from", "high": "to"}
     frame = rows.set_index("setting")[list(columns)].rename(columns=columns)
     return Table(frame, caption)

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effspinenet_lib.experiments.cost_table import model_cost
-from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.models.cost import INITIALISER_OPERATIONS, NORM_OPERATIONS
 from effspinenet_lib.models.layers import PATCH
 from effspinenet_lib.models.specs import (
@@ -262,6 +261,5 @@ def write_claims(results_dir: str | Path, rows: Sequence[Mapping[str, Any]]) -> 
         UserError: the file cannot be written.
     """
     path = Path(results_dir) / CLAIMS_FILE
-    ensure_folder(path.parent)
     write_table(path, "space", rows)
     return path

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from effspinenet_lib.data import Batch, Dataset, classes_of, evaluation_loader
+from effspinenet_lib.data import Dataset, classes_of
 from effspinenet_lib.data.augment import FITTED, RELEASED, scaled_size
 from effspinenet_lib.data.dataset import ABSENT, SEMANTIC_IGNORE
+from effspinenet_lib.data.loader import Batch, evaluation_loader
 from effspinenet_lib.errors import DataError, UserError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.training.export import inference_copy

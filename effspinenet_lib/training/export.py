@@ -123,7 +123,7 @@ def export_onnx(
     try:
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
-        raise UserError("ONNX needs more packages: pip install 'effspinenet[onnx]'") from error
+        raise UserError("ONNX needs more packages: pip install -e '.[onnx]'") from error
     detector = isinstance(model, OneStageDetector)
     names = ["boxes", "scores", "labels"] if detector else ["scores"]
     if not decode:

@@ -27,7 +27,7 @@ from accelerate.utils import set_seed
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from effspinenet_lib.data import Batch
+from effspinenet_lib.data.loader import Batch
 from effspinenet_lib.errors import TrainingError
 from effspinenet_lib.training.device import autocast, end_step, loss_check_steps
 from effspinenet_lib.training.optim import learning_rate_at, set_learning_rate

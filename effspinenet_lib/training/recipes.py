@@ -153,7 +153,7 @@ PAPER_SEARCH_TRIAL = _paper_detection(
     ),
 )
 
-# The profile `proxy`: small models on ShapeScenes, 2,400 steps of 16 images, about 13 minutes of
+# The profile `proxy`: small models on ShapeScenes, 2,400 steps of 16 images, about 15 minutes of
 # one thread for M0 at 128 pixels. Chosen by the runs in `results/proxy/instrument.csv`, which the
 # book shows. Classification takes single objects, cut out of the scenes.
 #   effspinenet reproduce table-08 --profile proxy
@@ -394,7 +394,7 @@ SMALL_DATA_RECIPES: dict[str, str] = {
 
 # --- Small searches (section 5.1.1's trials, made short) ----------------------------------------
 
-# A trial of the proxy search: Eff-SpineNet-M0 on ShapeScenes at 128 pixels.
+# A trial of the proxy search: Eff-SpineNet-M0 on ShapeScenes at 96 pixels.
 #   effspinenet search --profile proxy
 PROXY_SEARCH = declare(
     "proxy_search",

@@ -27,10 +27,10 @@ from filelock import FileLock, Timeout
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from effspinenet_lib.data import Augmentation, Dataset, classes_of, training_loader
-from effspinenet_lib.data.augment import MAX_OBJECTS, MEAN, STD
-from effspinenet_lib.data.check import check_parts, fault_rows, write_report
-from effspinenet_lib.data.loader import worker_errors
+from effspinenet_lib.data import Dataset, classes_of
+from effspinenet_lib.data.augment import MAX_OBJECTS, MEAN, STD, Augmentation
+from effspinenet_lib.data.check import check_parts, write_report
+from effspinenet_lib.data.loader import training_loader, worker_errors
 from effspinenet_lib.data.records import InvalidData
 from effspinenet_lib.errors import DataError, Preempted, UserError
 from effspinenet_lib.files import ensure_folder, read_json, write_json
@@ -250,14 +250,11 @@ def _open_data(
     The path of the data is no part of a run's key, so its content is compared.
     """
     data = config.data
-    wanted = [
-        (data.train_split, data.images_of("train")),
-        (data.eval_split, data.images_of("eval")),
-    ]
+    wanted = [data.part_of("train"), data.part_of("eval")]
     datasets, faults = check_parts(data, wanted, config.task, skip_bad)
     if faults:
         if main:
-            write_report(folder / FAULTS, str(data.root), fault_rows(faults))
+            write_report(folder / FAULTS, str(data.root), faults)
         raise InvalidData(faults, str(folder / FAULTS))
     train, held_out = datasets
     assert train is not None
