@@ -501,20 +501,23 @@ class FixedDetector(torch.nn.Module):
         self.box, self.seen = torch.tensor([box]), None
 
     def forward(self, images, extents):
-        assert extents == [(32, 64)]
-        self.seen = images
-        return [{"boxes": self.box, "scores": torch.ones(1), "labels": torch.zeros(1).long()}]
+        self.seen, self.extents = images, extents
+        found = {"boxes": self.box, "scores": torch.ones(1), "labels": torch.zeros(1).long()}
+        return [found] * len(images)
 
 
 def test_detections_are_in_pixels_of_the_picture():
     # A picture of 100 x 200 (height, width) on an input of 64: scale 0.32, rows 32 and up empty.
     picture = np.full((100, 200, 3), 255, np.uint8)
     model = FixedDetector([16.0, 8.0, 32.0, 64.0])
-    found = detections(model, picture, 64)
-    assert found["boxes"].tolist() == [[50.0, 25.0, 100.0, 100.0]]
-    assert model.seen.shape == (1, 3, 64, 64)
-    assert (model.seen[:, :, 32:] == 0).all()
-    assert (model.seen[:, :, :32] > 0).all()
+    wide, tall = detections(model, [picture, picture.transpose(1, 0, 2)], 64)
+    assert model.extents == [(32, 64), (64, 32)]
+    assert wide["boxes"].tolist() == [[50.0, 25.0, 100.0, 100.0]]
+    assert tall["boxes"].tolist() == [[50.0, 25.0, 100.0, 200.0]]
+    assert model.seen.shape == (2, 3, 64, 64)
+    assert (model.seen[0, :, 32:] == 0).all()
+    assert (model.seen[0, :, :32] > 0).all()
+    assert (model.seen[1, :, :, 32:] == 0).all()
 
 
 def pixels_of(picture):

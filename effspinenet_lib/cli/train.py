@@ -373,13 +373,13 @@ def detect(
     if several:
         places = [(output or Path("detections")) / name for _, name in files]
     found_records: list[dict[str, Any]] = []
-    for (path, _), place in zip(
-        tqdm(files, desc="detect", unit="image", disable=None if several else True),
-        places,
-        strict=True,
-    ):
-        pixels = read_picture(path)
-        found = detections(folded, pixels, size, preprocessing)
+    bar = tqdm(files, desc="detect", unit="image", disable=None if several else True)
+    for number, (path, _) in enumerate(bar):
+        place, in_batch = places[number], number % EVALUATION_BATCH
+        if in_batch == 0:
+            batch = [read_picture(path) for path, _ in files[number : number + EVALUATION_BATCH]]
+            found_in = detections(folded, batch, size, preprocessing)
+        pixels, found = batch[in_batch], found_in[in_batch]
         found = {name: values[found["scores"] >= threshold] for name, values in found.items()}
         labels, scores = found["labels"].tolist(), found["scores"].tolist()
         names = [facts["categories"][label]["name"] for label in labels]
@@ -450,40 +450,46 @@ def pictures_in(paths: Sequence[Path]) -> list[tuple[Path, str]]:
 
 
 def detections(
-    model: nn.Module, picture: NDArray[np.uint8], image_size: int, preprocessing: str = "fitted"
-) -> dict[str, Tensor]:
-    """Run a detector in evaluation mode on one picture.
+    model: nn.Module,
+    pictures: Sequence[NDArray[np.uint8]],
+    image_size: int,
+    preprocessing: str = "fitted",
+) -> list[dict[str, Tensor]]:
+    """Run a detector in evaluation mode on pictures, all at once.
 
     Args:
         model: as `create_model` gives it.
-        picture: uint8 [H, W, 3].
-        image_size: side of the square input; the picture's long side is resized to it.
+        pictures: each uint8 [H, W, 3].
+        image_size: side of the square input; a picture's long side is resized to it.
         preprocessing: one of `data.augment.PREPROCESSINGS`.
 
     Returns:
-        `boxes` [K, 4] in pixels of the picture, `scores` [K] falling, `labels` int64 [K] and, of
-        a model for instances, `masks` bool [K, H, W].
+        Of each `boxes` [K, 4] in its pixels, `scores` [K] falling, `labels` int64 [K] and, of a
+        model for instances, `masks` bool [K, H, W].
     """
     import torch
 
     from effspinenet_lib.data.augment import FITTED, fit_image, scaled_size
     from effspinenet_lib.training.evaluate import paste_masks, to_original
 
-    height, width = picture.shape[:2]
-    image, scales = fit_image(picture, image_size, preprocessing)
+    sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
+    fitted = [fit_image(picture, image_size, preprocessing) for picture in pictures]
+    images = torch.stack([image for image, _ in fitted])
+    more = {}
+    if preprocessing == FITTED:  # what is left of the input is padding
+        places = zip(sizes, fitted, strict=True)
+        more = {"extents": [scaled_size(*size, scales[0]) for size, (_, scales) in places]}
     with torch.inference_mode():
-        device = next(model.parameters(), image).device
-        batch = image[None].to(device)
-        if preprocessing == FITTED:  # what is left of the input is padding
-            extent = scaled_size(height, width, scales[0])
-            found: dict[str, Tensor] = model(batch, extents=[extent])[0]
-        else:
-            found = model(batch)[0]
-    boxes = to_original(found["boxes"], scales, (height, width))
-    result = {"boxes": boxes, "scores": found["scores"].cpu(), "labels": found["labels"].cpu()}
-    if "masks" in found:
-        result["masks"] = paste_masks(found["masks"], boxes, (height, width))
-    return result
+        device = next(model.parameters(), images).device
+        outputs: list[dict[str, Tensor]] = model(images.to(device), **more)
+    results = []
+    for found, size, (_, scales) in zip(outputs, sizes, fitted, strict=True):
+        boxes = to_original(found["boxes"], scales, size)
+        result = {"boxes": boxes, "scores": found["scores"].cpu(), "labels": found["labels"].cpu()}
+        if "masks" in found:
+            result["masks"] = paste_masks(found["masks"], boxes, size)
+        results.append(result)
+    return results
 
 
 def export(

@@ -74,7 +74,7 @@ class Row:
         proxy_model: the model that is trained in its place in the profile `proxy`; empty: the
             row is not part of it.
         proxy_size: image size of that model; None: the profile's.
-        group: what the table compares the row with, at equal cost.
+        group: a label; the table compares rows of one label, at equal cost.
         options: options of `create_model` that the row switches.
         task: of the model.
         recipes: profile -> training recipe, where the row has its own; empty: the profile's for

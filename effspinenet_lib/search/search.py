@@ -425,7 +425,8 @@ def run_references(
                 continue
             done.add(row["run"])
             row["trial"] = numbers.get(row["run"], following)
-            following += row["trial"] == following
+            if row["trial"] == following:
+                following += 1
             rows.append({**row, "note": name})
     with _bar(REFERENCE, len(rows), progress) as bar:
         _run_trials(settings, store, 0.0, runner, rows, bar)

@@ -181,13 +181,13 @@ def train_run(
                 recipe.batch_size,
                 Augmentation(recipe.scale_jitter, recipe.flip_probability),
                 config.seed,
-                state.step,
-                target,
-                workers,
-                accelerator.process_index,
-                accelerator.num_processes,
-                config.task,
-                recipe.auto_augment,
+                start_step=state.step,
+                total_steps=target,
+                workers=workers,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                task=config.task,
+                auto_augment=recipe.auto_augment,
                 pad_targets=MAX_OBJECTS if static else None,
             )
             steps = train_steps(
@@ -197,10 +197,10 @@ def train_run(
                 recipe,
                 accelerator,
                 config.seed,
-                state.step,
-                micro_batch,
-                state.ema,
-                preemption,
+                start_step=state.step,
+                micro_batch=micro_batch,
+                ema=state.ema,
+                preemption=preemption,
             )
             log = TrainingLog(folder, recipe, state.step, state.curve, progress) if main else None
             saved_at = time.monotonic()
