@@ -416,8 +416,10 @@ def detect(
         typer.echo(f"Wrote {csv_file}")
     where = places[0].parent if several else places[0]
     count = f" in {len(files)} pictures" if several else ""
+    number = len(found_records)
     typer.echo(
-        f"{len(found_records)} objects with a score of at least {threshold}{count}; wrote {where}"
+        f"{number} object{'s' * (number != 1)} with a score of at least {threshold}{count}; "
+        f"wrote {where}"
     )
 
 
