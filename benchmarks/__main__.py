@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import evaluation, loading, machine, memory, models, profile, scaling
-from benchmarks.record import Figure, to_rows, write
-from effspinenet_lib.results.tables import Row
+from benchmarks.record import Figure, to_rows
+from effspinenet_lib.cli.console import print_table
+from effspinenet_lib.results.tables import Row, write_table
 from effspinenet_lib.training.device import disable_malloc_trim
 
 Benchmark = Callable[[int, bool], Iterator[Figure]]
@@ -39,16 +38,16 @@ def main() -> None:
     arguments = _parse()
     torch.set_num_threads(1)
     disable_malloc_trim()
-    console = Console()
     rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
     rows: list[Row] = []
     for name in arguments.benchmarks or BENCHMARKS:
         start = time.perf_counter()
         found = to_rows(BENCHMARKS[name](rounds, arguments.quick))
-        console.print(_table(name, found), f"{time.perf_counter() - start:.0f} s")
+        headings = ("what", "settings", "ours", "peer", "figure", "range", "goal")
+        print_table(f"{name}, {time.perf_counter() - start:.0f} s", headings, map(_cells, found))
         rows += found
         if arguments.output:
-            write(rows, arguments.output)
+            write_table(arguments.output, "speed", rows)
 
 
 def _parse() -> argparse.Namespace:
@@ -64,16 +63,11 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _table(name: str, rows: list[Row]) -> Table:
-    table = Table(title=name)
-    for heading in ("what", "settings", "ours", "peer", "figure", "range", "goal"):
-        table.add_column(heading)
-    for row in rows:
-        milliseconds = [f"{row[key]} ms" if row[key] else "" for key in ("ours", "peer")]
-        spread = f"{row['lowest']} to {row['highest']}" if row["lowest"] else ""
-        figure = f"{row['value']} {row['unit']}"
-        table.add_row(row["what"], row["settings"], *milliseconds, figure, spread, row["goal"])
-    return table
+def _cells(row: Row) -> tuple[str, ...]:
+    milliseconds = [f"{row[key]} ms" if row[key] else "" for key in ("ours", "peer")]
+    spread = f"{row['lowest']} to {row['highest']}" if row["lowest"] else ""
+    figure = f"{row['value']} {row['unit']}"
+    return row["what"], row["settings"], *milliseconds, figure, spread, row["goal"]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import effdet
 import torch
@@ -27,7 +28,6 @@ from effspinenet_lib.training.device import prepare_model
 from effspinenet_lib.training.export import inference_copy
 from effspinenet_lib.training.loop import train_steps
 from effspinenet_lib.training.optim import build_optimizer
-from effspinenet_lib.training.recipe import Recipe
 from effspinenet_lib.training.recipes import get_recipe
 
 Work = Callable[[], object]
@@ -75,18 +75,20 @@ Maker = Callable[[Setting, str], Work]
 
 def training(rounds: int, quick: bool) -> Iterator[Figure]:
     """A training step of Eff-SpineNet-D0 against those of the peers."""
-    peers = {EFFDET: _effdet_step, RETINANET: _retinanet_step}
+    peers = {EFFDET: _effdet_step, RETINANET: partial(_torchvision_step, _make_retinanet)}
     yield from _against("training", Setting(SIZE, BATCH), our_step, peers, rounds, quick, 1.5)
     small = Setting(SSDLITE_SIZE, BATCH)
-    yield from _against("training", small, our_step, {SSDLITE: _ssdlite_step}, rounds, quick)
+    peers = {SSDLITE: partial(_torchvision_step, _make_ssdlite)}
+    yield from _against("training", small, our_step, peers, rounds, quick)
 
 
 def inference(rounds: int, quick: bool) -> Iterator[Figure]:
     """One image through the networks; of torchvision's models with what follows the network."""
-    peers = {EFFDET: _effdet_network, RETINANET: _retinanet}
+    peers = {EFFDET: _effdet_network, RETINANET: partial(_torchvision, _make_retinanet)}
     yield from _against("inference", Setting(SIZE, 1), _our_network, peers, rounds, quick, 1.3)
     small = Setting(SSDLITE_SIZE, 1)
-    yield from _against("inference", small, _our_network, {SSDLITE: _ssdlite}, rounds, quick)
+    peers = {SSDLITE: partial(_torchvision, _make_ssdlite)}
+    yield from _against("inference", small, _our_network, peers, rounds, quick)
 
 
 def proxy(rounds: int, quick: bool) -> Iterator[Figure]:
@@ -145,8 +147,9 @@ def _against(
             yield ratio_figure(benchmark, what, f"{text}, {setting}", ratio, wanted)
 
 
-def our_training(name: str, setting: Setting, recipe: Recipe, classes: int) -> Work:
-    """A step of this library's loop."""
+def our_training(name: str, setting: Setting, precision: str, classes: int) -> Work:
+    """A step of this library's loop by the proxy's recipe."""
+    recipe = get_recipe("proxy_detection").replace(precision=precision)
     accelerator = Accelerator(cpu=True)
     model = prepare_model(create_model(name, num_classes=classes), recipe, accelerator)
     optimizer = build_optimizer(model, recipe)
@@ -164,14 +167,12 @@ def our_training(name: str, setting: Setting, recipe: Recipe, classes: int) -> W
 
 def our_step(setting: Setting, precision: str) -> Work:
     """A step of Eff-SpineNet-D0."""
-    recipe = get_recipe("proxy_detection").replace(precision=precision)
-    return our_training("eff_spinenet_d0", setting, recipe, CLASSES)
+    return our_training("eff_spinenet_d0", setting, precision, CLASSES)
 
 
 def proxy_step(setting: Setting, precision: str = "bfloat16") -> Work:
-    """A step of Eff-SpineNet-M0 by the proxy's recipe."""
-    recipe = get_recipe("proxy_detection").replace(precision=precision)
-    return our_training("eff_spinenet_m0", setting, recipe, PROXY_CLASSES)
+    """A step of Eff-SpineNet-M0."""
+    return our_training("eff_spinenet_m0", setting, precision, PROXY_CLASSES)
 
 
 def plain_step(setting: Setting, precision: str, name: str = "eff_spinenet_d0") -> Work:
@@ -201,16 +202,10 @@ def _effdet_step(setting: Setting, precision: str) -> Work:
     return _step(model, setting, precision, lambda images: {"loss": model(images, given)["loss"]})
 
 
-def _retinanet_step(setting: Setting, precision: str) -> Work:
-    return _torchvision_step(_make_retinanet(setting), setting, precision)
-
-
-def _ssdlite_step(setting: Setting, precision: str) -> Work:
-    return _torchvision_step(_make_ssdlite(), setting, precision)
-
-
-def _torchvision_step(model: nn.Module, setting: Setting, precision: str) -> Work:
-    targets = setting.targets()
+def _torchvision_step(
+    make: Callable[[Setting], nn.Module], setting: Setting, precision: str
+) -> Work:
+    model, targets = make(setting), setting.targets()
     return _step(model, setting, precision, lambda images: model(list(images), targets))
 
 
@@ -263,17 +258,9 @@ def _effdet_network(setting: Setting, precision: str) -> Work:
     return _in_dtype(model, setting, precision)
 
 
-def _retinanet(setting: Setting, precision: str) -> Work:
-    return _torchvision_inference(_make_retinanet(setting), setting, precision)
-
-
-def _ssdlite(setting: Setting, precision: str) -> Work:
-    return _torchvision_inference(_make_ssdlite(), setting, precision)
-
-
-def _torchvision_inference(model: nn.Module, setting: Setting, precision: str) -> Work:
+def _torchvision(make: Callable[[Setting], nn.Module], setting: Setting, precision: str) -> Work:
     """Under autocast: torchvision's suppression takes no bfloat16."""
-    model.eval().to(memory_format=torch.channels_last)
+    model = make(setting).eval().to(memory_format=torch.channels_last)
     return _inference(lambda images: model(list(images)), setting.images(), precision)
 
 
@@ -306,7 +293,7 @@ def _make_retinanet(setting: Setting) -> nn.Module:
     return model
 
 
-def _make_ssdlite() -> nn.Module:
+def _make_ssdlite(_: Setting) -> nn.Module:
     model: nn.Module = torchvision_models.ssdlite320_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=CLASSES + 1
     )

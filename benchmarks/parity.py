@@ -11,7 +11,6 @@ difference is over its limit.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import tempfile
 import time
@@ -32,10 +31,10 @@ from benchmarks.seeded import (
     training_losses,
 )
 from effspinenet_lib.data.augment import fit_released
-from effspinenet_lib.files import atomic_write
 from effspinenet_lib.models.released import convert, create_released
 from effspinenet_lib.models.released_specs import RELEASED, ReleasedSpec
 from effspinenet_lib.models.retinanet import RetinaNet
+from effspinenet_lib.results import write_table
 
 SEED, IMAGES = 2010, 2
 TENSOR_LIMIT, PIXEL_LIMIT = 1e-5, 1e-3
@@ -43,7 +42,6 @@ PICTURE = (427, 640, 3)  # a size that many of COCO's pictures have
 # Four images: batch norms over two values, as P7 of two images has, magnify rounding a hundredfold.
 GOLDEN_SIZE, GOLDEN_IMAGES, GOLDEN_VALUES = 128, 4, 1024
 OUTPUT = Path("results/parity/parity.csv")
-COLUMNS = ("model", "image_size", "quantity", "measure", "value", "limit", "passed")
 
 
 class Row(NamedTuple):
@@ -137,14 +135,10 @@ def print_rows(rows: list[Row]) -> None:
         )
 
 
-def write_rows(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as handle:
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in rows:
-            values = (f"{row.value:.3g}", f"{row.limit:g}", str(row.passed).lower())
-            writer.writerow((*row[:4], *values))
+def record(row: Row) -> dict[str, str]:
+    """The row as the schema `parity` has it."""
+    cells = {"value": f"{row.value:.3g}", "limit": f"{row.limit:g}"}
+    return {**row._asdict(), **cells, "passed": str(row.passed).lower()}
 
 
 def main() -> int:
@@ -163,8 +157,8 @@ def main() -> int:
         start = time.perf_counter()
         rows += compare(spec)
         print(f"{spec.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        write_rows(rows, arguments.output)
     print_rows(rows)
+    write_table(arguments.output, "parity", map(record, rows))
     print(f"Wrote {arguments.output}")
     return 0 if all(row.passed for row in rows) else 1
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from benchmarks.pairs import Ratio
 from effspinenet_lib.results import current_commit, today
-from effspinenet_lib.results.tables import Row, to_row, write_rows
+from effspinenet_lib.results.tables import Row, to_row
 from effspinenet_lib.training.device import describe_hardware
 
 SHOWN_DIGITS = 4
@@ -75,9 +74,3 @@ def _rounded(figure: Figure) -> dict[str, object]:
         name: float(f"{value:.{SHOWN_DIGITS}g}") if isinstance(value, float) else value
         for name, value in asdict(figure).items()
     }
-
-
-def write(rows: list[Row], path: Path) -> None:
-    """Write the record."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(path, "speed", rows)

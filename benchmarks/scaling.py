@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 from accelerate import Accelerator
 
-from benchmarks.models import PROXY_BATCH, PROXY_CLASSES, PROXY_SIZE, Setting, our_training
+from benchmarks.models import PROXY_BATCH, PROXY_SIZE, Setting, proxy_step
 from benchmarks.pairs import compare
 from benchmarks.record import Figure, ratio_figure
 from effspinenet_lib.training import device
-from effspinenet_lib.training.recipes import get_recipe
 
 SETTING = Setting(PROXY_SIZE, PROXY_BATCH)  # for each process
 STEPS, QUICK_STEPS = 10, 3
@@ -81,8 +80,7 @@ def _time(work: Callable[[], object], times: int) -> float:
 def _train(norms: str, steps: int) -> float:
     if norms == OWN:
         device.synchronise_norms = lambda model, _: model
-    recipe = get_recipe("proxy_detection").replace(precision="bfloat16")
-    return _time(our_training("eff_spinenet_m0", SETTING, recipe, PROXY_CLASSES), steps)
+    return _time(proxy_step(SETTING), steps)
 
 
 def _send(numbers: int) -> float:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from effspinenet_lib.models.anchors import BOX_CODE
 from effspinenet_lib.models.retinanet import RetinaNet
-from effspinenet_lib.models.specs import OUTPUT_LEVELS
+from effspinenet_lib.models.specs import COCO_CLASSES, OUTPUT_LEVELS
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -28,7 +28,6 @@ CLASS_BIAS = -4.5
 OBJECTS = 7  # an image
 LEAST_SIDE = 24.0  # pixels; the smallest anchor's
 LARGEST_SHARE = 0.6  # of the image's side
-COCO_CLASSES = 90
 RANGES: dict[str, tuple[float, float]] = {
     "gain": (0.5, 1.5),
     "running_mean": (-0.2, 0.2),

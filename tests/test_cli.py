@@ -193,7 +193,7 @@ def test_cost_takes_model_options_and_an_image_size(run):
         ("train --data no_such_folder", 2, "no_such_folder: no such folder"),
         ("reproduce table-8", 2, "unknown item 'table-8'; did you mean table-08"),
         ("reproduce table-08 --profile smok", 2, "unknown profile 'smok'; did you mean smoke?"),
-        ("data make shapes out", 2, "did you mean shapescenes?"),
+        ("data make shapescene out", 2, "did you mean shapescenes?"),
         ("data check no_such_folder", 3, "no_such_folder: no such folder"),
         ("evaluate --weights no.safetensors --data shapescenes", 4, "no such weights file"),
         ("detect picture.png --weights no.safetensors", 4, "no such weights file"),
@@ -561,7 +561,7 @@ def test_the_options_of_a_group_reach_its_commands(run, repository, tmp_path, mo
     assert "inner: no such folder" in inner.error
     exported = run("search", "--results-dir", folder, "export", tmp_path / "found.json")
     assert exported.code == 2, "no trials are recorded there"
-    monkeypatch.setattr("effspinenet_lib.experiments.cost_table.cost_table", lambda _: [])
+    monkeypatch.setattr("effspinenet_lib.experiments.cost_table.cost_table", lambda: [])
     assert run("results", "--results-dir", folder, "costs").code == 0
     assert (folder / "cost" / "costs.csv").exists()
     command = ("search", "--results-dir", folder, "space", "--samples", 1000)

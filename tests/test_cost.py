@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from effspinenet_lib import create_model, measure_cost
 from effspinenet_lib.experiments import default_results_dir
-from effspinenet_lib.experiments.cost_table import model_cost, read_cost_table
+from effspinenet_lib.experiments.cost_table import model_cost
 from effspinenet_lib.models.cost import layer_multi_adds
 from effspinenet_lib.models.layers import MBConv, WeightedFusion
 from effspinenet_lib.models.zoo import default_image_size, list_models, model_entry
-from effspinenet_lib.results import COST_UNITS
+from effspinenet_lib.results import COST_UNITS, read_table
 from effspinenet_lib.results.paper import paper_values
 
 ITEMS = ("table-03", "table-06", "table-07", "table-08", "table-09", "table-10", "table-11")
@@ -134,7 +134,7 @@ def test_the_models_mode_is_restored() -> None:
 
 @pytest.fixture(scope="module")
 def everything() -> pd.DataFrame:
-    return read_cost_table(default_results_dir())
+    return read_table(default_results_dir() / "cost" / "costs.csv", "cost")
 
 
 @pytest.fixture(scope="module")

@@ -162,19 +162,19 @@ def test_costs_are_shown_as_printed_and_counted() -> None:
             "printed": [2.5, 3.6, 2.4],
             "measured": [2.3946, 3.7472, 2.4923],
             "authors_count": [2.4610, 3.7472, 2.5506],
-            "difference_percent": [-4.22, 4.09, 3.85],
+            "difference_percent": [-4.22, 4.09, 3.86],
             "authors_difference_percent": [-1.56, 4.09, 6.28],
             "as_printed": ["yes", "no", "no"],
         }
     )
-    (table,) = tables.cost_tables(costs)
-    flops = table.frame["#FLOPs (B)"]
+    frame = tables.cost_frame(costs)
+    flops = frame["#FLOPs (B)"]
     assert flops.loc["A"].tolist() == ["2.5", "2.461", "2.395", "yes"]
     assert flops.loc["B"].tolist() == ["2.4", "2.551", "2.492", "+3.9 %"]  # not by our count
-    parameters = table.frame["#Params (M)"]
+    parameters = frame["#Params (M)"]
     assert parameters.loc["A"].tolist() == ["3.6", "3.747", "+4.1 %"]
     assert parameters.loc["B"].tolist() == ["", "", ""]
-    assert tables.cost_differences(costs).tolist() == [-1.56, 4.09, 3.85]
+    assert tables.cost_differences(costs).tolist() == [-1.56, 4.09, 3.86]
     assert "4.1 %" in plots.cost_differences(costs).alt
 
 
@@ -377,11 +377,11 @@ def test_the_counts_of_the_scorecard_are_those_of_the_files() -> None:
         else:
             status = names.get(verdict, "not run")
         recount[status] += 1
-    found = claims.counts(claims.scorecard("does-not-exist"))
-    assert {name: number for name, number in found.items() if number} == recount
-    text = claims.Score(found)._repr_html_()
+    score = claims.Score(claims.scorecard("does-not-exist"))
+    assert {name: number for name, number in score.numbers.items() if number} == recount
+    text = score._repr_html_()
     assert f"<b>{len(rows)}</b>claims" in text
-    assert all(f"<b>{number}</b>{name}" in text for name, number in found.items())
+    assert all(f"<b>{number}</b>{name}" in text for name, number in score.numbers.items())
 
 
 def test_the_three_findings_are_those_of_the_files() -> None:
@@ -505,12 +505,11 @@ def test_drawn_connections_are_those_of_the_backbone() -> None:
     assert D0.extra_inputs == {16: (13,)}  # taken in as it is
 
 
-@pytest.mark.parametrize("space_to_depth", [True, False])
-def test_the_drawn_steps_of_a_connection_are_those_of_the_module(space_to_depth: bool) -> None:
+def test_the_drawn_steps_of_a_connection_are_those_of_the_module() -> None:
     for source, target in diagrams.connections(D0):
         start, end = D0.blocks[source - 1], D0.blocks[target - 1]
         ends = (start.feature_dim, start.level, end.feature_dim, end.level)
-        module = Resample(*ends, space_to_depth, "swish").eval()
+        module = Resample(*ends, True, "swish").eval()
         side, goal = level_side(256, start.level), level_side(256, end.level)
         seen = [(side, start.feature_dim)]
         for layer in module.layers:
@@ -521,7 +520,7 @@ def test_the_drawn_steps_of_a_connection_are_those_of_the_module(space_to_depth:
             )
         with torch.inference_mode():
             module(torch.zeros(1, start.feature_dim, side, side), (goal, goal))
-        steps = diagrams.resampling_steps(D0, source, target, 256, space_to_depth)
+        steps = diagrams.resampling_steps(D0, source, target, 256)
         drawn = [(step.side, step.channels) for step in steps]
         assert unique(drawn) == unique(seen), (source, target)
         kernels = [str(n) for n, m in module.named_modules() if isinstance(m, torch.nn.Conv2d)]

@@ -18,9 +18,9 @@ from effspinenet_lib.errors import DataError
 from effspinenet_lib.models.specs import EQUAL_BETAS, LEARNED_BETAS, SEARCH_SPACE, parse_betas
 from effspinenet_lib.models.zoo import Distribution, write_distribution
 from effspinenet_lib.report import search, style
-from effspinenet_lib.results import ResultsStore
+from effspinenet_lib.results import ResultsStore, write_table
 from effspinenet_lib.search.search import get_search, plan_trials
-from effspinenet_lib.search.space import space_claims, write_claims
+from effspinenet_lib.search.space import space_claims
 
 LEVELS = np.array([block.level for block in search.BEFORE.blocks])
 SAMPLES = 20  # of each method
@@ -262,7 +262,7 @@ def test_the_noise_of_one_trial_is_what_a_simulation_gives() -> None:
 
 def test_the_statements_on_the_space_are_shown(tmp_path: Path) -> None:
     counted = space_claims(500, seed=1)
-    write_claims(tmp_path / "b", counted)
+    write_table(tmp_path / "b" / search.SPACE_FILE, "space", counted)
     table = search.space_table(tmp_path / "a", tmp_path / "b").frame
     stated = sorted((row for row in counted if row["stated"]), key=lambda row: row["claim"])
     assert table.index.tolist() == [row["statement"] for row in stated]
@@ -338,7 +338,7 @@ def test_a_page_shows_the_record_and_the_papers_in_the_place_of_the_proxys(
     pages: Any, page: str
 ) -> None:
     pages.store.add_trials([*SAMPLED, *REFERENCES])
-    write_claims(pages.folder, space_claims(500, seed=1))
+    write_table(pages.folder / search.SPACE_FILE, "space", space_claims(500, seed=1))
     text = pages.show(page)
     assert "not run" not in text
     assert "98.7" not in text

@@ -45,10 +45,9 @@ from effspinenet_lib.models.specs import (
     parse_betas,
 )
 from effspinenet_lib.models.specs import feature_dims as dims_of_one
-from effspinenet_lib.results import ResultsStore, read_table, validate
+from effspinenet_lib.results import ResultsStore, read_table, validate, write_table
 from effspinenet_lib.search.controllers import (
     CONTROLLERS,
-    PPO,
     Choices,
     Controller,
     Evolution,
@@ -69,7 +68,6 @@ from effspinenet_lib.search.space import (
     feature_dims,
     sample_betas,
     space_claims,
-    write_claims,
 )
 from effspinenet_lib.training.config import RunConfig
 from effspinenet_lib.training.recipes import get_recipe
@@ -513,8 +511,8 @@ def test_a_policy_starts_uniform_and_loses_entropy_as_it_learns() -> None:
 def test_one_step_of_ppo_is_reinforce() -> None:
     """The first step's gradient, with the entropy left out, is that of log-probability times
     advantage, computed here from the policy's own probabilities."""
-    settings = replace(PPO, epochs=1, entropy=0.0, clip_gradient_norm=math.inf)
-    controller = PolicySearch(4, CHOICES, 0, settings)
+    controller = PolicySearch(4, CHOICES, 0, epochs=1)
+    controller.entropy_weight, controller.clip_gradient_norm = 0.0, math.inf
     for parameter in controller.policy.parameters():  # away from the uniform start
         with torch.no_grad():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=controller.generator))
@@ -537,7 +535,8 @@ def test_one_step_of_ppo_is_reinforce() -> None:
 
 def taught(batches: Sequence[Sequence[float]]) -> list[torch.Tensor]:
     """The weights of a policy that learned from rewards alone, not from its entropy."""
-    controller = PolicySearch(4, CHOICES, 0, replace(PPO, entropy=0.0))
+    controller = PolicySearch(4, CHOICES, 0, epochs=3)
+    controller.entropy_weight = 0.0
     for rewards in batches:
         controller.tell(controller.ask(len(rewards)), rewards)
     return list(controller.policy.parameters())
@@ -646,8 +645,9 @@ def test_costs_are_those_of_the_built_model(
 
 def test_claims_on_the_space_are_counted_and_valid(tmp_path: Path) -> None:
     rows = space_claims(2000, seed=0)
-    assert write_claims(tmp_path, rows) == tmp_path / "search" / "space.csv"
-    frame = read_table(tmp_path / "search" / "space.csv", "space").set_index("claim")
+    path = tmp_path / "search" / "space.csv"
+    write_table(path, "space", rows)
+    frame = read_table(path, "space").set_index("claim")
     costs = detector_costs(sample_betas(2000, seed=0), SCALES["D0"], 90, 512)
     with torch.device("meta"):
         target = measure_cost(esn.create_model("sp_efficientnet_b0"), 512)

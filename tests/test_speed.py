@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,10 @@ import torch
 from benchmarks import instrument
 from benchmarks.pairs import compare, fastest, time_in_turn
 from benchmarks.plain import make_plain
-from benchmarks.record import Figure, ratio_figure, to_rows, write
-from benchmarks.traffic import Traffic
+from benchmarks.record import Figure, ratio_figure, to_rows
 from effspinenet_lib import create_model
 from effspinenet_lib.errors import DataError
-from effspinenet_lib.results.tables import read_rows, upsert
+from effspinenet_lib.results.tables import read_rows, upsert, write_table
 
 SIDE, CLASSES = 128, 3
 # Allocates, fills and frees 40 MiB three times, then says how many pages the system had to clear.
@@ -115,7 +113,7 @@ def results(tmp_path: Path) -> Path:
         Figure("profile", "norms", "float32, 512x512, batch 2, before", 400.0, "ms"),
         Figure("profile", "norms", "float32, 512x512, batch 2, after", 200.0, "ms"),
     ]
-    write(to_rows(figures), tmp_path / "speed" / "speed.csv")
+    write_table(tmp_path / "speed" / "speed.csv", "speed", to_rows(figures))
     return tmp_path
 
 
@@ -132,76 +130,6 @@ def test_a_figure_with_an_unknown_unit_is_refused():
         to_rows([Figure("machine", "copying", "", 1.0, "furlongs")])
 
 
-def moved(work: Callable[[], object]) -> int:
-    """The bytes that some work reads and writes."""
-    with Traffic() as traffic:
-        work()
-    return traffic.bytes
-
-
-@pytest.mark.parametrize(
-    ("work", "elements"),
-    [
-        (lambda a, b: a @ b.t(), 15 + 15 + 25),  # [5, 3] by [3, 5]
-        (lambda a, b: a + b, 3 * 15),
-        (lambda a, b: a.add_(b), 3 * 15),
-        (lambda a, b: torch.add(a, 1, out=b), 2 * 15),  # b is not read
-        (lambda a, b: a.copy_(b), 2 * 15),
-        (lambda a, b: a.zero_(), 15),
-        (lambda a, b: a.sum(), 15 + 1),
-        (lambda a, b: a + b[:1].expand(5, 3), 15 + 3 + 15),  # rows of b repeat
-        (lambda a, b: (a.view(15), a.t(), a[1:], a.unsqueeze(0), a.detach(), a.shape), 0),
-        (lambda a, b: a.unsqueeze_(0), 0),
-        (lambda a, b: (torch.empty_like(a), a.contiguous()), 0),
-        (lambda a, b: torch.zeros_like(a), 15),
-        (lambda a, b: a.t().contiguous(), 2 * 15),
-        (lambda a, b: torch.cat([a, b]), 2 * 30),
-        (lambda a, b: torch._foreach_add_([a, b], 1.0), 2 * 30),
-        (lambda a, b: a[0, 0].item(), 1),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_traffic_of_an_operation_is_what_it_reads_and_writes(
-    work: Callable[..., object], elements: int, dtype: torch.dtype
-):
-    left, right = torch.ones(5, 3, dtype=dtype), torch.ones(5, 3, dtype=dtype)
-    assert moved(lambda: work(left, right)) == elements * dtype.itemsize
-
-
-def test_the_traffic_of_a_training_step_is_that_of_its_three_parts():
-    features, gradient = torch.ones(5, 3), torch.ones(5, 2)
-    layer = torch.nn.Linear(3, 2)
-    weight, bias = 6, 2
-    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9, fused=True)
-    for _ in range(2):  # the first step makes the momentum
-        optimizer.zero_grad()
-        outputs: list[torch.Tensor] = []
-        forward = moved(lambda found=outputs: found.append(layer(features)))
-        backward = moved(lambda found=outputs: found[0].backward(gradient))
-        update = moved(optimizer.step)
-    assert forward == 4 * (bias + 15 + weight + 10)
-    # one matrix product and one sum over the batch
-    assert backward == 4 * ((10 + 15 + weight) + (10 + bias))
-    # weights and momenta read and written, gradients read
-    assert update == 4 * 5 * (weight + bias)
-
-
-def test_a_convolutions_gradient_by_one_argument_does_not_read_that_argument():
-    features, gradient = torch.ones(1, 4, 6, 6), torch.ones(1, 4, 6, 6)
-    weight = torch.ones(4, 1, 3, 3)
-
-    def by(*wanted: bool) -> int:
-        return moved(
-            lambda: torch.ops.aten.convolution_backward(
-                gradient, features, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 4, wanted
-            )
-        )
-
-    assert by(True, False, False) == 4 * (144 + 36 + 144)
-    assert by(False, True, False) == 4 * (144 + 144 + 36)
-    assert by(True, True, False) == 4 * (144 + 144 + 36 + 144 + 36)
-
-
 # The proxy as an instrument
 
 
@@ -209,9 +137,10 @@ def test_the_data_sheet_sums_up_the_runs(tmp_path, monkeypatch):
     draws = np.random.default_rng(1)
     shared = draws.normal(0, 2, 13)  # what a seed does to every model
     models = {
-        "the reference": (55.0, range(8)),
-        instrument.WORSE: (50.0, range(5)),
-        instrument.AGAIN: (55.0, range(8, 13)),
+        "the reference": (55.0, range(5)),
+        instrument.HALF: (40.0, range(5)),
+        instrument.VARIANT: (50.0, range(5)),
+        instrument.AGAIN: (55.0, range(5, 10)),
     }
     common = {"model": "m", "task": "detection", "steps": 100, "commit": "c", "date": "2026-01-01"}
     rows = [
@@ -236,8 +165,9 @@ def test_the_data_sheet_sums_up_the_runs(tmp_path, monkeypatch):
     upsert(instrument.INSTRUMENT, "instrument", rows, "made")
     sheet = {row["setting"]: row for row in instrument.sheet(tmp_path)}
     upsert(instrument.INSTRUMENT, "instrument", sheet.values(), "the sheet")
-    worse = sheet[f"AP of the reference less: {instrument.WORSE}"]
-    assert 0 < worse["low"] < 5 < worse["high"]
+    for name, gap in ((instrument.HALF, 15), (instrument.VARIANT, 5)):
+        worse = sheet[f"AP of the reference less: {name}"]
+        assert 0 < worse["low"] < gap < worse["high"]
     again = sheet[f"AP of the reference less: {instrument.AGAIN}"]
     assert again["low"] < 0 < again["high"]
     paired = sheet["AP, sd of a paired difference"]

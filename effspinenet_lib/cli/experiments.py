@@ -329,14 +329,15 @@ def results(context: typer.Context, results_dir: ResultsDir = None) -> None:
 def costs(results_dir: ResultsDir = None) -> None:
     """Count every model for every task; write `cost/costs.csv`, print the cells of the paper."""
     from effspinenet_lib.experiments import default_results_dir
-    from effspinenet_lib.experiments.cost_table import read_cost_table, write_cost_table
-    from effspinenet_lib.results import write_datapackage
+    from effspinenet_lib.experiments.cost_table import cost_table
+    from effspinenet_lib.results import read_table, write_datapackage, write_table
 
     folder = results_dir or default_results_dir()
-    path = write_cost_table(folder)
+    path = folder / "cost" / "costs.csv"
+    write_table(path, "cost", cost_table())
     write_datapackage(folder)
     shown = ("item", "row", "metric", "measured", "authors_count", "printed", "as_printed")
-    printed = read_cost_table(folder).dropna(subset="printed")
+    printed = read_table(path, "cost").dropna(subset="printed")
     table = printed[list(shown)].round(3).astype(str)
     print_table("Costs", shown, table.to_numpy().tolist())
     typer.echo(f"Wrote {path}")

@@ -240,12 +240,12 @@ def space(
     Multi-Adds stay within 10 %, it says, and most samples have fewer parameters.
     """
     from effspinenet_lib.experiments import default_results_dir
-    from effspinenet_lib.results import write_datapackage
-    from effspinenet_lib.search.space import space_claims, write_claims
+    from effspinenet_lib.results import write_datapackage, write_table
+    from effspinenet_lib.search.space import CLAIMS_FILE, space_claims
 
     folder = results_dir or default_results_dir()
-    rows = space_claims(samples, seed)
-    path = write_claims(folder, rows)
+    path, rows = folder / CLAIMS_FILE, space_claims(samples, seed)
+    write_table(path, "space", rows)
     write_datapackage(folder)
     shown = ("statement", "equation", "stated", "computed", "unit", "verdict")
     print_table(f"{samples} samples", shown, [[str(row[name]) for name in shown] for row in rows])

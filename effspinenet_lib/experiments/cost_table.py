@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from effspinenet_lib.experiments.items import ITEMS
 from effspinenet_lib.models.cost import Cost, measure_cost
-from effspinenet_lib.models.specs import MODELS, TASKS
+from effspinenet_lib.models.specs import COUNTED_BY_AUTHORS, TASKS
 from effspinenet_lib.models.zoo import (
     create_model,
     default_image_size,
     list_models,
     model_entry,
 )
-from effspinenet_lib.results import current_commit, today
 from effspinenet_lib.results.paper import ITEMS as TABLES
-from effspinenet_lib.results.paper import paper_values
-from effspinenet_lib.results.tables import COST_UNITS, read_table, write_table
-
-COST = "cost"
-COST_FOLDER, COST_FILE = "cost", "costs.csv"
-# Digits behind the point that a table prints of its costs; MnasNet-A1's row of Table 7 has one.
-PRINTED_DECIMALS = {"table-07": 2, "table-10": 2}
-OTHER_DECIMALS = 1
-FEWER_DECIMALS = ("mnasnet_a1_ssdlite",)
-# Others' models that the authors built and counted; the remaining rows are quoted from papers.
-COUNTED_BY_AUTHORS = (
-    *("spinenet_49", "resnet50_fpn"),
-    *("efficientnet_b0_fpn", "efficientnet_b1_fpn", "efficientnet_b2_fpn"),
-)
+from effspinenet_lib.results.paper import paper_values, printed_table
+from effspinenet_lib.results.tables import COST_UNITS
 
 
 @cache
@@ -60,19 +46,15 @@ def model_cost(
     return measure_cost(built, image_size)
 
 
-def cost_table(progress: bool = True) -> list[dict[str, Any]]:
+def cost_table() -> list[dict[str, Any]]:
     """Count every model for every task that it can do, at the paper's image size and classes.
-
-    Args:
-        progress: show a bar where stderr is a terminal.
 
     Returns:
         Records of the schema `cost`: one for each cell that the paper prints, in the order of its
         tables, then those that it does not print.
     """
-    stamp = {"commit": current_commit(), "date": today()}
     records = []
-    for cell in tqdm(_cells(), "count", disable=None if progress else True):
+    for cell in tqdm(_cells(), "count", disable=None):
         options = row_options(cell["item"], cell["row"])
         name, task, printed = cell["model"], cell["task"], cell["value"]
         size = default_image_size(name, task)
@@ -84,9 +66,8 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
             counted = cost.authors_count / scale
         as_printed = ""
         if not math.isnan(printed):
-            by_authors = name in MODELS or name in COUNTED_BY_AUTHORS
-            compared = counted if by_authors else measured
-            as_printed = "yes" if rounds_to(compared, printed, cell["item"], name) else "no"
+            compared = counted if name in COUNTED_BY_AUTHORS else measured
+            as_printed = "yes" if rounds_to(compared, cell) else "no"
         records.append(
             {
                 **{column: cell[column] for column in ("item", "row", "model", "task", "metric")},
@@ -101,18 +82,15 @@ def cost_table(progress: bool = True) -> list[dict[str, Any]]:
                 "authors_difference_percent": round(100 * (counted / printed - 1), 2),
                 "as_printed": as_printed,
                 "note": model_entry(name).note,
-                **stamp,
             }
         )
     return records
 
 
-def rounds_to(counted: float, printed: float, item: str, model: str) -> bool:
-    """Whether a count rounds to the digits that the table of the paper prints."""
-    decimals = PRINTED_DECIMALS.get(item, OTHER_DECIMALS)
-    if model in FEWER_DECIMALS:
-        decimals = OTHER_DECIMALS
-    return math.isclose(round(counted, decimals), printed)
+def rounds_to(counted: float, cell: Mapping[str, Any]) -> bool:
+    """Whether a count rounds to the digits that the paper prints in one of `printed_cells`."""
+    printed = str(printed_table(cell["item"]).at[cell["row"], cell["metric"]])
+    return math.isclose(round(counted, len(printed.partition(".")[2])), float(printed))
 
 
 def printed_cells() -> list[dict[str, Any]]:
@@ -145,23 +123,3 @@ def row_options(item: str, label: str) -> dict[str, Any]:
         if row.label == label:
             return dict(row.options)
     return {}
-
-
-def write_cost_table(results_dir: str | Path, progress: bool = True) -> Path:
-    """Count every model and write `cost/costs.csv` under a results folder, atomically.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    path = Path(results_dir) / COST_FOLDER / COST_FILE
-    write_table(path, COST, cost_table(progress))
-    return path
-
-
-def read_cost_table(results_dir: str | Path) -> pd.DataFrame:
-    """The rows of `cost/costs.csv`.
-
-    Raises:
-        DataError: the file is missing or invalid.
-    """
-    return read_table(Path(results_dir) / COST_FOLDER / COST_FILE, COST)

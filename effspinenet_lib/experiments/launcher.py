@@ -33,7 +33,6 @@ from effspinenet_lib.errors import (
     DataError,
     Preempted,
     TrainingError,
-    UnknownName,
     UserError,
 )
 from effspinenet_lib.files import ensure_folder, write_json
@@ -236,11 +235,8 @@ def open_pool(
     """The pool of the engine `local` or `ray`; the arguments are those of `Pool` and `RayPool`.
 
     Raises:
-        UnknownName: no such engine.
         UserError: as `RayPool`.
     """
-    if engine not in ENGINES:
-        raise UnknownName("engine", str(engine), ENGINES)
     pool = (RayPool if engine == RAY else Pool)(processes, device, workers, timeout)
     try:
         yield pool

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from effspinenet_lib.experiments.items import (
 )
 from effspinenet_lib.experiments.reproduction import (
     RunParameters,
-    configure_row,
+    planned_runs,
 )
 from effspinenet_lib.models.base import TaskModel
 from effspinenet_lib.models.zoo import create_model
@@ -103,7 +103,6 @@ def plan(
     profile: str = PAPER,
     results_dir: Path | None = None,
     data_root: Path | None = None,
-    seeds: tuple[int, ...] = (),
     throughput: Throughput | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -117,7 +116,6 @@ def plan(
         profile: `smoke`, `proxy` or `paper`.
         results_dir: whose finished and partial runs count; default the checkout's.
         data_root: the data folder; only the names of its splits matter.
-        seeds: one run a seed; default the profile's own.
         throughput: of every run; None takes what recorded runs of the same model, task and image
             size measured, and where there is none assumes the paper's device.
         progress: show a bar where stderr is a terminal.
@@ -136,28 +134,19 @@ def plan(
         raise UnknownName("profile", profile, PROFILES)
     chosen = PROFILES[profile]
     folder = results_dir or default_results_dir()
-    parameters = RunParameters(chosen, data_root, folder, seeds or chosen.seeds)
+    parameters = RunParameters(chosen, data_root, folder, chosen.seeds)
     recorded = parameters.store.runs()
     needed: dict[str, tuple[Item, Row, RunConfig]] = {}
     for item in map(get_item, items):
-        for row, seed in _rows(item, parameters):
-            config = configure_row(item, row, parameters, seed)
-            needed.setdefault(config.key, (item, row, config))
+        if item.id == SEARCH_ITEM and profile == PAPER:
+            item = replace(item, rows=(SEARCH_ROW,))
+        for run in planned_runs(item, parameters):
+            needed.setdefault(run.config.key, (item, run.row, run.config))
     found = [
         _planned(item, row, config, recorded, throughput)
         for item, row, config in tqdm(needed.values(), "plan", disable=None if progress else True)
     ]
     return pd.DataFrame([row for row in found if row], columns=COLUMNS)
-
-
-def _rows(item: Item, parameters: RunParameters) -> Iterator[tuple[Row, int]]:
-    profile = parameters.profile.name
-    for seed in parameters.seeds:
-        for row in item.rows:
-            if seed in row.seeds_in(profile, parameters.seeds):
-                yield row, seed
-    if item.id == SEARCH_ITEM and profile == PAPER:
-        yield SEARCH_ROW, parameters.seeds[0]
 
 
 def _planned(

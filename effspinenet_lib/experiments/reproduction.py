@@ -383,7 +383,7 @@ def _record(store: ResultsStore, item: Item, runs: Sequence[PlannedRun], result:
     """
     for run in runs:
         store.add_measurements(item.id, run_rows(run, result.metrics, result.record))
-    store.add_run({**result.record, "profile": store.profile})
+    store.add_run(result.record)
 
 
 def _outdated(item: Item, parameters: RunParameters) -> set[str]:
@@ -553,8 +553,8 @@ class ItemResults:
         measured: measurements that may be shown as results: costs, and accuracy of the profiles
             `proxy` and `paper`, first of the call's results folder, then of the checkout's.
             Without runs that stopped before their last step.
-        labels: run key -> name, of the runs that the item needs in the profile.
-        runs: those of them that are in `runs.csv`, with a column `label`.
+        runs: those that the item needs in the profile and that are in `runs.csv`, with a column
+            `label`.
         curves: label -> rows of its `curve.csv` (`step`, `loss`, ...), where the folder is kept.
     """
 
@@ -562,7 +562,6 @@ class ItemResults:
     parameters: RunParameters
     paper: pd.DataFrame
     measured: pd.DataFrame
-    labels: dict[str, str]
     runs: pd.DataFrame
     curves: dict[str, pd.DataFrame]
 
@@ -595,7 +594,6 @@ def read_results(item: Item, parameters: RunParameters) -> ItemResults:
         parameters,
         paper_values(item.id) if item.id.startswith("table") else measured.iloc[:0],
         measured,
-        labels,
         runs.assign(label=runs["run"].map(labels)),
         {labels[key]: pd.read_csv(path) for key, path in curves.items() if path.is_file()},
     )

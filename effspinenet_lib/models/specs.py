@@ -349,6 +349,11 @@ MODELS: dict[str, ModelSpec] = {
         ModelSpec("sp_efficientnet_m0", EQUAL_BETAS, "M0"),
     )
 }
+# What the authors counted themselves; the costs of other models are quoted from their papers.
+COUNTED_BY_AUTHORS = (
+    *(*MODELS, "spinenet_49", "resnet50_fpn"),
+    *("efficientnet_b0_fpn", "efficientnet_b1_fpn", "efficientnet_b2_fpn"),
+)
 
 
 def level_side(image_side: int, level: int) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -33,7 +32,7 @@ from effspinenet_lib.report.statistics import (
 from effspinenet_lib.report.style import NOT_RUN, Table, Text
 from effspinenet_lib.report.tables import AP_METRICS, read_costs
 from effspinenet_lib.results import COST_UNITS, FOLDERS, merged_results
-from effspinenet_lib.results.paper import NOT_CHECKABLE, Cell, claims
+from effspinenet_lib.results.paper import NOT_CHECKABLE, claims
 
 EXACT = "exact"
 STATUSES = (EXACT, HOLDS, CONTRADICTED, INCONCLUSIVE, NOT_RUN)
@@ -105,20 +104,11 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def counts(card: pd.DataFrame) -> dict[str, int]:
-    """How many claims of a scorecard have each status."""
-    return {status: int((card["status"] == status).sum()) for status in STATUSES}
-
-
-@dataclass(frozen=True)
 class Score:
-    """How many claims have which status; shows itself as large numbers.
+    """How many claims of a scorecard have which status; shows itself as large numbers."""
 
-    Attributes:
-        numbers: claims by status.
-    """
-
-    numbers: Mapping[str, int]
+    def __init__(self, card: pd.DataFrame) -> None:
+        self.numbers = {status: int((card["status"] == status).sum()) for status in STATUSES}
 
     def _repr_html_(self) -> str:
         cells = {"claims": sum(self.numbers.values()), **self.numbers}
@@ -129,12 +119,9 @@ class Score:
         return ", ".join(f"{number} {name}" for name, number in self.numbers.items())
 
 
-def counted_costs() -> dict[Cell, float]:
+def counted_costs() -> Mapping[Any, float]:
     """The authors' count of every printed cost, by (item, row, metric)."""
-    values = read_costs()[["item", "row", "metric", "authors_count"]].itertuples(
-        index=False, name=None
-    )
-    return {(item, row, metric): float(count) for item, row, metric, count in values}
+    return read_costs().set_index(["item", "row", "metric"])["authors_count"].to_dict()
 
 
 def _measurements(results_dirs: tuple[Dir, ...]) -> dict[str, pd.DataFrame]:

@@ -60,7 +60,7 @@ class Step:
 
 
 def resampling_steps(
-    spec: BackboneSpec, source: int, target: int, input_size: int, space_to_depth: bool = True
+    spec: BackboneSpec, source: int, target: int, input_size: int
 ) -> tuple[Step, ...]:
     """The features on the way from block `source` to the input of block `target` (Figure 2).
 
@@ -72,7 +72,6 @@ def resampling_steps(
         source: number of the block that gives the features.
         target: number of the block that takes them.
         input_size: side of the square input image in pixels.
-        space_to_depth: Eff-SpineNet's way down, or the plain one of Table 9 and classification.
     """
     start, end = spec.blocks[source - 1], spec.blocks[target - 1]
     level, channels = start.level, start.feature_dim
@@ -84,17 +83,13 @@ def resampling_steps(
     if end.level < level:
         name, level = f"nearest ×{2 ** (level - end.level)}", end.level
         steps.append(step(name))
-    elif end.level > level and space_to_depth:
+    elif end.level > level:
         level, channels = level + 1, 4 * channels
         steps.append(step("space-to-depth 2"))
         rest = end.level - level
         if rest:
             level, kernel = end.level, 3 if rest == 1 else 5
             steps.append(step(f"{kernel}×{kernel} depthwise /{2**rest}"))
-    else:
-        while level < end.level:
-            level += 1
-            steps.append(step("3×3 depthwise /2"))
     channels = end.feature_dim
     return (*steps, step("1×1 conv"))
 

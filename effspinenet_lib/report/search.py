@@ -517,11 +517,7 @@ def _scatter(
             edge: dict[str, Any] = {"markeredgecolor": INK, "markersize": 14, "zorder": 3}
             axes.plot([where], [mean], "*", color=colour, label=star, **edge)
             stars.append(f"{star} at {where:.2f} with AP {mean:.2f} ({len(own)} runs)")
-        reach = middle * AXIS_PERCENT / PERCENT
-        left = min(float(rows[column].min()) / unit, middle - reach)
-        right = max(float(rows[column].max()) / unit, middle + reach)
-        margin = 0.02 * (right - left)
-        axes.set(xlim=(left - margin, right + margin))
+        axes.margins(x=0.02)
         axes.set(xlabel=label, ylabel=f"AP (%), {_source(trials)}")
         legend_above(axes)
         alt = f"Scatter: {label} against AP of {len(rows)} samples ({_source(trials)})"

@@ -57,12 +57,6 @@ def mean_std(values: pd.Series[float]) -> MeanStd:
     return MeanStd(float(values.mean()), float(values.std()), int(values.count()))
 
 
-def cell_spreads(rows: pd.DataFrame) -> dict[tuple[str, str, str], MeanStd]:
-    """Spread over seeds of measurements by (row, metric, source); undefined values are left out."""
-    groups = rows.dropna(subset="value").groupby(["row", "metric", "source"])["value"]
-    return {(str(r), str(m), str(s)): mean_std(values) for (r, m, s), values in groups}
-
-
 @dataclass(frozen=True)
 class Difference:
     """Mean of one row's seeds minus mean of another's.
@@ -216,28 +210,25 @@ def rank_correlation(first: pd.Series[float], second: pd.Series[float]) -> Estim
 
 
 def compare_seeds(
-    first: pd.Series[float], second: pd.Series[float], claimed: float = math.nan, digits: int = 1
+    first: pd.Series[float], second: pd.Series[float], digits: int = 1
 ) -> dict[str, str]:
-    """Cells of a paired comparison of two rows: their difference, its interval and a verdict.
+    """Cells of a paired comparison of two rows: their difference, its interval, which is higher.
 
     Args:
         first: values of one row by seed.
         second: values of the other.
-        claimed: the paper's difference; NaN asks only whether the two differ.
         digits: decimals.
     """
     found = paired_difference(first, second)
     seeds = str(min(found.seeds))
     if not min(found.seeds):
         return {"measured": NOT_RUN, "95 % interval": NOT_PRINTED, "seeds": seeds, "verdict": ""}
-    verdict = found.verdict(claimed)
-    if math.isnan(claimed) and found.conclusive:
-        verdict = "higher" if found.mean > 0 else "lower"
+    way = "higher" if found.mean > 0 else "lower"
     return {
         "measured": f"{found.mean:+.{digits}f}",
         "95 % interval": found.interval(digits),
         "seeds": seeds,
-        "verdict": verdict,
+        "verdict": way if found.conclusive else INCONCLUSIVE,
     }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import pandas as pd
@@ -127,20 +127,11 @@ class Text(str):
     """A table cell of running words: left-aligned, and broken into lines."""
 
 
-class Link(str):
-    """A table cell that leads elsewhere.
+class Link(NamedTuple):
+    """A table cell that leads to an address."""
 
-    Attributes:
-        target: relative or absolute address.
-    """
-
+    text: str
     target: str
-
-    def __new__(cls, text: str, target: str) -> Link:
-        """A cell that shows `text`."""
-        link = super().__new__(cls, text)
-        link.target = target
-        return link
 
 
 @dataclass(frozen=True)
@@ -207,7 +198,7 @@ def _row_heading(name: Any) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, Link):
-        return f'<td><a href="{escape(value.target)}">{escape(value)}</a></td>'
+        return f'<td><a href="{escape(value.target)}">{escape(value.text)}</a></td>'
     if isinstance(value, Text):
         return f"<td{_TEXT_CLASS}>{escape(value)}</td>"
     text = "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)

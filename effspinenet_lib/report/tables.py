@@ -6,16 +6,15 @@ import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from effspinenet_lib.models.specs import MODELS
+from effspinenet_lib.models.specs import COUNTED_BY_AUTHORS
 from effspinenet_lib.report.statistics import (
     PAPER,
     PAPER_SCALE,
     PROXY,
-    cell_spreads,
     mean_std,
 )
 from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Link, Table, Text
@@ -27,6 +26,9 @@ from effspinenet_lib.results.paper import (
     paper_values,
     printed_table,
 )
+
+if TYPE_CHECKING:
+    from effspinenet_lib.experiments.reproduction import ItemResults
 
 SMOKE = "smoke"  # a profile whose accuracy means nothing
 AP_METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
@@ -64,30 +66,6 @@ Cells = Mapping[tuple[str, str], float]
 
 
 # The paper's tables and what was measured
-
-
-class ItemResults(Protocol):
-    """What `experiments.reproduce` returns, as far as reports need it."""
-
-    @property
-    def paper(self) -> pd.DataFrame:
-        """The paper's cells as measurements."""
-
-    @property
-    def measured(self) -> pd.DataFrame:
-        """Measurements that may be shown as results."""
-
-    @property
-    def proxy_rows(self) -> Sequence[str]:
-        """Names of the rows that the proxy trains."""
-
-    @property
-    def runs(self) -> pd.DataFrame:
-        """Records of the runs that the item needs in the profile, with the column `label`."""
-
-    @property
-    def curves(self) -> Mapping[str, pd.DataFrame]:
-        """Training curves by label (columns `step`, `loss`), where the run's folder is here."""
 
 
 def printed(item: str) -> Table:
@@ -131,7 +109,8 @@ def costs(item: str) -> Table:
     rows = read_costs()
     return Table(
         cost_frame(rows[rows["item"] == item]),
-        "Cost as printed and as counted, by the authors' rule and by multiply-adds",
+        f"Costs of Table {table_number(item)} as printed and as counted, by the authors' rule and "
+        "by multiply-adds",
     )
 
 
@@ -162,24 +141,23 @@ def smallest_difference(item: str, task: str, *results_dirs: Dir) -> Table:
     return Table(frame, caption)
 
 
-def cost_and_accuracy(item: str, measured: pd.DataFrame, metric: str = "AP") -> pd.DataFrame:
+def cost_and_accuracy(item: str, measured: pd.DataFrame) -> pd.DataFrame:
     """What the rows of a table cost and how accurate they are, one row a model.
 
     Args:
         item: such as `table-03`.
         measured: measurements of the item.
-        metric: of accuracy.
 
     Returns:
-        Columns `accuracy` as printed, `multi_adds` and `parameters` as printed,
+        Columns `accuracy`, the AP as printed, `multi_adds` and `parameters` as printed,
         `counted_multi_adds` (by the authors' rule) and `counted_parameters`, and `measured`, the
-        mean accuracy at the paper's settings, NaN where it was not run.
+        mean AP at the paper's settings, NaN where it was not run.
     """
     values = paper_values(item).pivot_table("value", "row", "metric", sort=False)
     counted = read_costs().query("item == @item")
     counted = counted.pivot_table("authors_count", "row", "metric").add_prefix("counted_")
-    own = measured.query("metric == @metric and source == @PAPER_SCALE")
-    frame = values[[metric, "multi_adds", "parameters"]].rename(columns={metric: "accuracy"})
+    own = measured.query("metric == 'AP' and source == @PAPER_SCALE")
+    frame = values[["AP", "multi_adds", "parameters"]].rename(columns={"AP": "accuracy"})
     means = own.groupby("row")["value"].mean().rename("measured")
     return frame.join(counted).join(means)
 
@@ -189,17 +167,6 @@ def compare(
     metrics: Sequence[str] = AP_METRICS,
     caption: str = "The paper's numbers beside the measured ones",
 ) -> Table:
-    """The paper's table beside what was measured; see `comparison`.
-
-    Args:
-        results: of an item.
-        metrics: in the order wanted; those that the paper does not print are left out.
-        caption: of the table.
-    """
-    return Table(comparison(results.paper, results.measured, metrics), caption)
-
-
-def comparison(paper: pd.DataFrame, measured: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """Put the paper's values beside the measured ones: a row a model, a group a metric.
 
     Measured are the proxy's mean, standard deviation and number of seeds, and the same at the
@@ -207,15 +174,13 @@ def comparison(paper: pd.DataFrame, measured: pd.DataFrame, metrics: Sequence[st
     a paper cell without a number says "–". No number crosses from one side to the other.
 
     Args:
-        paper: rows of source `paper`.
-        measured: rows of the sources `proxy` and `paper_scale`; others are ignored.
+        results: of an item; measurements of other sources are ignored.
         metrics: in the order wanted; those that the paper does not print are left out.
-
-    Returns:
-        Text cells; index "model" in the paper's order; columns (metric and unit, origin).
+        caption: of the table.
     """
-    paper = paper[paper["source"] == PAPER]
-    found = cell_spreads(measured)
+    paper = results.paper[results.paper["source"] == PAPER]
+    cells = results.measured.dropna(subset="value").groupby(["row", "metric", "source"])["value"]
+    found = {cell: mean_std(values) for cell, values in cells}
     own_rows = [row for row, metric, _ in found if metric in metrics]
     names = list(dict.fromkeys([*paper["row"], *own_rows]))  # a proxy may have rows of its own
     given = paper.pivot_table("value", "row", "metric", aggfunc="first").reindex(names)
@@ -234,7 +199,7 @@ def comparison(paper: pd.DataFrame, measured: pd.DataFrame, metrics: Sequence[st
             ]
     frame = pd.DataFrame(columns, index=pd.Index(names, name="model"))
     frame.columns = pd.MultiIndex.from_tuples(list(columns))
-    return frame
+    return Table(frame, caption)
 
 
 def _printed(value: float) -> str:
@@ -302,18 +267,6 @@ def runs(results: ItemResults) -> Table:
 # Costs
 
 
-def cost_tables(costs: pd.DataFrame) -> list[Table]:
-    """One table for each table of the paper: printed and counted costs, and whether they agree.
-
-    Args:
-        costs: rows of `cost/costs.csv` with a printed number.
-    """
-    return [
-        Table(cost_frame(rows), f"Table {table_number(str(item))}")
-        for item, rows in costs.groupby("item", sort=True)
-    ]
-
-
 def table_number(item: str) -> int:
     """8 of `table-08`."""
     return int(item.removeprefix("table-"))
@@ -339,32 +292,27 @@ def cost_frame(costs: pd.DataFrame, index: str = "row") -> pd.DataFrame:
             columns[heading, "authors' count"] = cells["authors_count"].map(_four)
         counted = "multiply-adds" if metric == "multi_adds" else "counted"
         columns[heading, counted] = cells["measured"].map(_four)
-        columns[heading, "as printed"] = [
-            "" if pd.isna(cell.printed) else "yes" if cell.as_printed == "yes" else _off(cell)
-            for cell in _rows(cells)
-        ]
+        off = cost_differences(cells).round(1) + 0.0  # no "-0.0"
+        missed = off.map("{:+.1f} %".format)
+        columns[heading, "as printed"] = cells["as_printed"].where(
+            cells["as_printed"] != "no", missed
+        )
     frame = pd.DataFrame(columns, index=pd.Index(names, name="model"))
-    return frame.replace(NOT_PRINTED, "")
+    return frame.fillna("").replace(NOT_PRINTED, "")
 
 
 def cost_differences(costs: pd.DataFrame) -> pd.Series[float]:
     """Difference of each count from the print in percent.
 
-    The paper's own models are compared by the authors' count, the others by multiply-adds, as
-    their papers count.
+    What the authors counted is compared by their rule, the others by multiply-adds, as their papers
+    count.
     """
-    own = costs["model"].isin(list(MODELS))
+    own = costs["model"].isin(COUNTED_BY_AUTHORS)
     return costs["authors_difference_percent"].where(own, costs["difference_percent"])
 
 
 def _four(value: float) -> str:
     return "" if math.isnan(value) else f"{value:#.4g}"
-
-
-def _off(cell: Any) -> str:
-    own = cell.model in MODELS
-    percent = cell.authors_difference_percent if own else cell.difference_percent
-    return f"{round(percent, 1) + 0.0:+.1f} %"
 
 
 # The book's own tables
@@ -394,28 +342,26 @@ def status(frame: pd.DataFrame, trained: Collection[str], caption: str) -> Table
 
 
 def every_measurement(results_dir: Dir) -> pd.DataFrame:
-    """Every number: the paper's and the measured ones, without the accuracy of smoke runs.
+    """Every number: the paper's and the measured ones, without smoke and partial runs.
 
     Args:
         results_dir: the results folder; where it holds nothing of a profile, the checkout's.
     """
-    frames = [paper_values(item) for item in ITEMS]
-    frames += [store.measurements() for store in _stores(results_dir)]
-    rows = pd.concat(frames, ignore_index=True)
+    measured = merged_results(_folders(results_dir), FOLDERS)
+    rows = pd.concat([*map(paper_values, ITEMS), measured])
     rows = rows[rows["source"] != SMOKE]
-    rows = rows.drop_duplicates(["item", "row", "model", "metric", "source", "seed"])
     return rows[MEASUREMENT_COLUMNS].reset_index(drop=True).map(_plain)
 
 
 def every_run(results_dir: Dir) -> pd.DataFrame:
     """Every training run on record, smoke runs included: they have no accuracy here."""
-    rows = pd.concat([store.runs() for store in _stores(results_dir)], ignore_index=True)
+    folders = _folders(results_dir)
+    rows = pd.concat([ResultsStore(folder, p).runs() for folder in folders for p in FOLDERS])
     return rows.drop_duplicates("run")[RUN_COLUMNS].reset_index(drop=True).map(_plain)
 
 
-def _stores(results_dir: Dir) -> list[ResultsStore]:
-    folders = dict.fromkeys((Path(results_dir).resolve(), RESULTS_DIR.resolve()))
-    return [ResultsStore(folder, profile) for folder in folders for profile in FOLDERS]
+def _folders(results_dir: Dir) -> list[Path]:
+    return list(dict.fromkeys((Path(results_dir).resolve(), RESULTS_DIR.resolve())))
 
 
 def _plain(value: object) -> str:
@@ -426,11 +372,6 @@ def _plain(value: object) -> str:
 
 
 # Speed
-
-
-def read_speed(results_dir: Dir) -> pd.DataFrame:
-    """The rows of `speed/speed.csv`."""
-    return read_table(Path(results_dir) / "speed" / "speed.csv", "speed")
 
 
 def speed_ratios(speed: pd.DataFrame, *benchmarks: str) -> Table:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -137,37 +136,6 @@ def _reward(member: tuple[Choices, float]) -> float:
     return member[1]
 
 
-@dataclass(frozen=True)
-class PolicySettings:
-    """How the controller learns.
-
-    Attributes:
-        epochs: gradient steps on a batch of samples.
-        clip: PPO: how far the probability of a choice may move on one batch.
-        hidden: width of the LSTM.
-        learning_rate: of Adam.
-        entropy: weight of the policy's entropy, which keeps it from settling early.
-        baseline_decay: share of the old value in the moving averages of reward and spread.
-        clip_gradient_norm: largest global gradient norm.
-    """
-
-    epochs: int
-    # arXiv 1707.06347, section 6.1
-    clip: float = 0.2
-    # Our choices: a small policy that learns from tens of batches, where the papers had thousands;
-    # tried on synthetic rewards (tests/test_search.py).
-    hidden: int = 64
-    learning_rate: float = 0.006
-    entropy: float = 0.05
-    baseline_decay: float = 0.8
-    clip_gradient_norm: float = 1.0
-
-
-PPO = PolicySettings(epochs=3)  # our choice: with 5 or 10 it settles too early on small batches
-# One step a batch: the probabilities have not moved, so PPO's gradient is REINFORCE's.
-REINFORCE = PolicySettings(epochs=1)
-
-
 _MIN_SPREAD = 1e-9  # our choice: a spread below it, relative to the rewards, is rounding
 _ENTROPY_SAMPLES = 64  # our choice: the estimate varies by under a hundredth
 
@@ -216,16 +184,25 @@ class PolicySearch(Controller):
         positions: choices a sample makes.
         choices: to choose from at each.
         seed: of the policy's weights and of the samples.
-        settings: how it learns.
+        epochs: gradient steps on a batch of samples.
     """
 
-    def __init__(self, positions: int, choices: int, seed: int, settings: PolicySettings) -> None:
+    clip = 0.2  # how far the probability of a choice may move on a batch: arXiv 1707.06347, 6.1
+    # Our choices: a small policy that learns from tens of batches, where the papers had thousands;
+    # tried on synthetic rewards (tests/test_search.py).
+    hidden = 64  # width of the LSTM
+    learning_rate = 0.006  # of Adam
+    entropy_weight = 0.05  # keeps the policy from settling early
+    baseline_decay = 0.8  # share of the old value in the moving averages of reward and spread
+    clip_gradient_norm = 1.0
+
+    def __init__(self, positions: int, choices: int, seed: int, epochs: int) -> None:
         super().__init__(positions, choices, seed)
-        self.settings = settings
+        self.epochs = epochs
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.policy = _Policy(positions, choices, settings.hidden)
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), settings.learning_rate)
+            self.policy = _Policy(positions, choices, self.hidden)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.learning_rate)
         self.baseline: tuple[float, float] | None = None  # mean and spread of the rewards
 
     @torch.no_grad()
@@ -242,17 +219,16 @@ class PolicySearch(Controller):
         advantages = self._advantages(gained).float()[:, None]
         with torch.no_grad():
             before = self.policy.distribution(chosen).log_prob(chosen)
-        clip = self.settings.clip
-        for _ in range(self.settings.epochs):
+        for _ in range(self.epochs):
             now = self.policy.distribution(chosen)
             ratio = (now.log_prob(chosen) - before).exp()
             gain = torch.minimum(
-                ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+                ratio * advantages, ratio.clamp(1 - self.clip, 1 + self.clip) * advantages
             ).mean()
-            loss = -gain - self.settings.entropy * now.entropy().mean()
+            loss = -gain - self.entropy_weight * now.entropy().mean()
             self.optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.clip_gradient_norm)
+            nn.utils.clip_grad_norm_(self.policy.parameters(), self.clip_gradient_norm)
             self.optimizer.step()
 
     def _advantages(self, gained: Tensor) -> Tensor:
@@ -263,7 +239,7 @@ class PolicySearch(Controller):
         mean = float(gained[0] + (gained - gained[0]).mean())
         spread = float((gained - mean).square().mean().sqrt())
         if self.baseline is not None:
-            moved = 1 - self.settings.baseline_decay
+            moved = 1 - self.baseline_decay
             mean = self.baseline[0] + moved * (mean - self.baseline[0])
             spread = self.baseline[1] + moved * (spread - self.baseline[1])
         self.baseline = mean, spread
@@ -297,9 +273,11 @@ class PolicySearch(Controller):
 # (positions, choices, seed, trials of the profile's search) -> controller. The number of trials
 # that a user asks for is not among them, so a search that is extended continues as it would have.
 CONTROLLERS: dict[str, Callable[[int, int, int, int], Controller]] = {
-    "ppo": lambda positions, choices, seed, _: PolicySearch(positions, choices, seed, PPO),
+    # our choice: with 5 or 10 epochs it settles too early on small batches
+    "ppo": lambda positions, choices, seed, _: PolicySearch(positions, choices, seed, epochs=3),
+    # one step a batch: the probabilities have not moved, so PPO's gradient is REINFORCE's
     "reinforce": lambda positions, choices, seed, _: PolicySearch(
-        positions, choices, seed, REINFORCE
+        positions, choices, seed, epochs=1
     ),
     "random": lambda positions, choices, seed, _: RandomSearch(positions, choices, seed),
     "evolution": lambda positions, choices, seed, trials: Evolution(

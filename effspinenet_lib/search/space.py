@@ -6,9 +6,7 @@ the paper says of the space (section 5.1.5).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,7 +31,6 @@ from effspinenet_lib.models.specs import (
     betas_text,
     level_side,
 )
-from effspinenet_lib.results import write_table
 
 BLOCKS = len(TOPOLOGY)
 NORM = 2  # parameters of a norm's channel
@@ -111,17 +108,11 @@ def detector_costs(betas: Ints, scale: Scale, num_classes: int, size: int) -> Co
 
 @dataclass
 class _Sum:
-    """Multiply-adds, other operations and parameters of many models at once."""
+    """Multiply-adds, other operations and parameters of many models at once: [N] of each."""
 
-    count: int
-    multi_adds: Ints = field(init=False)
-    operations: Ints = field(init=False)
-    parameters: Ints = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.multi_adds = np.zeros(self.count, np.int64)
-        self.operations = np.zeros(self.count, np.int64)
-        self.parameters = np.zeros(self.count, np.int64)
+    multi_adds: Any = 0
+    operations: Any = 0
+    parameters: Any = 0
 
     def weights(self, count: Ints, area: int) -> None:
         """Weights that are each used once a position."""
@@ -148,7 +139,7 @@ class _Sum:
 def _count(betas: Ints, scale: Scale, size: int) -> _Sum:
     """Count the layers whose channels are feature dimensions."""
     spec = backbone_spec(EQUAL_BETAS, scale)
-    total = _Sum(len(betas))
+    total = _Sum()
     by_block = np.ascontiguousarray(feature_dims(betas, scale.feature_multiplier).T)
     dims = {0: np.full(len(betas), spec.stem_dim, np.int64)}
     dims |= {block.index: by_block[block.index - 1] for block in spec.blocks}
@@ -252,14 +243,3 @@ def _claim(key: str, text: str, computed: float, stated: str = "") -> dict[str, 
         "unit": "%",
         "verdict": verdict,
     }
-
-
-def write_claims(results_dir: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write `search/space.csv` atomically; returns its path.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    path = Path(results_dir) / CLAIMS_FILE
-    write_table(path, "space", rows)
-    return path
