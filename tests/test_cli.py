@@ -193,7 +193,7 @@ def test_cost_takes_model_options_and_an_image_size(run):
         ("train --data no_such_folder", 2, "no_such_folder: no such folder"),
         ("reproduce table-8", 2, "unknown item 'table-8'; did you mean table-08"),
         ("reproduce table-08 --profile smok", 2, "unknown profile 'smok'; did you mean smoke?"),
-        ("data make shapescene out", 2, "did you mean shapescenes?"),
+        ("data make shapescene out", 2, "did you mean shapescenes"),
         ("data check no_such_folder", 3, "no_such_folder: no such folder"),
         ("evaluate --weights no.safetensors --data shapescenes", 4, "no such weights file"),
         ("detect picture.png --weights no.safetensors", 4, "no such weights file"),
