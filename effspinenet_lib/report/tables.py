@@ -128,8 +128,8 @@ def smallest_difference(item: str, task: str, *results_dirs: Dir) -> Table:
         results_dirs: results folders; `proxy/instrument.csv` of the first that has it is read.
     """
     caption = (
-        f"Smallest difference that the proxy of {item} could see, by the spread of one pair of this "
-        "task: Eff-SpineNet-M0 with and without squeeze-and-excitation and swish"
+        f"Smallest difference that the proxy of {item} could see, by the spread of one pair of "
+        "this task: Eff-SpineNet-M0 with and without squeeze-and-excitation and swish"
     )
     found = [rows for rows in map(read_instrument, results_dirs) if len(rows)]
     rows = found[0] if found else read_instrument(RESULTS_DIR)
