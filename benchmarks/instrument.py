@@ -225,13 +225,13 @@ def studies() -> dict[str, tuple[Trial, ...]]:
         ),
         "precision": (
             Trial("the reference", PAIRED_SEEDS, base={}),
-            Trial(HALF, PAIRED_SEEDS, model=HALF_MODEL.name, base={}),
             Trial(
                 VARIANT,
                 PAIRED_SEEDS,
                 options={"squeeze_excitation": False, "activation": "relu"},
                 base={},
             ),
+            Trial(HALF, PAIRED_SEEDS, model=HALF_MODEL.name, base={}),
             Trial(AGAIN, OTHER_SEEDS, base={}),
         ),
         "families": tuple(_families()),
