@@ -213,7 +213,7 @@ def studies() -> dict[str, tuple[Trial, ...]]:
                     renorm_values=128,
                     steps=steps,
                 )
-                for steps in (2_400, 1_800)
+                for steps in (4_800, 2_400, 1_800)
             ),
             _start("steps 2400", steps=2_400),
             _start(
