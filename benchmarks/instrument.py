@@ -223,6 +223,14 @@ def studies() -> dict[str, tuple[Trial, ...]]:
                 learning_rate=0.05,
             ),
         ),
+        "jitter": (
+            _start(
+                "renorm_values 128, scale_jitter 1",
+                (TUNING_SEED, TUNING_SEED + 1),
+                renorm_values=128,
+                scale_jitter=(1.0, 1.0),
+            ),
+        ),
         "precision": (
             Trial("the reference", PAIRED_SEEDS, base={}),
             Trial(
