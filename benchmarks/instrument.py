@@ -351,7 +351,8 @@ def sheet(runs_dir: Path = RUNS_DIR) -> list[dict[str, Any]]:
         (setting, metric): own.set_index("seed")["value"]
         for (setting, metric), own in runs.groupby(["setting", "metric"])
     }
-    reference, again = values["the reference", "AP"], values[AGAIN, "AP"]
+    reference = values["the reference", "AP"]
+    again = values.get((AGAIN, "AP"), pd.Series(dtype=float))
     every = pd.concat([reference, again])
     rows = [_summary(f"AP of the reference, mean of {len(every)} seeds", every.mean(), "%")]
     spread = sd_interval(every)
@@ -359,6 +360,8 @@ def sheet(runs_dir: Path = RUNS_DIR) -> list[dict[str, Any]]:
     again = again.rename(lambda seed: seed - len(PAIRED_SEEDS))
     variant = values[VARIANT, "AP"]
     for name, other in ((HALF, values[HALF, "AP"]), (VARIANT, variant), (AGAIN, again)):
+        if other.empty:
+            continue
         gap = paired_difference(reference, other)
         found = Estimate(gap.mean, gap.mean - gap.half_width, gap.mean + gap.half_width)
         rows.append(_summary(f"AP of the reference less: {name}", found, "%"))
