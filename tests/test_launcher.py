@@ -316,5 +316,5 @@ def test_runs_of_a_cluster_node_that_dies_resume_on_another(
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("ray")), reason="the extra ray is here")
 def test_without_ray_its_engine_says_what_to_install() -> None:
-    with pytest.raises(UserError, match=r"pip install 'effspinenet\[ray\]'"), open_pool("ray"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[ray\]'"), open_pool("ray"):
         pass

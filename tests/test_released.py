@@ -271,7 +271,7 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(tmp_path, folder, m
     with pytest.raises(CheckpointError, match="no such folder"):
         convert(tmp_path / "absent", "mobile_spinenet_49")
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(UserError, match=r"pip install 'effspinenet\[tensorflow\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tensorflow\]'"):
         convert(folder, "mobile_spinenet_49")
 
 
