@@ -50,10 +50,11 @@ def note_start(config: dict[str, Any], runs_dir: str) -> int:
     """Write down that a run was started; how often this one was before."""
     log, text = Path(runs_dir) / "started.log", json.dumps(config, sort_keys=True)
     before = log.read_text().splitlines().count(text) if log.exists() else 0
-    with open(log, "a", encoding="utf-8") as handle:
-        handle.write(text + "\n")
+    # first, so that a test that has seen the start knows the process
     with open(Path(runs_dir) / "processes.log", "a", encoding="utf-8") as handle:
         handle.write(f"{os.getpid()}\n")
+    with open(log, "a", encoding="utf-8") as handle:
+        handle.write(text + "\n")
     return before
 
 
