@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 LOCAL, RAY = "local", "ray"
 ENGINES = (LOCAL, RAY)
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own variable
-GPUS = "CUDA_VISIBLE_DEVICES"
+GPUS = "CUDA_VISIBLE_DEVICES"  # the driver's own, and AMD's
 ATTEMPTS = 2  # a process that died or hung is started once more
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0  # our choice: for a step and its checkpoint, before a process is killed
@@ -245,11 +245,11 @@ def open_pool(
 
 
 def _gpus() -> list[str]:
-    """What names each CUDA device of this machine that this process may use."""
+    """What names each GPU of this machine that this process may use."""
     import torch
 
     named = os.environ.get(GPUS)
-    return named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
+    return named.split(",") if named else list(map(str, range(torch.accelerator.device_count())))
 
 
 def usable_cores() -> int:
