@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
+from scipy import optimize, stats
 
 from effspinenet_lib.data import classes_of, open_dataset
 from effspinenet_lib.data.augment import Augmentation
@@ -43,13 +44,10 @@ from effspinenet_lib.models.specs import (
 )
 from effspinenet_lib.models.zoo import create_model
 from effspinenet_lib.report.statistics import (
-    Estimate,
+    CONFIDENCE,
+    LEAST_SEEDS,
     paired_difference,
-    rank_correlation,
-    sd_interval,
-    smallest_difference,
     t_quantile,
-    variance_share,
 )
 from effspinenet_lib.report.tables import SMALLEST_DIFFERENCE
 from effspinenet_lib.results import ResultsStore
@@ -71,6 +69,7 @@ TUNING_SEED = 100
 KEPT_METRICS = ("AP", "AP50", "AP_S", "AP_M", "AP_L", "top1", "mIOU", "AP_mask")
 CPU_FILE, LOSS_FILE = "cpu.json", "loss.json"
 BOOTSTRAPS = 200
+POWER = 0.8  # chance to see the smallest difference that a design is said to see
 
 # Where the tuning started: the first measurements with AdamW, made on an earlier network. The batch
 # is 16: below that, on one thread, torch takes a path for 1x1 convolutions that costs half as much
@@ -410,6 +409,79 @@ def _search_rows(measured: pd.DataFrame) -> Iterator[dict[str, Any]]:
             sign = 1 if metric == "AP" else -1
             ranks = rank_correlation(sign * table.mean(), truth.mean())
             yield _summary(f"rank correlation with {lengths[-1]} steps: {label}", ranks)
+
+
+# What the sheet computes
+
+
+def smallest_difference(sd: float, seeds: int) -> float:
+    """Smallest true difference that a paired comparison sees in 80 % of its repetitions.
+
+    Seen means that the 95 % interval leaves out zero.
+
+    Args:
+        sd: standard deviation over seeds of the paired differences.
+        seeds: number of them; NaN below two.
+    """
+    if seeds < LEAST_SEEDS:
+        return math.nan
+    limit = t_quantile(seeds - 1)
+
+    def missed(shift: float) -> float:
+        return float(stats.nct.cdf(limit, seeds - 1, shift)) - (1 - POWER)
+
+    # `shift` is the true difference over its standard error; from 0 to where none is missed
+    shift = optimize.brentq(missed, 0.0, 10 * limit)
+    return float(shift) * sd / math.sqrt(seeds)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def sd_interval(values: Sequence[float] | Any) -> Estimate:
+    """Standard deviation of a sample with its interval (chi-squared)."""
+    sd, freedom = float(pd.Series(values, dtype=float).std()), len(values) - 1
+    upper, lower = stats.chi2.ppf(((1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2), freedom)
+    return Estimate(sd, sd * math.sqrt(freedom / upper), sd * math.sqrt(freedom / lower))
+
+
+def variance_share(groups: pd.DataFrame) -> Estimate:
+    """Share of the variance that lies between groups: the intraclass correlation, interval by F.
+
+    Args:
+        groups: one column a group, one row a repetition, none missing; a one-way random model.
+    """
+    repeats, count = groups.shape
+    within = float(groups.var().mean())
+    between = repeats * float(groups.mean().var())
+    freedom = (count - 1, count * (repeats - 1))
+    tail = (1 + CONFIDENCE) / 2
+    ratio = between / within
+
+    def share(f: float) -> float:
+        return (f - 1) / (f + repeats - 1)
+
+    low = share(ratio / float(stats.f.ppf(tail, *freedom)))
+    return Estimate(share(ratio), low, share(ratio * float(stats.f.ppf(tail, *freedom[::-1]))))
+
+
+def rank_correlation(first: pd.Series[float], second: pd.Series[float]) -> Estimate:
+    """Spearman's correlation of two rankings of the same things (index).
+
+    The interval is Bonett and Wright's (2000): Fisher's z with variance (1 + r^2 / 2) / (n - 3).
+    """
+    pairs = pd.concat([first, second], axis=1, join="inner").dropna()
+    found = float(pairs.iloc[:, 0].corr(pairs.iloc[:, 1], method="spearman"))
+    width = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    width *= math.sqrt((1 + found**2 / 2) / (len(pairs) - 3))
+    z = math.atanh(min(max(found, -0.999999), 0.999999))
+    return Estimate(found, math.tanh(z - width), math.tanh(z + width))
 
 
 def _bootstrap_sd(folder: Path) -> float:

@@ -7,7 +7,7 @@ prints it without a traceback and exits with the class's `exit_code`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 NEAR_NAMES_SHOWN = 4
 PREEMPTED_EXIT = 75  # sysexits.h: a temporary failure, try again
@@ -52,10 +52,15 @@ class TrainingError(UserError):
     exit_code = 5
 
 
-class Preempted(UserError):  # noqa: N818 - it says what happened
-    """A run that was asked to stop; its checkpoint is on disk, and the same command resumes it."""
+class Preempted(BaseException):
+    """A run that was asked to stop; its checkpoint is on disk, and the same command resumes it.
+
+    No `Exception`, as KeyboardInterrupt is none: signal handlers raise it anywhere, and what
+    handles any fault of a file must not take it for one.
+    """
 
     exit_code = PREEMPTED_EXIT
+    details: Sequence[str] = ()
 
     @classmethod
     def by(cls, name: str) -> Preempted:

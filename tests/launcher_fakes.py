@@ -26,7 +26,7 @@ from effspinenet_lib.errors import (
 )
 
 TROUBLE = "trouble"  # beside the runs: which of these errors the runs raise while it is there
-ERRORS: dict[str, Exception] = {
+ERRORS: dict[str, BaseException] = {
     "disk": UserError("cannot write run.json: No space left on device"),
     "data": DataError("a.jpg: not found in images"),
     "checkpoint": CheckpointError("checkpoint-3.pt: is of another run"),

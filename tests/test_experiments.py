@@ -347,7 +347,7 @@ def test_the_proxys_segmentation_starts_from_the_detector_of_its_seed(tmp_path):
 
 def test_a_smoke_table_is_measured_reused_and_labelled(tmp_path, monkeypatch):
     results = experiments.reproduce("table-08", results_dir=tmp_path, progress=False)
-    store = results.parameters.store
+    store = ResultsStore(tmp_path, "smoke")
     frame = store.measurements("table-08")
     assert set(frame["source"]) == {"cost", "smoke"}
     runs = store.runs()
@@ -365,7 +365,8 @@ def test_a_smoke_table_is_measured_reused_and_labelled(tmp_path, monkeypatch):
     stamps = {path: path.stat().st_mtime_ns for path in store.folder.glob("runs/*/run.json")}
     again = experiments.reproduce("table-08", results_dir=tmp_path, progress=False)
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    assert again.parameters.store.measurements("table-08").equals(frame)
+    assert store.measurements("table-08").equals(frame)
+    assert again.paper.equals(results.paper)
 
     # Table 9 shares one of the runs: two more are run, not three.
     trained = pretend(monkeypatch)

@@ -161,7 +161,7 @@ def train(config: RunConfig, runs: Path, **options: Any) -> int:
     """The exit code; what an error said goes to error.txt."""
     try:
         train_run(config, runs, progress=False, **{"checkpoint_seconds": 0, **options})
-    except UserError as error:
+    except (UserError, Preempted) as error:
         (runs / "error.txt").write_text(str(error))
         return error.exit_code
     return 0
@@ -423,7 +423,7 @@ def test_a_launcher_that_is_told_to_stop_lets_its_runs_save(tmp_path: Path) -> N
         "    with launcher.open_pool('local', 1, 'cpu') as pool:\n"
         "        runs = launcher.run_many([config], sys.argv[2], pool, False, False, 2)\n"
         "        list(runs)\n"
-        "except UserError as error: sys.exit(error.exit_code)"
+        "except (UserError, Preempted) as error: sys.exit(error.exit_code)"
     )
     runs = tmp_path / "runs"
     command = [sys.executable, "-c", script, str(tmp_path / "request.json"), str(runs)]

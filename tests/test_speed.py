@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from benchmarks import instrument
 from benchmarks.pairs import compare, fastest, time_in_turn
@@ -180,3 +182,29 @@ def test_the_data_sheet_sums_up_the_runs(tmp_path, monkeypatch):
     )
     share = sheet["share of variance between distributions: 100 steps, AP"]
     assert share["low"] > 0.9
+
+
+def test_the_smallest_difference_is_seen_in_four_of_five_repetitions() -> None:
+    seeds, sd, repetitions = 5, 1.3, 4_000
+    size = instrument.smallest_difference(sd, seeds)
+    gaps = np.random.default_rng(0).normal(size, sd, (repetitions, seeds))
+    seen = stats.ttest_1samp(gaps, 0, axis=1).pvalue < 0.05
+    assert seen.mean() == pytest.approx(0.8, abs=0.02)
+    assert math.isnan(instrument.smallest_difference(sd, 1))
+
+
+def test_intervals_cover_what_they_estimate() -> None:
+    """Of 95 % intervals about 95 % hold the number that the samples were drawn with."""
+    draws, repetitions = np.random.default_rng(1), 600
+    covered = np.zeros((repetitions, 3))
+    for one in covered:
+        sd = instrument.sd_interval(draws.normal(0, 2.0, 8))
+        effects = draws.normal(0, 3.0, 12)
+        noise = draws.normal(0, 3.0, (3, 12))
+        share = instrument.variance_share(pd.DataFrame(effects + noise))
+        x, y = draws.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 40).T
+        ranks = instrument.rank_correlation(pd.Series(x), pd.Series(y))
+        true_ranks = 6 / math.pi * math.asin(0.6 / 2)  # Spearman's of a normal correlation of 0.6
+        expected = ((sd, 2.0), (share, 0.5), (ranks, true_ranks))
+        one[:] = [found.low <= true <= found.high for found, true in expected]
+    assert covered.mean(axis=0) == pytest.approx([0.95] * 3, abs=0.03)

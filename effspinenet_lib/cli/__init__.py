@@ -81,7 +81,7 @@ def main() -> None:
     before = signal.signal(signal.SIGTERM, _stop)  # a run that trains ends its step first
     try:
         app(prog_name="effspinenet")
-    except UserError as error:
+    except (UserError, Preempted) as error:
         for line in error.details:
             print(line, file=sys.stderr)
         print(f"error: {error}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -357,7 +357,6 @@ def detect(
     from tqdm.auto import tqdm
 
     from effspinenet_lib.data.augment import FITTED
-    from effspinenet_lib.data.pictures import read_picture
     from effspinenet_lib.files import atomic_write, ensure_folder, write_json
     from effspinenet_lib.training.checkpoint import create_from_weights
     from effspinenet_lib.training.export import inference_copy
@@ -373,13 +372,10 @@ def detect(
     if several:
         places = [(output or Path("detections")) / name for _, name in files]
     found_records: list[dict[str, Any]] = []
-    bar = tqdm(files, desc="detect", unit="image", disable=None if several else True)
-    for number, (path, _) in enumerate(bar):
-        place, in_batch = places[number], number % EVALUATION_BATCH
-        if in_batch == 0:
-            batch = [read_picture(path) for path, _ in files[number : number + EVALUATION_BATCH]]
-            found_in = detections(folded, batch, size, preprocessing)
-        pixels, found = batch[in_batch], found_in[in_batch]
+    paths = [path for path, _ in files]
+    detected = _in_batches(folded, paths, size, preprocessing)
+    bar = tqdm(detected, "detect", len(paths), unit="image", disable=None if several else True)
+    for path, place, (pixels, found) in zip(paths, places, bar, strict=True):
         found = {name: values[found["scores"] >= threshold] for name, values in found.items()}
         labels, scores = found["labels"].tolist(), found["scores"].tolist()
         names = [facts["categories"][label]["name"] for label in labels]
@@ -449,6 +445,18 @@ def pictures_in(paths: Sequence[Path]) -> list[tuple[Path, str]]:
             name = f"{path.stem} {number}.png"
         named[name] = path
     return [(path, name) for name, path in named.items()]
+
+
+def _in_batches(
+    model: nn.Module, paths: Sequence[Path], image_size: int, preprocessing: str
+) -> Iterator[tuple[NDArray[np.uint8], dict[str, Tensor]]]:
+    """Each picture and what a detector finds in it; a batch of an evaluation at once."""
+    from effspinenet_lib.data.pictures import read_picture
+
+    for first in range(0, len(paths), EVALUATION_BATCH):
+        pictures = [read_picture(path) for path in paths[first : first + EVALUATION_BATCH]]
+        found = detections(model, pictures, image_size, preprocessing)
+        yield from zip(pictures, found, strict=True)
 
 
 def detections(

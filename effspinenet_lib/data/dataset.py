@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from effspinenet_lib.data.records import Fault, InvalidData, Truth, collect, finite
-from effspinenet_lib.errors import DataError, Preempted
+from effspinenet_lib.errors import DataError
 
 # COCO's area limits, in original pixels: small below the first, large above the second.
 SIZE_LIMITS = (32**2, 96**2)
@@ -254,8 +254,6 @@ def _encode(shape: Any, height: int, width: int, where: str) -> bytes:
                 raise ValueError(f"its counts do not sum to {height * width} pixels")
             parts = coco_mask.frPyObjects(shape, height, width)
             encoded = coco_mask.merge(parts) if isinstance(shape, list) else parts
-    except Preempted:  # a signal that came meanwhile
-        raise
     except Exception as error:  # pycocotools raises bare ones too
         raise DataError(f"{where}: its segmentation is invalid ({error})") from error
     counts = encoded["counts"]

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from effspinenet_lib.data.folders import split_list
 from effspinenet_lib.data.voc import AUGMENTED_LABELS, LABEL_LISTS, LABELS
-from effspinenet_lib.errors import DataError, Preempted, UnknownName, UserError
+from effspinenet_lib.errors import DataError, UnknownName, UserError
 from effspinenet_lib.files import atomic_write, ensure_folder, read_json, write_json
 
 # Our choices: how long a server may be silent, and how often in a row it is asked without giving
@@ -451,8 +451,6 @@ def _read_mat(path: Path, variable: str) -> NDArray[Any]:
 
     try:
         value: NDArray[Any] = loadmat(path, variable_names=[variable], squeeze_me=True)[variable]
-    except Preempted:
-        raise
     except Exception as error:  # SciPy raises a dozen kinds for damaged files
         reason = str(error).partition("\n")[0]
         raise DataError(f"{path}: cannot be read as a MATLAB file ({reason})") from error

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from effspinenet_lib.errors import DataError, Preempted
+from effspinenet_lib.errors import DataError
 
 # Files that are taken for pictures where no annotation names them.
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jfif")
@@ -110,8 +110,6 @@ def _orientation(picture: Image.Image) -> int:
     try:
         # the base class reads what the header had; that of PNG would load the whole picture
         value = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
-    except Preempted:
-        raise
     except Exception:  # damaged EXIF data leaves a picture as good as it was
         return 1
     return value if value in TURNS else 1

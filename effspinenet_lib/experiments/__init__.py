@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         item_status,
     )
     from effspinenet_lib.experiments.reproduction import (
-        ItemResults,
         PlannedRun,
         RunParameters,
         planned_runs,
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ITEMS",
     "PROFILES",
-    "ItemResults",
     "PlannedRun",
     "RunParameters",
     "default_results_dir",

@@ -86,7 +86,7 @@ class Outcome:
     attempts: int
     log: Path
     result: RunResult | None = None
-    error: UserError | None = None
+    error: UserError | Preempted | None = None
 
 
 class Pool:
@@ -366,7 +366,7 @@ def _last_step(curve: Path) -> int:
     return int(lines[-1].split(",")[0]) if len(lines) > 1 else 0
 
 
-def _error(code: int, log: Path, timeout: float | None) -> UserError:
+def _error(code: int, log: Path, timeout: float | None) -> UserError | Preempted:
     """The error that a process ended with, from its exit code and the last line of its log."""
     if code == HUNG:
         return TrainingError(f"no answer within {timeout:g} seconds")
@@ -441,7 +441,7 @@ def main(path: str, parent: str) -> int:
     try:
         function = pkgutil.resolve_name(request["function"])
         function(request["config"], request["runs_dir"], **request["options"])
-    except UserError as error:
+    except (UserError, Preempted) as error:
         print(f"{TOLD}{error}", flush=True)
         return error.exit_code
     return 0

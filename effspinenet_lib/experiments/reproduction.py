@@ -47,7 +47,13 @@ from effspinenet_lib.experiments.launcher import (
 from effspinenet_lib.files import ensure_folder
 from effspinenet_lib.models.specs import TASKS
 from effspinenet_lib.models.zoo import default_image_size
-from effspinenet_lib.results import COST_UNITS, CURVE_FILE, ResultsStore, merged_results
+from effspinenet_lib.results import (
+    COST_UNITS,
+    CURVE_FILE,
+    ItemResults,
+    ResultsStore,
+    merged_results,
+)
 from effspinenet_lib.results.paper import paper_values
 from effspinenet_lib.training.checkpoint import KEPT
 from effspinenet_lib.training.device import ACCELERATORS, AUTO, CPU, GPU, TPU, present_accelerators
@@ -542,35 +548,6 @@ def describe_data(config: RunConfig) -> str:
 # Reading
 
 
-@dataclass(frozen=True)
-class ItemResults:
-    """What is known of an item.
-
-    Attributes:
-        item: the table or figure.
-        parameters: of the call.
-        paper: the paper's rows.
-        measured: measurements that may be shown as results: costs, and accuracy of the profiles
-            `proxy` and `paper`, first of the call's results folder, then of the checkout's.
-            Without runs that stopped before their last step.
-        runs: those that the item needs in the profile and that are in `runs.csv`, with a column
-            `label`.
-        curves: label -> rows of its `curve.csv` (`step`, `loss`, ...), where the folder is kept.
-    """
-
-    item: Item
-    parameters: RunParameters
-    paper: pd.DataFrame
-    measured: pd.DataFrame
-    runs: pd.DataFrame
-    curves: dict[str, pd.DataFrame]
-
-    @property
-    def proxy_rows(self) -> list[str]:
-        """Names of the rows that the proxy trains."""
-        return [row.label for row in self.item.rows if row.trains_in(PROXY)]
-
-
 def read_results(item: Item, parameters: RunParameters) -> ItemResults:
     """What is known of an item, without running anything.
 
@@ -590,10 +567,9 @@ def read_results(item: Item, parameters: RunParameters) -> ItemResults:
     runs = runs[runs["run"].isin(labels)]
     curves = {key: own.runs_folder / key / CURVE_FILE for key in labels}
     return ItemResults(
-        item,
-        parameters,
         paper_values(item.id) if item.id.startswith("table") else measured.iloc[:0],
         measured,
         runs.assign(label=runs["run"].map(labels)),
         {labels[key]: pd.read_csv(path) for key, path in curves.items() if path.is_file()},
+        [row.label for row in item.rows if row.trains_in(PROXY)],
     )

@@ -191,7 +191,8 @@ def _claimed_sign(claim: Mapping[Any, Any]) -> int:
     if claim["operation"] != "difference":
         return 0
     if relation in ("less_than", "more_than"):
-        return 0 if low else 1 if relation == "more_than" else -1
+        way = 1 if relation == "more_than" else -1
+        return way if low == 0 else 0
     return int(low > 0) - int(low < 0)
 
 

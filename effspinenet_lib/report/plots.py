@@ -46,10 +46,10 @@ from effspinenet_lib.report.style import (
 )
 from effspinenet_lib.report.tables import METRIC_NAMES, table_number
 from effspinenet_lib.report.tables import cost_differences as counted_differences
+from effspinenet_lib.results import ItemResults
 
 if TYPE_CHECKING:
     from effspinenet_lib.data import Dataset
-    from effspinenet_lib.experiments.reproduction import ItemResults
 
 ROW_HEIGHT, COST_ROW_HEIGHT, TILE = 0.6, 0.24, 2.4  # inches
 BAR_SHARE = 0.8  # of the room between two blocks

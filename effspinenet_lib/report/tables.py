@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -18,7 +18,7 @@ from effspinenet_lib.report.statistics import (
     mean_std,
 )
 from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Link, Table, Text
-from effspinenet_lib.results import FOLDERS, ResultsStore, merged_results, read_table
+from effspinenet_lib.results import FOLDERS, ItemResults, ResultsStore, merged_results, read_table
 from effspinenet_lib.results.paper import (
     ITEMS,
     RESULTS_DIR,
@@ -26,9 +26,6 @@ from effspinenet_lib.results.paper import (
     paper_values,
     printed_table,
 )
-
-if TYPE_CHECKING:
-    from effspinenet_lib.experiments.reproduction import ItemResults
 
 SMOKE = "smoke"  # a profile whose accuracy means nothing
 AP_METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
@@ -128,8 +125,9 @@ def smallest_difference(item: str, task: str, *results_dirs: Dir) -> Table:
         results_dirs: results folders; `proxy/instrument.csv` of the first that has it is read.
     """
     caption = (
-        f"Smallest difference that the proxy of {item} could see, by the spread of one pair of "
-        "this task: Eff-SpineNet-M0 with and without squeeze-and-excitation and swish"
+        f"Smallest difference that the proxy of Table {table_number(item)} could see, by the "
+        "spread of one pair of this task: Eff-SpineNet-M0 with and without squeeze-and-excitation "
+        "and swish"
     )
     found = [rows for rows in map(read_instrument, results_dirs) if len(rows)]
     rows = found[0] if found else read_instrument(RESULTS_DIR)

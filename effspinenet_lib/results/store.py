@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,28 @@ class ResultsStore:
     def _add(self, path: Path, name: str, records: Iterable[Mapping[str, Any]], what: str) -> None:
         if upsert(path, name, records, what) and self.profile != "smoke":
             write_datapackage(self.results_dir)
+
+
+@dataclass(frozen=True)
+class ItemResults:
+    """What is known of a table or figure.
+
+    Attributes:
+        paper: the paper's rows.
+        measured: measurements that may be shown as results: costs, and accuracy of the profiles
+            `proxy` and `paper`, first of the call's results folder, then of the checkout's.
+            Without runs that stopped before their last step.
+        runs: those that the item needs in the profile and that are in `runs.csv`, with a column
+            `label`.
+        curves: label -> rows of its `curve.csv` (`step`, `loss`, ...), where the folder is kept.
+        proxy_rows: names of the rows that the proxy trains.
+    """
+
+    paper: pd.DataFrame
+    measured: pd.DataFrame
+    runs: pd.DataFrame
+    curves: dict[str, pd.DataFrame]
+    proxy_rows: list[str]
 
 
 def merged_results(

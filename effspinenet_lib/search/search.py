@@ -26,7 +26,7 @@ from effspinenet_lib.data import DataConfig
 from effspinenet_lib.data.config import UNKNOWN_ROOT
 from effspinenet_lib.data.shapescenes import CATEGORIES
 from effspinenet_lib.data.splits import HeldOutSplit
-from effspinenet_lib.errors import CheckpointError, Preempted, TrainingError, UnknownName, UserError
+from effspinenet_lib.errors import CheckpointError, TrainingError, UnknownName, UserError
 from effspinenet_lib.experiments.launcher import Outcome
 from effspinenet_lib.experiments.plan import SEARCH_TRIALS
 from effspinenet_lib.files import atomic_write, ensure_folder
@@ -370,8 +370,6 @@ def _load(search: Search, controller: Controller, rows: Collection[int]) -> _Ask
         saved = torch.load(path, weights_only=True)
         controller.load(saved["method"])
         asked = _Asked(**saved["asked"])
-    except Preempted:
-        raise
     except Exception as error:  # torch raises many kinds
         raise CheckpointError(f"{path}: is no state of {search.method}: {error}") from error
     missing = [number for number in range(asked.first) if number not in rows]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effspinenet_lib.errors import CheckpointError, Preempted, TrainingError
+from effspinenet_lib.errors import CheckpointError, TrainingError
 from effspinenet_lib.files import atomic_write
 from effspinenet_lib.models import zoo
 from effspinenet_lib.models.base import TaskModel
@@ -85,8 +85,6 @@ def load_latest(folder: Path, run: str, model: str) -> Checkpoint | None:
     for path in list_checkpoints(folder):
         try:
             checkpoint = load_checkpoint(path)
-        except Preempted:
-            raise
         except Exception as error:  # torch raises many kinds for a damaged file
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             logger.warning("%s cannot be read (%s); trying the one before it", path, reason)

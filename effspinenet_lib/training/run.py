@@ -217,9 +217,9 @@ def train_run(
                         saved_at = time.monotonic()
                         state.seconds, state.curve = saved_at - began, log.state
                         _save(config, folder, state, checkpoints)
-            if accelerator.num_processes == 1 and preemption.signal:  # during the last checkpoint
-                preemption.agreed = True
-            if preemption.agreed:
+            # a signal during the last checkpoint asks a single process after the last check
+            alone_and_asked = accelerator.num_processes == 1 and preemption.signal
+            if preemption.agreed or alone_and_asked:
                 accelerator.wait_for_everyone()  # a launcher ends the others once one has ended
                 raise Preempted(
                     f"stopped after step {state.step} by "
