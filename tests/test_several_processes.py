@@ -27,7 +27,7 @@ from effspinenet_lib.data import DataConfig, open_dataset
 from effspinenet_lib.data.augment import Augmentation
 from effspinenet_lib.data.dataset import SEMANTIC_IGNORE
 from effspinenet_lib.data.loader import Batch, training_loader
-from effspinenet_lib.errors import UserError
+from effspinenet_lib.errors import Preempted, UserError
 from effspinenet_lib.models.zoo import create_model, known_options
 from effspinenet_lib.training import loop
 from effspinenet_lib.training.checkpoint import create_from_weights, list_checkpoints
@@ -286,7 +286,7 @@ def _in_pairs(root: Path, one: Path) -> None:
                     _strike_losses(1, what)
                     config = config_of("detection", one)
                     train_run(config, root / name, progress=False, checkpoint_seconds=0)
-                except Exception as error:
+                except (Exception, Preempted) as error:
                     (root / f"{name} {rank}").write_text(f"{type(error).__name__}: {error}")
                 finally:
                     os._exit(0)
