@@ -51,7 +51,7 @@ from effspinenet_lib.results import ItemResults
 if TYPE_CHECKING:
     from effspinenet_lib.data import Dataset
 
-ROW_HEIGHT, COST_ROW_HEIGHT, TILE = 0.6, 0.24, 2.4  # inches
+ROW_HEIGHT, COST_ROW_HEIGHT, LEGEND_LINE, TILE = 0.6, 0.24, 0.2, 2.4  # inches
 BAR_SHARE = 0.8  # of the room between two blocks
 MEAN_REACH = 0.28  # of the room between two rows, to either side
 RISE, FALL = "#009E73", "#D55E00"
@@ -169,7 +169,7 @@ def curves(results: ItemResults) -> Picture:
         return empty_picture("Training curves", "the runs' folders are not on this machine")
     dashes = ("-", "--", ":", "-.")
     with drawing():
-        figure = new_figure(WIDE, PANEL_HEIGHT)
+        figure = new_figure(WIDE, PANEL_HEIGHT + LEGEND_LINE * len(results.curves))
         axes = figure.add_subplot()
         for number, (label, curve) in enumerate(results.curves.items()):
             style: dict[str, Any] = {
@@ -179,7 +179,7 @@ def curves(results: ItemResults) -> Picture:
             axes.plot(curve["step"], curve["loss"], label=label, **style)
         axes.set(xlabel="step", ylabel="training loss (mean of the last steps)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend()
+        legend_above(axes, 1)
         ends = words(
             f"{label} from {curve['loss'].iloc[0]:.2f} to {curve['loss'].iloc[-1]:.2f}"
             for label, curve in results.curves.items()
@@ -266,7 +266,8 @@ def waterfall(
         axes.set_xticks(range(len(values)), list(map(str, values.index)), rotation=20)
         axes.use_sticky_edges = False
         axes.margins(y=0.12)
-        axes.set(ylabel=f"{label}, gain over {values.index[0]}", xlim=(-0.5, len(values) - 0.5))
+        axes.set(ylabel=f"gain over {values.index[0]}", xlim=(-0.5, len(values) - 0.5))
+        axes.set_title(label, loc="left")
         axes.grid(visible=False, axis="x")
         said = "; ".join(f"{name}: {value:.1f}" for name, value in values.items())
         return to_picture(figure, f"{label}, step by step. {said}.")

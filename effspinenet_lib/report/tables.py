@@ -420,7 +420,6 @@ def campaign(plan: pd.DataFrame) -> Table:
         {
             "row": plan["row"],
             "trained": [f"{row.model}, {row.image_size} px" for row in _rows(plan)],
-            "recipe": plan["recipe"],
             "seeds": [f"{row.measured} of {row.seeds}" for row in _rows(plan)],
             "minutes a run": plan["minutes"].map("{:.0f}".format),
             "sees from": [
