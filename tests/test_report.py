@@ -300,6 +300,32 @@ def test_the_proxy_decides_no_margin(tmp_path: Path) -> None:
     assert decided(tmp_path, PROXY, "large-margin-m0")["status"] == "not run"
 
 
+def test_an_open_claim_has_the_price_of_what_is_left(tmp_path: Path) -> None:
+    """Three of five planned seeds are run, then all of them and the claim is still open."""
+    plan = pd.DataFrame(
+        {
+            "claims": ["distribution-gain", "distribution-gain other", "other"],
+            "minutes": [12.0, 15.0, 99.0],
+            "seeds": 5,
+            "measured": [3, 5, 0],
+            "smallest_difference": [6.3, 7.0, 9.0],
+        }
+    )
+    wide = PROXY.assign(value=PROXY["value"] * [0, 1, 2, 2, 1, 0])
+    decided(tmp_path, wide)
+    card = claims.scorecard(tmp_path)
+    (row,) = claims.open_questions(card, plan).frame.to_dict("records")
+    assert row["proxy sees from"] == "7.0 AP"
+    assert (row["runs"], row["hours of a core"]) == ("2", "0.4")
+    rows = claims.open_questions(card, plan.assign(measured=5)).frame
+    more = int(rows["runs"].iloc[0].replace(",", "")) / 2
+    gaps = np.subtract(*wide["value"].to_numpy().reshape(2, -1))
+    enough = stats.t.ppf(0.975, 4 + more) * gaps.std(ddof=1) / math.sqrt(5 + more)
+    assert enough == pytest.approx(abs(gaps.mean()), rel=0.02)
+    decided(tmp_path, PROXY)  # it holds
+    assert claims.open_questions(claims.scorecard(tmp_path), plan).frame.empty
+
+
 def test_what_the_rebuilt_models_miss_contradicts_no_claim() -> None:
     card = claims.scorecard("does-not-exist").set_index("claim")
     # Both counts of Table 8 miss the print by 4 %; the print bears the claims out.
@@ -693,6 +719,7 @@ def test_the_page_on_training_has_every_setting_with_its_source() -> None:
     [
         ("paper_errors", ("Eff-SpineNet-D1", "43.5")),
         ("claims", ("contradicted", "Tables 3 and 8", "of 125 claims")),
+        ("findings", ("Measured to hold", "open claims that the proxy could decide")),
         ("released", ("mobile_spinenet_49", "within limits")),
         ("costs", ("Table 11", "Costs that the paper does not print")),
         ("which_network", ("36 printed cells are met to the digit", "SP-EfficientNet-B0, Table 8")),

@@ -27,9 +27,11 @@ from effspinenet_lib.report.statistics import (
     PAPER_SCALE,
     PROXY,
     SOURCE_NAMES,
+    Difference,
     paired_difference,
+    seeds_to_decide,
 )
-from effspinenet_lib.report.style import NOT_RUN, Table, Text
+from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Table, Text
 from effspinenet_lib.report.tables import AP_METRICS, read_costs
 from effspinenet_lib.results import COST_UNITS, FOLDERS, merged_results
 from effspinenet_lib.results.paper import NOT_CHECKABLE, claims
@@ -66,8 +68,8 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
 
     Returns:
         The columns of `results.paper.claims`, with `items` (the tables that it names, a tuple),
-        `decided_by` (`print`, `cost` or `accuracy`), `status` (one of `STATUSES`) and `found`
-        (what decided it, in words).
+        `decided_by` (`print`, `cost` or `accuracy`), `status` (one of `STATUSES`), `found`
+        (what decided it, in words) and `measured` (a `Difference`, None where there is none).
     """
     printed = claims()
     counted = claims(counted=counted_costs()).set_index("claim")
@@ -90,6 +92,7 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
         status = DECIDED[claim["verdict"]]
         found = "" if status == NOT_RUN else f"{claim['computed']:.4g}{unit} printed"
         items = tuple(dict.fromkeys(cell[0] for cell in cells))
+        difference = None
         if kind == COST and status != CONTRADICTED:
             count = counted.loc[claim["claim"]]
             status = DECIDED[count["verdict"]]
@@ -97,10 +100,11 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
             if status == CONTRADICTED and missed.intersection(cells):
                 status = INCONCLUSIVE
         elif kind == ACCURACY and status != CONTRADICTED:
-            status, found = _by_measurement(claim, cells, measured)
+            status, found, difference = _by_measurement(claim, cells, measured)
         elif kind == ACCURACY and len(items) > 1:
             status = INCONCLUSIVE
-        rows.append({**claim, "items": items, "decided_by": kind, "status": status, "found": found})
+        decision = {"decided_by": kind, "status": status, "found": found, "measured": difference}
+        rows.append({**claim, "items": items, **decision})
     return pd.DataFrame(rows)
 
 
@@ -139,10 +143,10 @@ def _by_measurement(
     claim: Mapping[Any, Any],
     cells: list[tuple[str, str, str]],
     measured: Mapping[str, pd.DataFrame],
-) -> tuple[str, str]:
+) -> tuple[str, str, Difference | None]:
     sign = _claimed_sign(claim)
     if not sign or not _within_a_table(cells):
-        return NOT_RUN, "" if sign else "needs the paper's settings"
+        return NOT_RUN, "" if sign else "needs the paper's settings", None
     for source in (PAPER_SCALE, PROXY):
         rows = measured[source].set_index("seed")
         first, second = (
@@ -156,8 +160,8 @@ def _by_measurement(
         found = paired_difference(first, second)
         seeds = f"{found.seeds[0]} seeds"
         said = f"{found.mean:+.1f}, {found.interval()} ({SOURCE_NAMES[source]}, {seeds})"
-        return found.verdict(sign), said
-    return NOT_RUN, ""
+        return found.verdict(sign), said, found
+    return NOT_RUN, "", None
 
 
 def _cells(claim: Mapping[Any, Any]) -> list[tuple[str, str, str]]:
@@ -238,3 +242,35 @@ def claims_of(item: str, *results_dirs: Dir, section: str = "") -> Table:
     own = card[[item in items for items in card["items"]]]
     own = own[own["section"].str.contains(section)]
     return table(own, f"Claims on {item.replace('-0', ' ').replace('-', ' ')}: {len(own)}")
+
+
+def open_questions(card: pd.DataFrame, plan: pd.DataFrame) -> Table:
+    """Claims on accuracy that are open and that the proxy could decide: by what, at which price.
+
+    The price is what is left of the planned seeds, or, where these left the claim inconclusive,
+    the further seeds after which the interval would leave out zero at the mean and the spread
+    found. A row that several claims need counts in each.
+
+    Args:
+        card: from `scorecard`.
+        plan: from `tables.read_plan`.
+    """
+    rows = {}
+    for claim in card[card["status"].isin([NOT_RUN, INCONCLUSIVE])].itertuples(index=False):
+        own = plan[[claim.claim in names.split() for names in plan["claims"]]]
+        if own.empty:
+            continue
+        left = (own["seeds"] - own["measured"]).clip(lower=0)
+        if claim.measured is not None and not left.any():
+            left = seeds_to_decide(claim.measured) - own["measured"]
+        sees = own["smallest_difference"].max()
+        rows[Text(f"{claim.statement} ({claim.section})")] = {
+            "verdict": claim.status,
+            "stated": stated(claim),
+            "proxy sees from": NOT_PRINTED if pd.isna(sees) else f"{sees:.1f} AP",
+            "next": Text(f"effspinenet reproduce {claim.items[0]} --profile proxy"),
+            "runs": f"{left.sum():,.0f}",
+            "hours of a core": f"{(own['minutes'] * left).sum() / 60:,.1f}",
+        }
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("claim (section)")
+    return Table(frame, f"{len(rows)} open claims that the proxy could decide")

@@ -138,6 +138,19 @@ def t_quantile(freedom: float) -> float:
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
+def seeds_to_decide(found: Difference) -> float:
+    """Seeds after which a paired difference's interval would leave out zero.
+
+    Its mean and its spread are taken to stay as found; by the normal distribution, and two more
+    for Student's (n >= (1.96 sd / mean)^2 + 2). NaN where it has no interval.
+    """
+    seeds = found.seeds[0]
+    if math.isnan(found.half_width):
+        return math.nan
+    sd = found.half_width * math.sqrt(seeds) / t_quantile(seeds - 1)
+    return math.ceil((t_quantile(math.inf) * sd / found.mean) ** 2) + 2 if found.mean else math.inf
+
+
 def compare_seeds(
     first: pd.Series[float], second: pd.Series[float], digits: int = 1
 ) -> dict[str, str]:
