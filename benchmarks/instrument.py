@@ -159,11 +159,6 @@ EARLY_CHANGES: tuple[Mapping[str, Any], ...] = (
     {},
     {"warmup_steps": 300},
     {"clip_gradient_norm": 1.0},
-    {"optimizer_decay": 0.999},
-    {"learning_rate": 0.015},
-    {"learning_rate": 0.06},
-    {"momentum": 0.95},
-    {"batch_size": 8, "steps": 900},
 )
 # A family whose best rate is another than the reference's gets its own recipe.
 RATE_FACTORS = (0.5, 1.0, 2.0)
@@ -243,6 +238,10 @@ def studies() -> dict[str, tuple[Trial, ...]]:
         "first steps": tuple(
             Trial(_shown(changes) or "as the recipe", EARLY_SEEDS, {**EARLY, **changes}, base={})
             for changes in EARLY_CHANGES
+        ),
+        "rate": tuple(
+            Trial(f"learning_rate {rate:g}", changes={"learning_rate": rate}, base={})
+            for rate in (0.015, 0.06)  # 0.03 is in the study of lengths
         ),
         "jitter": (
             _start(
