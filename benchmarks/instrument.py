@@ -46,7 +46,7 @@ from effspinenet_lib.models.zoo import create_model
 from effspinenet_lib.report.statistics import (
     CONFIDENCE,
     LEAST_SEEDS,
-    paired_difference,
+    difference,
     t_quantile,
 )
 from effspinenet_lib.report.tables import SMALLEST_DIFFERENCE
@@ -377,23 +377,23 @@ def sheet(runs_dir: Path = RUNS_DIR) -> list[dict[str, Any]]:
     rows = [_summary(f"AP of the reference, mean of {len(every)} seeds", every.mean(), "%")]
     spread = sd_interval(every)
     rows.append(_summary("AP of the reference, sd over seeds", spread, "%"))
-    again = again.rename(lambda seed: seed - len(PAIRED_SEEDS))
     variant = values[VARIANT, "AP"]
     for name, other in ((HALF, values[HALF, "AP"]), (VARIANT, variant), (AGAIN, again)):
         if other.empty:
             continue
-        gap = paired_difference(reference, other)
+        gap = difference(reference, other)
         found = Estimate(gap.mean, gap.mean - gap.half_width, gap.mean + gap.half_width)
         rows.append(_summary(f"AP of the reference less: {name}", found, "%"))
     gaps = (reference - variant).dropna()
-    paired = sd_interval(gaps)
-    rows.append(_summary("AP, sd of a paired difference", paired, "%"))
+    rows.append(_summary("AP, sd of a difference in pairs of a seed", sd_interval(gaps), "%"))
     apart = math.hypot(reference.loc[gaps.index].std(), variant.std())
-    rows.append(_summary("AP, sd of the same difference without pairing", apart, "%"))
+    rows.append(_summary("AP, sd of the same difference without pairs", apart, "%"))
+    pooled = sd_interval(every, variant)
+    rows.append(_summary("AP, sd over seeds of the reference and the variant", pooled, "%"))
     for seeds in (3, 5, 8):
-        width = t_quantile(seeds - 1) * paired.value / math.sqrt(seeds)
+        width = t_quantile(2 * seeds - 2) * pooled.value * math.sqrt(2 / seeds)
         rows.append(_summary(f"AP, half width of an interval, {seeds} seeds", width, "%"))
-        ends = (smallest_difference(sd, seeds) for sd in asdict(paired).values())
+        ends = (smallest_difference(sd, seeds) for sd in asdict(pooled).values())
         seen = _summary(f"{seeds} seeds", Estimate(*ends), "%")
         rows.append({**seen, "study": SMALLEST_DIFFERENCE, "metric": "AP", "task": "detection"})
     minutes = values["the reference", "cpu_minutes"].mean()
@@ -401,7 +401,8 @@ def sheet(runs_dir: Path = RUNS_DIR) -> list[dict[str, Any]]:
     rows.append(_summary("minutes of CPU a run", minutes, "min"))
     rows.append(_summary("images trained a second of CPU", images / minutes / 60, "images/s"))
     key = runs.loc[runs["setting"] == "the reference", "run"].iloc[0]
-    rows.append(_summary("AP, sd over images (bootstrap)", _bootstrap_sd(runs_dir / key), "%"))
+    if (runs_dir / key / PREDICTIONS).exists():  # else the row stays as it is
+        rows.append(_summary("AP, sd over images (bootstrap)", _bootstrap_sd(runs_dir / key), "%"))
     return [*rows, *_search_rows(measured)]
 
 
@@ -436,24 +437,25 @@ def _search_rows(measured: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def smallest_difference(sd: float, seeds: int) -> float:
-    """Smallest true difference that a paired comparison sees in 80 % of its repetitions.
+    """Smallest true difference of two rows that is seen in 80 % of the repetitions.
 
     Seen means that the 95 % interval leaves out zero.
 
     Args:
-        sd: standard deviation over seeds of the paired differences.
-        seeds: number of them; NaN below two.
+        sd: standard deviation over seeds of each row.
+        seeds: of each row; NaN below two.
     """
     if seeds < LEAST_SEEDS:
         return math.nan
-    limit = t_quantile(seeds - 1)
+    freedom = 2 * seeds - 2
+    limit = t_quantile(freedom)
 
     def missed(shift: float) -> float:
-        return float(stats.nct.cdf(limit, seeds - 1, shift)) - (1 - POWER)
+        return float(stats.nct.cdf(limit, freedom, shift)) - (1 - POWER)
 
     # `shift` is the true difference over its standard error; from 0 to where none is missed
     shift = optimize.brentq(missed, 0.0, 10 * limit)
-    return float(shift) * sd / math.sqrt(seeds)
+    return float(shift) * sd * math.sqrt(2 / seeds)
 
 
 @dataclass(frozen=True)
@@ -465,11 +467,12 @@ class Estimate:
     high: float
 
 
-def sd_interval(values: Sequence[float] | Any) -> Estimate:
-    """Standard deviation of a sample with its interval (chi-squared)."""
-    sd, freedom = float(pd.Series(values, dtype=float).std()), len(values) - 1
-    upper, lower = stats.chi2.ppf(((1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2), freedom)
-    return Estimate(sd, sd * math.sqrt(freedom / upper), sd * math.sqrt(freedom / lower))
+def sd_interval(*samples: pd.Series[float]) -> Estimate:
+    """Standard deviation that samples share, with its interval (chi-squared)."""
+    freedom = sum(len(values) - 1 for values in samples)
+    squares = sum(float(values.var()) * (len(values) - 1) for values in samples)
+    ends = stats.chi2.ppf(((1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2), freedom)
+    return Estimate(*(math.sqrt(squares / by) for by in (freedom, *ends)))
 
 
 def variance_share(groups: pd.DataFrame) -> Estimate:

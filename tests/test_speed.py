@@ -163,7 +163,6 @@ def test_the_data_sheet_sums_up_the_runs(tmp_path, monkeypatch):
         for seed in instrument.SEARCH_SEEDS
     ]
     monkeypatch.setattr(instrument, "INSTRUMENT", tmp_path / "instrument.csv")
-    monkeypatch.setattr(instrument, "_bootstrap_sd", lambda folder: 0.4)
     upsert(instrument.INSTRUMENT, "instrument", rows, "made")
     sheet = {row["setting"]: row for row in instrument.sheet(tmp_path)}
     upsert(instrument.INSTRUMENT, "instrument", sheet.values(), "the sheet")
@@ -172,10 +171,12 @@ def test_the_data_sheet_sums_up_the_runs(tmp_path, monkeypatch):
         assert 0 < worse["low"] < gap < worse["high"]
     again = sheet[f"AP of the reference less: {instrument.AGAIN}"]
     assert again["low"] < 0 < again["high"]
-    paired = sheet["AP, sd of a paired difference"]
+    paired = sheet["AP, sd of a difference in pairs of a seed"]
     assert paired["low"] < math.hypot(0.5, 0.5) < paired["high"]
-    apart = sheet["AP, sd of the same difference without pairing"]["value"]
+    apart = sheet["AP, sd of the same difference without pairs"]["value"]
     assert apart > 2 * paired["value"]
+    pooled = sheet["AP, sd over seeds of the reference and the variant"]
+    assert pooled["low"] < math.hypot(2, 0.5) < pooled["high"]
     assert sheet["8 seeds"]["value"] < sheet["5 seeds"]["value"] < sheet["3 seeds"]["value"]
     assert sheet["images trained a second of CPU"]["value"] == pytest.approx(
         16 * 100 / 300, rel=0.01
@@ -187,8 +188,8 @@ def test_the_data_sheet_sums_up_the_runs(tmp_path, monkeypatch):
 def test_the_smallest_difference_is_seen_in_four_of_five_repetitions() -> None:
     seeds, sd, repetitions = 5, 1.3, 4_000
     size = instrument.smallest_difference(sd, seeds)
-    gaps = np.random.default_rng(0).normal(size, sd, (repetitions, seeds))
-    seen = stats.ttest_1samp(gaps, 0, axis=1).pvalue < 0.05
+    first, second = np.random.default_rng(0).normal(0, sd, (2, repetitions, seeds))
+    seen = stats.ttest_ind(first + size, second, axis=1).pvalue < 0.05
     assert seen.mean() == pytest.approx(0.8, abs=0.02)
     assert math.isnan(instrument.smallest_difference(sd, 1))
 
@@ -198,7 +199,7 @@ def test_intervals_cover_what_they_estimate() -> None:
     draws, repetitions = np.random.default_rng(1), 600
     covered = np.zeros((repetitions, 3))
     for one in covered:
-        sd = instrument.sd_interval(draws.normal(0, 2.0, 8))
+        sd = instrument.sd_interval(*map(pd.Series, draws.normal(0, 2.0, (2, 4))))
         effects = draws.normal(0, 3.0, 12)
         noise = draws.normal(0, 3.0, (3, 12))
         share = instrument.variance_share(pd.DataFrame(effects + noise))

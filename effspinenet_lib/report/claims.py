@@ -28,7 +28,7 @@ from effspinenet_lib.report.statistics import (
     PROXY,
     SOURCE_NAMES,
     Difference,
-    paired_difference,
+    difference,
     seeds_to_decide,
 )
 from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Table, Text
@@ -56,6 +56,8 @@ DECIDED = {
     "mismatch": CONTRADICTED,
     NOT_CHECKABLE: NOT_RUN,
 }
+
+DECISION = ("items", "decided_by", "status", "found", "measured")  # columns of the scorecard
 
 Dir = str | os.PathLike[str]
 
@@ -92,7 +94,7 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
         status = DECIDED[claim["verdict"]]
         found = "" if status == NOT_RUN else f"{claim['computed']:.4g}{unit} printed"
         items = tuple(dict.fromkeys(cell[0] for cell in cells))
-        difference = None
+        gap = None
         if kind == COST and status != CONTRADICTED:
             count = counted.loc[claim["claim"]]
             status = DECIDED[count["verdict"]]
@@ -100,11 +102,11 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
             if status == CONTRADICTED and missed.intersection(cells):
                 status = INCONCLUSIVE
         elif kind == ACCURACY and status != CONTRADICTED:
-            status, found, difference = _by_measurement(claim, cells, measured)
+            status, found, gap = _by_measurement(claim, cells, measured)
         elif kind == ACCURACY and len(items) > 1:
             status = INCONCLUSIVE
-        decision = {"decided_by": kind, "status": status, "found": found, "measured": difference}
-        rows.append({**claim, "items": items, **decision})
+        decision = (items, kind, status, found, gap)
+        rows.append(claim | dict(zip(DECISION, decision, strict=True)))
     return pd.DataFrame(rows)
 
 
@@ -148,7 +150,7 @@ def _by_measurement(
     if not sign or not _within_a_table(cells):
         return NOT_RUN, "" if sign else "needs the paper's settings", None
     for source in (PAPER_SCALE, PROXY):
-        rows = measured[source].set_index("seed")
+        rows = measured[source]
         first, second = (
             rows.loc[
                 (rows["item"] == item) & (rows["row"] == row) & (rows["metric"] == metric), "value"
@@ -157,8 +159,8 @@ def _by_measurement(
         )
         if first.empty or second.empty:
             continue
-        found = paired_difference(first, second)
-        seeds = f"{found.seeds[0]} seeds"
+        found = difference(first, second)
+        seeds = " and ".join(map(str, dict.fromkeys(found.seeds))) + " seeds"
         said = f"{found.mean:+.1f}, {found.interval()} ({SOURCE_NAMES[source]}, {seeds})"
         return found.verdict(sign), said, found
     return NOT_RUN, "", None
@@ -256,6 +258,7 @@ def open_questions(card: pd.DataFrame, plan: pd.DataFrame) -> Table:
         plan: from `tables.read_plan`.
     """
     rows = {}
+    claim: Any
     for claim in card[card["status"].isin([NOT_RUN, INCONCLUSIVE])].itertuples(index=False):
         own = plan[[claim.claim in names.split() for names in plan["claims"]]]
         if own.empty:
