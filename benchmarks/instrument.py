@@ -260,8 +260,8 @@ def studies() -> dict[str, tuple[Trial, ...]]:
                 base={},
             ),
             Trial(HALF, PAIRED_SEEDS, model=HALF_MODEL.name, base={}),
-            Trial(AGAIN, OTHER_SEEDS, base={}),
         ),
+        "other seeds": (Trial(AGAIN, OTHER_SEEDS, base={}),),
         "families": tuple(_families()),
         **{
             f"distributions, {steps} steps": tuple(_distributions(steps))
@@ -366,7 +366,7 @@ def sheet(runs_dir: Path = RUNS_DIR) -> list[dict[str, Any]]:
     """The rows that sum up what was measured: the data sheet."""
     measured = read_table(INSTRUMENT, "instrument")
     measured = measured[measured["seed"].notna()]
-    runs = measured[measured["study"] == "precision"]
+    runs = measured[measured["study"].isin(["precision", "other seeds"])]
     values = {
         (setting, metric): own.set_index("seed")["value"]
         for (setting, metric), own in runs.groupby(["setting", "metric"])
