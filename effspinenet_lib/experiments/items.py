@@ -82,7 +82,7 @@ class Row:
         quoted: whether the paper quotes the row's numbers from other papers.
         init_from: profile -> item whose run of the same model and seed gives the initial weights;
             fresh ones elsewhere.
-        proxy_seeds: the proxy trains the first so many seeds, fewer where a run is long.
+        proxy_seeds: so many of the proxy's own seeds are trained, fewer where a run is long.
     """
 
     label: str
@@ -101,7 +101,8 @@ class Row:
         """Those of the seeds that a profile trains; none where it does not train the row."""
         if not self.trains_in(profile):
             return ()
-        return seeds[: self.proxy_seeds] if profile == PROXY else seeds
+        own = profile == PROXY and seeds == PROFILES[PROXY].seeds
+        return seeds[: self.proxy_seeds] if own else seeds
 
     def trains_in(self, profile: str) -> bool:
         """Whether the row is trained in a profile."""

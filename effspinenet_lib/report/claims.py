@@ -14,6 +14,7 @@ A claim is decided in this order, by `scorecard`:
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -27,12 +28,10 @@ from effspinenet_lib.report.statistics import (
     PAPER_SCALE,
     PROXY,
     SOURCE_NAMES,
-    Difference,
     difference,
-    seeds_to_decide,
 )
 from effspinenet_lib.report.style import NOT_PRINTED, NOT_RUN, Table, Text
-from effspinenet_lib.report.tables import AP_METRICS, read_costs
+from effspinenet_lib.report.tables import AP_METRICS, read_costs, table_number
 from effspinenet_lib.results import COST_UNITS, FOLDERS, merged_results
 from effspinenet_lib.results.paper import NOT_CHECKABLE, claims
 
@@ -57,8 +56,6 @@ DECIDED = {
     NOT_CHECKABLE: NOT_RUN,
 }
 
-DECISION = ("items", "decided_by", "status", "found", "measured")  # columns of the scorecard
-
 Dir = str | os.PathLike[str]
 
 
@@ -70,8 +67,8 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
 
     Returns:
         The columns of `results.paper.claims`, with `items` (the tables that it names, a tuple),
-        `decided_by` (`print`, `cost` or `accuracy`), `status` (one of `STATUSES`), `found`
-        (what decided it, in words) and `measured` (a `Difference`, None where there is none).
+        `decided_by` (`print`, `cost` or `accuracy`), `status` (one of `STATUSES`) and `found`
+        (what decided it, in words).
     """
     printed = claims()
     counted = claims(counted=counted_costs()).set_index("claim")
@@ -94,7 +91,6 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
         status = DECIDED[claim["verdict"]]
         found = "" if status == NOT_RUN else f"{claim['computed']:.4g}{unit} printed"
         items = tuple(dict.fromkeys(cell[0] for cell in cells))
-        gap = None
         if kind == COST and status != CONTRADICTED:
             count = counted.loc[claim["claim"]]
             status = DECIDED[count["verdict"]]
@@ -102,11 +98,11 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
             if status == CONTRADICTED and missed.intersection(cells):
                 status = INCONCLUSIVE
         elif kind == ACCURACY and status != CONTRADICTED:
-            status, found, gap = _by_measurement(claim, cells, measured)
+            status, found = _by_measurement(claim, cells, measured)
         elif kind == ACCURACY and len(items) > 1:
             status = INCONCLUSIVE
-        decision = (items, kind, status, found, gap)
-        rows.append(claim | dict(zip(DECISION, decision, strict=True)))
+        decision = {"items": items, "decided_by": kind, "status": status, "found": found}
+        rows.append(dict(claim, **decision))
     return pd.DataFrame(rows)
 
 
@@ -145,10 +141,10 @@ def _by_measurement(
     claim: Mapping[Any, Any],
     cells: list[tuple[str, str, str]],
     measured: Mapping[str, pd.DataFrame],
-) -> tuple[str, str, Difference | None]:
+) -> tuple[str, str]:
     sign = _claimed_sign(claim)
     if not sign or not _within_a_table(cells):
-        return NOT_RUN, "" if sign else "needs the paper's settings", None
+        return NOT_RUN, "" if sign else "needs the paper's settings"
     for source in (PAPER_SCALE, PROXY):
         rows = measured[source]
         first, second = (
@@ -162,8 +158,8 @@ def _by_measurement(
         found = difference(first, second)
         seeds = " and ".join(map(str, dict.fromkeys(found.seeds))) + " seeds"
         said = f"{found.mean:+.1f}, {found.interval()} ({SOURCE_NAMES[source]}, {seeds})"
-        return found.verdict(sign), said, found
-    return NOT_RUN, "", None
+        return found.verdict(sign), said
+    return NOT_RUN, ""
 
 
 def _cells(claim: Mapping[Any, Any]) -> list[tuple[str, str, str]]:
@@ -247,11 +243,11 @@ def claims_of(item: str, *results_dirs: Dir, section: str = "") -> Table:
 
 
 def open_questions(card: pd.DataFrame, plan: pd.DataFrame) -> Table:
-    """Claims on accuracy that are open and that the proxy could decide: by what, at which price.
+    """Claims on accuracy that are open and that the proxy could decide, and at which price.
 
-    The price is what is left of the planned seeds, or, where these left the claim inconclusive,
-    the further seeds after which the interval would leave out zero at the mean and the spread
-    found. A row that several claims need counts in each.
+    Hours are of one core and for the two rows of a claim: of the planned runs that are left, and of
+    as many seeds as would see a difference of the size that the paper prints in four of five
+    repetitions (the seeds grow with the square of one over the difference).
 
     Args:
         card: from `scorecard`.
@@ -263,17 +259,21 @@ def open_questions(card: pd.DataFrame, plan: pd.DataFrame) -> Table:
         own = plan[[claim.claim in names.split() for names in plan["claims"]]]
         if own.empty:
             continue
-        left = (own["seeds"] - own["measured"]).clip(lower=0)
-        if claim.measured is not None and not left.any():
-            left = seeds_to_decide(claim.measured) - own["measured"]
-        sees = own["smallest_difference"].max()
-        rows[Text(f"{claim.statement} ({claim.section})")] = {
+        sees, printed = own["smallest_difference"].max(), abs(claim.computed)
+        cells = {
+            "table": table_number(claim.items[0]),
             "verdict": claim.status,
-            "stated": stated(claim),
-            "proxy sees from": NOT_PRINTED if pd.isna(sees) else f"{sees:.1f} AP",
-            "next": Text(f"effspinenet reproduce {claim.items[0]} --profile proxy"),
-            "runs": f"{left.sum():,.0f}",
-            "hours of a core": f"{(own['minutes'] * left).sum() / 60:,.1f}",
+            "printed": f"{printed:.1f}",
+            "proxy sees from": NOT_PRINTED,
+            "hours left": f"{(own['minutes'] * own['left']).sum() / 60:.1f}",
+            "seeds to see the printed": NOT_PRINTED,
+            "hours of these": NOT_PRINTED,
         }
+        if pd.notna(sees):
+            seeds = math.ceil(own["seeds"].min() * (sees / printed) ** 2)
+            cells["proxy sees from"] = f"{sees:.1f}"
+            cells["seeds to see the printed"] = f"{seeds:,}"
+            cells["hours of these"] = f"{seeds * own['minutes'].sum() / 60:,.0f}"
+        rows[Text(f"{claim.statement} ({claim.section})")] = cells
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("claim (section)")
-    return Table(frame, f"{len(rows)} open claims that the proxy could decide")
+    return Table(frame, f"{len(rows)} open claims that the proxy could decide; differences in AP")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -102,14 +101,14 @@ class Difference:
         return f"{low:+.{digits}f} to {high:+.{digits}f}"
 
 
-def difference(first: Sequence[float] | Any, second: Sequence[float] | Any) -> Difference:
+def difference(first: Iterable[float], second: Iterable[float]) -> Difference:
     """Compare two rows by Welch's interval of the difference of their means.
 
     The rows of a table share seeds, and a seed its images and their order. The values are not
-    paired by seed all the same: the proxy's data sheet shows no gain, and pairs would halve the
-    degrees of freedom.
+    paired by seed all the same: the proxy's five pairs show no gain, and pairs would cost up to
+    half the degrees of freedom.
     """
-    one, two = pd.Series(first, dtype=float), pd.Series(second, dtype=float)
+    one, two = (pd.Series(values, dtype=float).dropna() for values in (first, second))
     counts = (len(one), len(two))
     mean = float(one.mean() - two.mean())
     if min(counts) < LEAST_SEEDS:
@@ -124,19 +123,6 @@ def difference(first: Sequence[float] | Any, second: Sequence[float] | Any) -> D
 def t_quantile(freedom: float) -> float:
     """Half width of a 95 % interval in standard errors, by degrees of freedom."""
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
-
-
-def seeds_to_decide(found: Difference) -> float:
-    """Seeds of each row after which a difference's interval would leave out zero.
-
-    Its mean and the spreads are taken to stay as found; by the normal distribution, and one more
-    for Student's: n >= 2 (1.96 sd / mean)^2 + 1. NaN where it has no interval.
-    """
-    if math.isnan(found.half_width):
-        return math.nan
-    error = found.half_width / t_quantile(sum(found.seeds) - 2)
-    variance = error**2 / sum(1 / seeds for seeds in found.seeds)
-    return math.ceil(2 * variance * (t_quantile(math.inf) / found.mean) ** 2) + 1
 
 
 def compare_seeds(

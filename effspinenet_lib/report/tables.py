@@ -406,12 +406,13 @@ def read_instrument(results_dir: Dir) -> pd.DataFrame:
 
 
 def read_plan(results_dir: Dir) -> pd.DataFrame:
-    """The rows of `proxy/plan.csv` in the order of the runs, with `measured`: seeds that are."""
+    """The rows of `proxy/plan.csv` in order, with the seeds that are `measured` and `left`."""
     plan = read_table(Path(results_dir) / "proxy" / "plan.csv", "plan").sort_values("order")
     rows = merged_results([results_dir], ["proxy"])
     done = rows[rows["seed"].notna()].groupby(["item", "row"])["seed"].nunique()
     keys = pd.MultiIndex.from_frame(plan[["item", "row"]])
-    return plan.assign(measured=done.reindex(keys, fill_value=0).to_numpy())
+    plan["measured"] = done.reindex(keys, fill_value=0).to_numpy()
+    return plan.assign(left=(plan["seeds"] - plan["measured"]).clip(lower=0))
 
 
 def campaign(plan: pd.DataFrame) -> Table:
@@ -433,7 +434,7 @@ def campaign(plan: pd.DataFrame) -> Table:
     )
     cells.index = pd.Index(plan["item"], name="item")
     hours = (plan["minutes"] * plan["seeds"]).sum() / 60
-    left = (plan["minutes"] * (plan["seeds"] - plan["measured"]).clip(lower=0)).sum() / 60
+    left = (plan["minutes"] * plan["left"]).sum() / 60
     return Table(cells, f"The plan: {hours:.0f} hours of one core, {left:.0f} of them not run")
 
 
