@@ -29,6 +29,7 @@ from effspinenet_lib.report import claims, diagrams, plots, provenance, statisti
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.results.paper import claims as paper_claims
 from effspinenet_lib.results.paper import paper_values
+from effspinenet_lib.results.tables import upsert
 from effspinenet_lib.training.recipes import RECIPES
 
 D0 = MODELS["eff_spinenet_d0"].backbone
@@ -680,6 +681,25 @@ def test_the_browser_has_every_printed_cell_and_no_nan() -> None:
     printed = [len(paper_values(f"table-{number:02d}")) for number in range(1, 12)]
     assert (frame["source"] == "paper").sum() == sum(printed)
     assert not frame.isin(["nan", "NaN", "<NA>", "None"]).any().any()
+
+
+def test_strikes_are_summed_up_by_kind(tmp_path: Path) -> None:
+    common = {"job": "search", "moment": 1.0, "said": "", "commit": "c", "date": "2026-01-01"}
+    rows = [
+        {"round": number, "strike": strike, "exit_code": code, "traceback": traceback}
+        | {"commands": commands, "equal": equal, **common}
+        for number, (strike, code, traceback, commands, equal) in enumerate(
+            [
+                ("SIGTERM", 75, "no", 2, "yes"),
+                ("SIGTERM", 0, "no", 1, "yes"),
+                ("full disk", 1, "yes", 3, "no"),
+            ]
+        )
+    ]
+    upsert(tmp_path / "robustness" / "chaos.csv", "chaos", rows, "made")
+    found = tables.robustness(tmp_path).frame
+    assert found.loc["SIGTERM"].tolist() == [2, 1, 2, 0, "2 of 2"]
+    assert found.loc["full disk"].tolist() == [1, 0, 3, 1, "0 of 1"]
 
 
 # Pages whose tables are made in their cells

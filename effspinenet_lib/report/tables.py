@@ -397,6 +397,29 @@ def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
+# Interruptions
+
+
+def robustness(results_dir: Dir) -> Table:
+    """What came of commands that were struck at random moments, a row a kind of strike."""
+    rounds = read_table(Path(results_dir) / "robustness" / "chaos.csv", "chaos")
+    if rounds.empty:
+        return Table(pd.DataFrame(), f"Strikes at random moments: {NOT_RUN}")
+    cells = {
+        strike: {
+            "rounds": len(own),
+            "the command had ended by itself": int((own["exit_code"] == 0).sum()),
+            "commands, at most": own["commands"].max(),
+            "tracebacks": int((own["traceback"] == "yes").sum()),
+            "same in the end": f"{(own['equal'] == 'yes').sum()} of {len(own)}",
+        }
+        for strike, own in rounds.groupby("strike")
+    }
+    frame = pd.DataFrame.from_dict(cells, orient="index").rename_axis("strike")
+    caption = f"{len(rounds)} strikes at random moments of {rounds['job'].nunique()} kinds of work"
+    return Table(frame, caption)
+
+
 # The proxy as an instrument
 
 
