@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -140,6 +141,19 @@ def test_of_several_processes_one_speaks_and_all_say_errors(rank, speaks):
     assert ("printed" in done.stdout) == speaks
     assert ("told" in done.stderr) == ("warning: warned" in done.stderr) == speaks
     assert done.stderr.splitlines()[-1] == "error: --max-steps needs --row"
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "effspinenet_lib", "train", "--data", "shapescenes"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+    )
+    assert done.returncode == UserError.exit_code
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_version_is_the_packages(run):

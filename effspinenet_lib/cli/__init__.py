@@ -86,6 +86,9 @@ def main() -> None:
             print(line, file=sys.stderr)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:  # such as a full disk, on which not even torch can be imported
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(UserError.exit_code) from None
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             print("interrupted; the same command resumes", file=sys.stderr)
