@@ -148,6 +148,12 @@ def _start(label: str, seeds: tuple[int, ...] = (TUNING_SEED,), **changes: Any) 
     return Trial(label, seeds, {"learning_rate": 0.03, **changes})
 
 
+RUNAWAY: Mapping[str, Mapping[str, Any]] = {
+    "norm_freeze_steps 480": {"norm_freeze_steps": 480},
+    "renorm_values 2048": {"renorm_values": 2_048},
+}
+
+
 def _first_steps(label: str, **changes: Any) -> Trial:
     seeds = tuple(range(TUNING_SEED, TUNING_SEED + 4))
     return Trial(label, seeds, {"steps": 500, "schedule": "step", **changes}, base={})
@@ -237,6 +243,15 @@ def studies() -> dict[str, tuple[Trial, ...]]:
         "rate": tuple(
             Trial(f"learning_rate {rate:g}", changes={"learning_rate": rate}, base={})
             for rate in (0.015, 0.06)  # 0.03 is in the study of lengths
+        ),
+        # Half the channels, seed 3, ran away in evaluation: what prevents that, and what it costs.
+        "running away": tuple(
+            Trial(label, (3,), changes, model=HALF_MODEL.name, base={})
+            for label, changes in RUNAWAY.items()
+        ),
+        "prevented": tuple(
+            Trial(label, (TUNING_SEED, TUNING_SEED + 1), changes, base={})
+            for label, changes in RUNAWAY.items()
         ),
         "jitter": (
             _start(
