@@ -107,7 +107,7 @@ def _take_leave(folder: Path) -> bool:
 def dies_once(config: dict[str, Any], runs_dir: str, **options: Any) -> None:
     if note_start(config, runs_dir) == 0:
         os._exit(9)
-    leave(1.0)
+    leave(0.0 if options["force"] else 1.0)  # forced, it would not have resumed
 
 
 def dies(config: dict[str, Any], runs_dir: str, **options: Any) -> None:

@@ -50,16 +50,21 @@ def fakes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(
-    folder: Path, fake: str, pool: Pool | None = None, engine: str = "local", timeout: float = 60
+    folder: Path,
+    fake: str,
+    pool: Pool | None = None,
+    engine: str = "local",
+    timeout: float = 60,
+    force: bool = False,
 ) -> Outcome:
     """How one run of a fake ends."""
     folder.mkdir(exist_ok=True)
-    options = {"progress": False, "function": f"launcher_fakes:{fake}"}
+    options = {"progress": False, "function": f"launcher_fakes:{fake}", "force": force}
     if pool is not None:
         (outcome,) = run_many([CONFIG], folder, pool, **options)
         return outcome
     with open_pool(engine, 1, "cpu", timeout=timeout) as opened:
-        return run(folder, fake, opened)
+        return run(folder, fake, opened, force=force)
 
 
 def starts(folder: Path) -> int:
@@ -76,8 +81,9 @@ def wait_until(happened: Callable[[], bool], seconds: float = 300) -> None:
 
 
 @engines
-def test_a_run_whose_process_dies_is_resumed(tmp_path: Path, engine: str) -> None:
-    outcome = run(tmp_path, "dies_once", engine=engine)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_run_whose_process_dies_is_resumed(tmp_path: Path, engine: str, force: bool) -> None:
+    outcome = run(tmp_path, "dies_once", engine=engine, force=force)
     assert outcome.result is not None
     assert (outcome.result.metrics, outcome.attempts, outcome.error) == ({"AP": 1.0}, 2, None)
 

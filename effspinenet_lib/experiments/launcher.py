@@ -316,7 +316,6 @@ def run_many(
     request = {
         "runs_dir": str(Path(runs_dir).resolve()),
         "function": function,
-        "options": {"force": force, "micro_batch": micro_batch, "workers": pool.workers},
     }
     folders = [(config, Path(runs_dir) / config.key) for config in configs]
     waiting = deque(Job(config, path, path / REQUEST, path / LOG) for config, path in folders)
@@ -336,7 +335,11 @@ def run_many(
                     job.attempts += 1
                     job.place = min(set(range(pool.processes)) - {one.place for one in running})
                     ensure_folder(job.folder)
-                    write_json(job.request, {**request, "config": job.config.to_dict()})
+                    # a further attempt resumes what the first one has trained
+                    again = {"force": force and job.attempts == 1}
+                    options = {"micro_batch": micro_batch, "workers": pool.workers, **again}
+                    config = job.config.to_dict()
+                    write_json(job.request, {**request, "config": config, "options": options})
                     job.handle = pool.start(job, environment)
                     running.append(job)
                 time.sleep(POLL_SECONDS)

@@ -224,7 +224,7 @@ def train_run(
                 raise Preempted(
                     f"stopped after step {state.step} by "
                     f"{preemption.signal or 'a signal to another process'}; the same command "
-                    "resumes there"
+                    f"{'without --force ' if force else ''}resumes there"
                 )
             if accelerator.num_processes > 1:  # all evaluate with the main one's statistics
                 for buffer in state.trained.buffers():
