@@ -14,13 +14,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import papermill
 import yaml
 from myst_nb.core.read import is_myst_markdown_notebook, read_myst_markdown_notebook
 from papermill.exceptions import PapermillExecutionError
+from sphinx_external_toc.parsing import parse_toc_yaml
 from tqdm.auto import tqdm
 
 from effspinenet_lib import experiments
@@ -131,9 +131,8 @@ def _stage(source: Path) -> Path:
 
 def _pages(source: Path) -> list[Path]:
     """Files of the table of contents, in its order."""
-    contents = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf-8"))
     pages = []
-    for name in _entries(contents):
+    for name in parse_toc_yaml(source / "_toc.yml"):
         found = [
             path for path in (source / f"{name}.ipynb", source / f"{name}.md") if path.exists()
         ]
@@ -141,16 +140,6 @@ def _pages(source: Path) -> list[Path]:
             raise UserError(f"_toc.yml lists {name}, which is neither {name}.ipynb nor {name}.md")
         pages.append(found[0])
     return pages
-
-
-def _entries(node: Any) -> Iterator[str]:
-    """Names of pages in a table of contents: the values of `root` and `file` at any depth."""
-    if isinstance(node, list):
-        for child in node:
-            yield from _entries(child)
-    elif isinstance(node, dict):
-        for key, child in node.items():
-            yield from [child] if key in ("root", "file") else _entries(child)
 
 
 def _is_notebook(page: Path) -> bool:

@@ -18,9 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-import yaml
-
-from effspinenet_lib import publish
+from sphinx_external_toc.parsing import parse_toc_yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHROMIUM = next(
@@ -169,8 +167,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def pages() -> list[str]:
-    contents = yaml.safe_load((REPOSITORY / "_toc.yml").read_text(encoding="utf-8"))
-    return [f"{name}.html" for name in publish._entries(contents)]
+    return [f"{name}.html" for name in parse_toc_yaml(REPOSITORY / "_toc.yml")]
 
 
 def address(page: Path) -> str:

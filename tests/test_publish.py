@@ -16,8 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-import yaml
 from pages import cells
+from sphinx_external_toc.parsing import parse_toc_yaml
 
 from effspinenet_lib import experiments, publish
 from effspinenet_lib.errors import UnknownName, UserError
@@ -105,8 +105,7 @@ def test_what_a_page_imports_exists(path: Path) -> None:
 def test_every_item_with_a_notebook_has_it_and_every_notebook_is_in_the_book() -> None:
     named = {item.notebook for item in experiments.ITEMS.values() if item.notebook}
     assert named == {path.stem for path in NOTEBOOKS}
-    contents = yaml.safe_load((REPOSITORY / "_toc.yml").read_text(encoding="utf-8"))
-    listed = set(publish._entries(contents))
+    listed = set(parse_toc_yaml(REPOSITORY / "_toc.yml"))
     assert {f"notebooks/{name}" for name in named} <= listed
     pages = {f"book/{path.stem}" for path in (REPOSITORY / "book").glob("*.md")}
     assert listed == pages | {f"notebooks/{name}" for name in named}
