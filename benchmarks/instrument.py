@@ -148,12 +148,6 @@ def _start(label: str, seeds: tuple[int, ...] = (TUNING_SEED,), **changes: Any) 
     return Trial(label, seeds, {"learning_rate": 0.03, **changes})
 
 
-RUNAWAY: Mapping[str, Mapping[str, Any]] = {
-    "norm_freeze_steps 480": {"norm_freeze_steps": 480},
-    "renorm_values 2048": {"renorm_values": 2_048},
-}
-
-
 def _first_steps(label: str, **changes: Any) -> Trial:
     seeds = tuple(range(TUNING_SEED, TUNING_SEED + 4))
     return Trial(label, seeds, {"steps": 500, "schedule": "step", **changes}, base={})
@@ -246,12 +240,16 @@ def studies() -> dict[str, tuple[Trial, ...]]:
         ),
         # Half the channels, seed 3, ran away in evaluation: what prevents that, and what it costs.
         "running away": tuple(
-            Trial(label, (3,), changes, model=HALF_MODEL.name, base={})
-            for label, changes in RUNAWAY.items()
+            Trial(f"{name} {value}", (3,), {name: value}, model=HALF_MODEL.name, base={})
+            for name, value in (("norm_freeze_steps", 480), ("renorm_values", 2_048))
         ),
-        "prevented": tuple(
-            Trial(label, (TUNING_SEED, TUNING_SEED + 1), changes, base={})
-            for label, changes in RUNAWAY.items()
+        "more renormalised": (
+            Trial(
+                "renorm_values 2048",
+                tuple(range(TUNING_SEED, TUNING_SEED + 4)),
+                {"renorm_values": 2_048},
+                base={},
+            ),
         ),
         "jitter": (
             _start(
