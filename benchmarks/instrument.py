@@ -62,7 +62,7 @@ from effspinenet_lib.training.recipes import EVALUATION_BATCH, get_recipe
 from effspinenet_lib.training.run import PREDICTIONS, WEIGHTS
 
 INSTRUMENT = RESULTS_DIR / "proxy" / "instrument.csv"
-SHEET = "sheet"
+SHEET, PRECISION = "sheet", "precision"
 RUNS_DIR = ResultsStore(RESULTS_DIR, PROXY).runs_folder  # the tables' runs are found there too
 REFERENCE = "eff_spinenet_m0"
 TUNING_SEED = 100
@@ -148,9 +148,18 @@ def _start(label: str, seeds: tuple[int, ...] = (TUNING_SEED,), **changes: Any) 
     return Trial(label, seeds, {"learning_rate": 0.03, **changes})
 
 
+def _precision(base: Mapping[str, Any]) -> tuple[Trial, ...]:
+    plain = {"squeeze_excitation": False, "activation": "relu"}
+    return (
+        Trial("the reference", SEEDS, base=base),
+        Trial(VARIANT, SEEDS, options=plain, base=base),
+        Trial(HALF, SEEDS, model=HALF_MODEL.name, base=base),
+    )
+
+
 def _first_steps(label: str, **changes: Any) -> Trial:
     seeds = tuple(range(TUNING_SEED, TUNING_SEED + 4))
-    return Trial(label, seeds, {"steps": 500, "schedule": "step", **changes}, base={})
+    return Trial(label, seeds, {"steps": 500, "schedule": "step", **changes}, base=BEFORE)
 
 
 # A family whose best rate is another than the reference's gets its own recipe.
@@ -170,6 +179,7 @@ HALF, AGAIN = "half the channels", "the reference again, other seeds"
 VARIANT = "ReLU, no squeeze-and-excitation"
 HALF_SCALE = Scale("M0/2", 256, 0.2, 1.0, head_dim=12)
 HALF_MODEL = ModelSpec("eff_spinenet_m0_half", LEARNED_BETAS, HALF_SCALE.id)
+BEFORE = {"renorm_values": 128}  # what the recipe had before a run ran away
 SEEDS, OTHER_SEEDS = tuple(range(5)), tuple(range(5, 10))
 SEARCH_SEEDS, SEARCH_SAMPLES = (0, 1, 2), 12
 SEARCH_STEPS = (100, 200, 400)
@@ -210,23 +220,9 @@ def studies() -> dict[str, tuple[Trial, ...]]:
         "renormalisation": (
             _start("renorm_values 128", (TUNING_SEED, TUNING_SEED + 1), renorm_values=128),
         ),
-        "longer": (
-            *(
-                _start(
-                    f"renorm_values 128, steps {steps}",
-                    (TUNING_SEED, TUNING_SEED + 1),
-                    renorm_values=128,
-                    steps=steps,
-                )
-                for steps in (4_800, 2_400, 1_800)
-            ),
-            _start("steps 2400", steps=2_400),
-            _start(
-                "renorm_values 128, steps 2400, learning_rate 0.05",
-                renorm_values=128,
-                steps=2_400,
-                learning_rate=0.05,
-            ),
+        "longer": tuple(
+            _start(f"renorm_values 128, steps {steps}", seeds, renorm_values=128, steps=steps)
+            for steps, seeds in ((2_400, (TUNING_SEED, TUNING_SEED + 1)), (1_800, (TUNING_SEED,)))
         ),
         # The first 500 steps alone, at a constant rate: do seeds come apart in them?
         "first steps": (
@@ -235,21 +231,16 @@ def studies() -> dict[str, tuple[Trial, ...]]:
             _first_steps("clip_gradient_norm 1.0", clip_gradient_norm=1.0),
         ),
         "rate": tuple(
-            Trial(f"learning_rate {rate:g}", changes={"learning_rate": rate}, base={})
+            Trial(f"learning_rate {rate:g}", changes={"learning_rate": rate}, base=BEFORE)
             for rate in (0.015, 0.06)  # 0.03 is in the study of lengths
         ),
         # Half the channels, seed 3, ran away in evaluation: what prevents that, and what it costs.
         "running away": tuple(
-            Trial(f"{name} {value}", (3,), {name: value}, model=HALF_MODEL.name, base={})
+            Trial(f"{name} {value}", (3,), {name: value}, model=HALF_MODEL.name, base=BEFORE)
             for name, value in (("norm_freeze_steps", 480), ("renorm_values", 2_048))
         ),
         "more renormalised": (
-            Trial(
-                "renorm_values 2048",
-                tuple(range(TUNING_SEED, TUNING_SEED + 4)),
-                {"renorm_values": 2_048},
-                base={},
-            ),
+            Trial("renorm_values 2048", tuple(range(TUNING_SEED, TUNING_SEED + 4)), base={}),
         ),
         "jitter": (
             _start(
@@ -259,16 +250,8 @@ def studies() -> dict[str, tuple[Trial, ...]]:
                 scale_jitter=(1.0, 1.0),
             ),
         ),
-        "precision": (
-            Trial("the reference", SEEDS, base={}),
-            Trial(
-                VARIANT,
-                SEEDS,
-                options={"squeeze_excitation": False, "activation": "relu"},
-                base={},
-            ),
-            Trial(HALF, SEEDS, model=HALF_MODEL.name, base={}),
-        ),
+        PRECISION: _precision({}),
+        f"{PRECISION}, renorm_values 128": _precision(BEFORE),
         "other seeds": (Trial(AGAIN, OTHER_SEEDS, base={}),),
         "families": tuple(_families()),
         **{
@@ -370,11 +353,11 @@ def _rows(
     yield {**common, "metric": "cpu_minutes", "value": round(minutes, 2), "unit": "min"}
 
 
-def sheet(runs_dir: Path = RUNS_DIR) -> list[dict[str, Any]]:
-    """The rows that sum up what was measured: the data sheet."""
+def sheet(runs_dir: Path = RUNS_DIR, study: str = PRECISION) -> list[dict[str, Any]]:
+    """The rows that sum up the runs of a study of precision: the data sheet."""
     measured = read_table(INSTRUMENT, "instrument")
     measured = measured[measured["seed"].notna()]
-    runs = measured[measured["study"].isin(["precision", "other seeds"])]
+    runs = measured[measured["study"].isin([study, "other seeds"])]
     values = {
         (setting, metric): own.set_index("seed")["value"]
         for (setting, metric), own in runs.groupby(["setting", "metric"])
@@ -564,7 +547,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list")
-    commands.add_parser("sheet")
+    summed = commands.add_parser("sheet")
+    summed.add_argument("--study", default=PRECISION, choices=studies())
     run = commands.add_parser("run")
     run.add_argument("studies", nargs="+", choices=studies())
     run.add_argument("--processes", type=int, default=1)
@@ -576,7 +560,7 @@ def main() -> None:
                 print(f"{name}: {trial.label}, seeds {trial.seeds}, {trial.recipe.steps} steps")
         return
     if given.command == "sheet":
-        upsert(INSTRUMENT, "instrument", sheet(), "the data sheet")
+        upsert(INSTRUMENT, "instrument", sheet(study=given.study), "the data sheet")
         return
     run_studies(given.studies, given.processes)
 

@@ -180,7 +180,7 @@ PROXY_SETTINGS: dict[str, Setting] = {
     "ema_decay": (0.99, "our choice: less noise of the last steps"),
     "norm_momentum": (0.97, "our choice: the paper's 0.99 lags behind the weights of a short run"),
     "norm_freeze_steps": (0, f"{TUNED}: freezing showed no gain"),
-    "renorm_values": (128, f"{TUNED}: level 7 of 128 pixels is one value an image"),
+    "renorm_values": (2_048, f"{TUNED}: with fewer a run can run away in evaluation"),
     "precision": ("float32", "our choice: the same arithmetic on every machine"),
 }
 PROXY_DETECTION = declare("proxy_detection", **PROXY_SETTINGS)
