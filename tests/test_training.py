@@ -505,3 +505,5 @@ def test_renormalised_features_are_those_of_the_running_statistics() -> None:
     assert renormalised.eval()(few).abs().max() > 1e3
     limit = 2 * (15**0.5 * RENORM_FACTOR + RENORM_SHIFT) + 2
     assert renormalised.train()(few).abs().max() < limit
+    assert renormalised(few[:1].bfloat16()).dtype == torch.bfloat16  # of a single value, too
+    assert renormalised.running_var.isfinite().all()
