@@ -16,6 +16,7 @@ import torch
 import typer
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from effspinenet_lib import cli
 
@@ -34,7 +35,9 @@ CONDA_ONLY = {"python", "pip"}
 def _requirements(lines: list[str]) -> dict[str, str]:
     """Package name in lower case -> version range."""
     parsed = [Requirement(line) for line in lines]
-    return {requirement.name.lower(): str(requirement.specifier) for requirement in parsed}
+    return {
+        canonicalize_name(requirement.name): str(requirement.specifier) for requirement in parsed
+    }
 
 
 def _project() -> dict:
@@ -67,7 +70,7 @@ def test_environment_installs_this_repository():
 def test_every_imported_package_is_a_core_dependency():
     # An engine and a format that are asked for by name, whose message says what to install; and
     # what only runs where torch computes on a TPU by it.
-    extras = {"onnxruntime", "onnxscript", "ray", "torch_xla"}
+    extras = {"onnxruntime", "onnxscript", "ray", "torch-xla"}
     core = {*_requirements(_project()["dependencies"]), *extras}
     homes = packages_distributions()
     missing = set()
@@ -82,7 +85,7 @@ def test_every_imported_package_is_a_core_dependency():
             for name in {name.split(".")[0] for name in names}:
                 if name in sys.stdlib_module_names or name in ("effspinenet_lib", "__future__"):
                     continue
-                distributions = {found.lower() for found in homes.get(name, [name])}
+                distributions = {canonicalize_name(found) for found in homes.get(name, [name])}
                 if not distributions & core:
                     missing.add((_relative(path), name))
     assert missing == set()

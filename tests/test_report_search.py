@@ -199,9 +199,9 @@ def test_other_methods_bests_have_their_names() -> None:
 
 def test_chosen_distributions_are_compared_over_seeds() -> None:
     table = search.reference_differences(TRIALS).frame
-    # By hand: gaps of 4, 5 and 3, sd 1 over 3 seeds: t(2) = 4.303 over sqrt(3) = 2.48.
+    # By hand: sd 1 over 3 seeds in both: t(4) = 2.776 times sqrt(2 / 3) = 2.27.
     found = table.loc[f"{search.FOUND} – {search.SP}"]
-    assert found.tolist() == ["+4.00", "+1.52 to +6.48", "3", "higher"]
+    assert found.tolist() == ["+4.00", "+1.73 to +6.27", "3", "higher"]
     assert table.loc[f"{search.D0} – {search.SP}", "verdict"] == "inconclusive"
     one = frame(SAMPLED, again(FOUND, {1: 24.0}, 0), again(EQUAL_BETAS, {1: 20.0}, 1))
     table = search.reference_differences(one).frame

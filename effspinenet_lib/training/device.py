@@ -227,8 +227,8 @@ class RenormalisedNorm(_OwnNorm):
             variance = (deviation**2 - self.eps) * count / max(1, count - 1)
             self.running_var.lerp_(variance, self.momentum)
         weight, bias = self.weight * factor, torch.addcmul(self.bias, self.weight, shift)
-        enabled = torch.backends.cudnn.enabled
-        return torch.batch_norm(features, weight, bias, None, None, True, 0.0, self.eps, enabled)
+        # torch.batch_norm takes a single value, too; the last False: by torch's own kernel
+        return torch.batch_norm(features, weight, bias, None, None, True, 0.0, self.eps, False)
 
 
 class SynchronisedNorm(_OwnNorm):
