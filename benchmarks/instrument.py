@@ -428,13 +428,6 @@ def _search_rows(measured: pd.DataFrame) -> Iterator[dict[str, Any]]:
 # What the sheet computes
 
 
-@cache
-def _noise(seeds: int) -> tuple[Any, Any]:
-    """Two rows of so many seeds without a difference, many times."""
-    first, second = np.random.default_rng(0).standard_normal((2, POWER_REPETITIONS, seeds))
-    return first, second
-
-
 def smallest_difference(sd: float, seeds: int) -> float:
     """Smallest true difference of two rows that is seen in 80 % of simulated repetitions.
 
@@ -446,7 +439,7 @@ def smallest_difference(sd: float, seeds: int) -> float:
     """
     if seeds < LEAST_SEEDS:
         return math.nan
-    first, second = _noise(seeds)
+    first, second = np.random.default_rng(0).standard_normal((2, POWER_REPETITIONS, seeds))
 
     def missed(difference: float) -> float:
         found = stats.ttest_ind(first + difference, second, axis=1, equal_var=False)

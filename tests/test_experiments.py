@@ -141,6 +141,14 @@ def test_rows_that_the_proxy_compares_cost_the_same(tmp_path, table):
         assert max(counts) <= 1.15 * min(counts), group
 
 
+def test_seeds_that_are_given_are_all_trained(tmp_path):
+    for seeds, long, short in (((), 3, 5), (tuple(range(10)), 10, 10)):
+        given = {"seeds": seeds} if seeds else {}
+        runs = planned_runs(ITEMS["table-07"], parameters_of(tmp_path, "proxy", **given))
+        count = Counter(run.row.label for run in runs)
+        assert (count["Eff-SpineNet-M1"], count["Eff-SpineNet-M0"]) == (long, short)
+
+
 def test_rows_of_table_4_add_one_strategy_each(tmp_path):
     runs = planned_runs(ITEMS["table-04"], parameters_of(tmp_path))
     settings = {

@@ -29,7 +29,6 @@ from effspinenet_lib.report import claims, diagrams, plots, provenance, statisti
 from effspinenet_lib.results import ResultsStore
 from effspinenet_lib.results.paper import claims as paper_claims
 from effspinenet_lib.results.paper import paper_values
-from effspinenet_lib.results.tables import upsert
 from effspinenet_lib.training.recipes import RECIPES
 
 D0 = MODELS["eff_spinenet_d0"].backbone
@@ -683,34 +682,25 @@ def test_the_browser_has_every_printed_cell_and_no_nan() -> None:
     assert not frame.isin(["nan", "NaN", "<NA>", "None"]).any().any()
 
 
-def test_strikes_are_summed_up_by_kind(tmp_path: Path) -> None:
-    common = {"job": "search", "moment": 1.0, "said": "", "commit": "c", "date": "2026-01-01"}
-    rows = [
-        {"round": number, "strike": strike, "exit_code": code, "traceback": traceback}
-        | {"commands": commands, "equal": equal, **common}
-        for number, (strike, code, traceback, commands, equal) in enumerate(
-            [
-                ("SIGTERM", 75, "no", 2, "yes"),
-                ("SIGTERM", 0, "no", 1, "yes"),
-                ("full disk", 1, "yes", 3, "no"),
-            ]
-        )
-    ]
-    upsert(tmp_path / "robustness" / "chaos.csv", "chaos", rows, "made")
-    found = tables.robustness(tmp_path).frame
-    assert found.loc["SIGTERM"].tolist() == [2, 1, 2, 0, "2 of 2"]
-    assert found.loc["full disk"].tolist() == [1, 0, 3, 1, "0 of 1"]
-
-
 # Pages whose tables are made in their cells
 
 
-def test_the_page_on_training_has_every_setting_with_its_source() -> None:
-    text = shown("book/training.md", {})
+def test_the_page_on_training_has_every_setting_with_its_source_and_every_strike() -> None:
+    names: dict[str, Any] = {}
+    text = shown("book/training.md", names)
     for name in RECIPES["paper_detection"].sources:
         assert name in text
     assert "paper 5.1.1" in text
     assert "5,000" in text  # trials of the search
+    path = REPOSITORY / "results" / "robustness" / "chaos.csv"
+    with path.open() as handle:
+        rounds = list(csv.DictReader(handle))
+    for strike in {one["strike"] for one in rounds}:
+        own = [one for one in rounds if one["strike"] == strike]
+        ended = sum(one["exit_code"] == "0" for one in own)
+        most = max(int(one["commands"]) for one in own)
+        failed, equal = (sum(one[n] == "yes" for one in own) for n in ("traceback", "equal"))
+        assert names["cells"].loc[strike].tolist() == [len(own), ended, most, failed, equal]
 
 
 @pytest.mark.parametrize(

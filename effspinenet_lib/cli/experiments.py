@@ -72,6 +72,14 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="The paper's data; only the profile `paper` reads it."),
 ]
+AcceleratorName = Annotated[str, typer.Option(help="`auto`, `cpu`, `gpu` or `tpu`.")]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        help="`local` processes, or a `ray` cluster, whose machines share the folders of data and "
+        "results."
+    ),
+]
 Seeds = Annotated[str | None, typer.Option(metavar="0,1,2", help="[default: the profile's own]")]
 
 
@@ -91,9 +99,9 @@ def reproduce(
     results_dir: ResultsDir = None,
     data_root: DataRoot = None,
     seeds: Seeds = None,
-    accelerator: Annotated[str, typer.Option(help="`auto`, `cpu`, `gpu` or `tpu`.")] = "auto",
+    accelerator: AcceleratorName = "auto",
     devices: Annotated[str, typer.Option(metavar="N|auto", help="Runs at the same time.")] = "auto",
-    engine: Annotated[str, typer.Option(help="`local` processes, or a `ray` cluster.")] = "local",
+    engine: EngineName = "local",
     batch_size: BatchSize = None,
     micro_batch: MicroBatch = None,
     max_steps: MaxSteps = None,

@@ -11,6 +11,7 @@ import typer
 
 from effspinenet_lib.cli.console import ResultsDir, pass_down, print_table
 from effspinenet_lib.cli.data import Workers
+from effspinenet_lib.cli.experiments import AcceleratorName, EngineName
 from effspinenet_lib.cli.train import BatchSize, MicroBatch
 from effspinenet_lib.errors import UserError
 
@@ -32,13 +33,6 @@ Profile = Annotated[
 Data = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder of COCO 2017, for `paper` alone.")
 ]
-EngineName = Annotated[
-    str,
-    typer.Option(
-        help="`local` processes, or a `ray` cluster, whose machines share the folders of data and "
-        "results."
-    ),
-]
 Processes = Annotated[
     int | None,
     typer.Option(
@@ -46,7 +40,6 @@ Processes = Annotated[
         help="Trials at once. [default: one a core or GPU, of a Ray cluster as many as it has]",
     ),
 ]
-AcceleratorName = Annotated[str, typer.Option(help="`auto`, `cpu`, `gpu` or `tpu`.")]
 
 app = typer.Typer(invoke_without_command=True)
 

@@ -317,6 +317,7 @@ def run_many(
         "runs_dir": str(Path(runs_dir).resolve()),
         "function": function,
     }
+    fixed = {"micro_batch": micro_batch, "workers": pool.workers}
     folders = [(config, Path(runs_dir) / config.key) for config in configs]
     waiting = deque(Job(config, path, path / REQUEST, path / LOG) for config, path in folders)
     running: list[Job] = []
@@ -336,8 +337,7 @@ def run_many(
                     job.place = min(set(range(pool.processes)) - {one.place for one in running})
                     ensure_folder(job.folder)
                     # a further attempt resumes what the first one has trained
-                    again = {"force": force and job.attempts == 1}
-                    options = {"micro_batch": micro_batch, "workers": pool.workers, **again}
+                    options = {**fixed, "force": force and job.attempts == 1}
                     config = job.config.to_dict()
                     write_json(job.request, {**request, "config": config, "options": options})
                     job.handle = pool.start(job, environment)

@@ -101,8 +101,7 @@ def scorecard(*results_dirs: Dir) -> pd.DataFrame:
             status, found = _by_measurement(claim, cells, measured)
         elif kind == ACCURACY and len(items) > 1:
             status = INCONCLUSIVE
-        decision = {"items": items, "decided_by": kind, "status": status, "found": found}
-        rows.append(dict(claim, **decision))
+        rows.append({**claim, "items": items, "decided_by": kind, "status": status, "found": found})
     return pd.DataFrame(rows)
 
 

@@ -397,29 +397,6 @@ def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
-# Interruptions
-
-
-def robustness(results_dir: Dir) -> Table:
-    """What came of commands that were struck at random moments, a row a kind of strike."""
-    rounds = read_table(Path(results_dir) / "robustness" / "chaos.csv", "chaos")
-    if rounds.empty:
-        return Table(pd.DataFrame(), f"Strikes at random moments: {NOT_RUN}")
-    cells = {
-        strike: {
-            "rounds": len(own),
-            "the command had ended by itself": int((own["exit_code"] == 0).sum()),
-            "commands, at most": own["commands"].max(),
-            "tracebacks": int((own["traceback"] == "yes").sum()),
-            "same in the end": f"{(own['equal'] == 'yes').sum()} of {len(own)}",
-        }
-        for strike, own in rounds.groupby("strike")
-    }
-    frame = pd.DataFrame.from_dict(cells, orient="index").rename_axis("strike")
-    caption = f"{len(rounds)} strikes at random moments of {rounds['job'].nunique()} kinds of work"
-    return Table(frame, caption)
-
-
 # The proxy as an instrument
 
 
@@ -429,9 +406,15 @@ def read_instrument(results_dir: Dir) -> pd.DataFrame:
 
 
 def read_plan(results_dir: Dir) -> pd.DataFrame:
-    """The rows of `proxy/plan.csv` in order, with the seeds that are `measured` and `left`."""
-    plan = read_table(Path(results_dir) / "proxy" / "plan.csv", "plan").sort_values("order")
-    rows = merged_results([results_dir], ["proxy"])
+    """The rows of `proxy/plan.csv` in order, with the seeds that are `measured` and `left`.
+
+    Args:
+        results_dir: the results folder; what it lacks is the checkout's.
+    """
+    folders = _folders(results_dir)
+    plans = [read_table(folder / "proxy" / "plan.csv", "plan") for folder in folders]
+    plan = next(filter(len, plans), plans[-1]).sort_values("order")
+    rows = merged_results(folders, ["proxy"])
     done = rows[rows["seed"].notna()].groupby(["item", "row"])["seed"].nunique()
     keys = pd.MultiIndex.from_frame(plan[["item", "row"]])
     plan["measured"] = done.reindex(keys, fill_value=0).to_numpy()

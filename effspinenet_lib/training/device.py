@@ -214,7 +214,7 @@ class RenormalisedNorm(_OwnNorm):
         if count >= self.few:
             return super()._normalise(features)
         with torch.no_grad():
-            # torch's own norm is called twice: on a CPU its statistics take a third of var_mean's
+            # by torch's own norm: on a CPU var_mean takes three times as long
             _, mean, inverse = torch.native_batch_norm(
                 features.float(), None, None, None, None, True, 0.0, self.eps
             )
